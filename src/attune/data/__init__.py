@@ -1,0 +1,1 @@
+"""Data sources, prepared files and typed batches."""

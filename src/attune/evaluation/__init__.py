@@ -1,0 +1,1 @@
+"""Evaluation that can be trusted: one protocol, paired statistics, signs of reward hacking, one report."""

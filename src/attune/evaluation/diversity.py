@@ -1,0 +1,157 @@
+"""Signs of reward hacking: lost variety, drift from the base, burnt pixels, gains that do not transfer.
+
+Numpy only. Features are one vector per image (CLIP, DINOv2, or whatever the caller has), images are
+(B, H, W, 3) floats in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def pairwise_distance(features: np.ndarray) -> float:
+    """Mean of 1 - cosine over all pairs of features (N, D): 0 for copies, 1 for unrelated; nan if N < 2."""
+    x = _unit(features)
+    n = len(x)
+    if n < 2:
+        return float("nan")
+    total = float(np.square(x.sum(axis=0)).sum())  # sum of all cosines, the n own ones included
+    return 1 - (total - n) / (n * (n - 1))
+
+
+def vendi(features: np.ndarray) -> float:
+    """Vendi score of features (N, D): how many distinct images they amount to, 1 .. N.
+
+    Source: Friedman and Dieng 2023, arXiv:2210.02410: exp of the entropy of the eigenvalues of K / N, K the
+    cosine kernel. Those are the squared singular values of the unit features over N, so K is never built.
+    """
+    x = _unit(features)
+    eigenvalues = np.linalg.svd(x, compute_uv=False) ** 2 / len(x)
+    positive = eigenvalues[eigenvalues > 1e-12]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def per_prompt(
+    statistic: Callable[[np.ndarray], float], features: np.ndarray, prompts: Sequence[str]
+) -> float:
+    """Mean over prompts of a statistic of each prompt's features (N, D); nan if no prompt has two images."""
+    distinct, owner = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
+    groups = [np.asarray(features)[owner == i] for i in range(len(distinct))]
+    values = [statistic(group) for group in groups if len(group) > 1]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def diversity(features: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+    """Variety of a method's images, over all of them and among those of one prompt.
+
+    Args:
+        features: (N, D), one row per image.
+        prompts: N prompts.
+
+    Returns:
+        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images. The
+        latter collapse first when a reward is hacked.
+
+    Raises:
+        ValueError: lengths differ, or a feature vector is zero or not finite.
+    """
+    if len(features) != len(prompts):
+        raise ValueError(f"{len(features)} feature vectors for {len(prompts)} prompts")
+    values = {
+        "pairwise_distance": pairwise_distance(features),
+        "vendi": vendi(features),
+        "pairwise_distance_per_prompt": per_prompt(pairwise_distance, features, prompts),
+        "vendi_per_prompt": per_prompt(vendi, features, prompts),
+    }
+    return {name: value for name, value in values.items() if np.isfinite(value)}
+
+
+def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0) -> float:
+    """Distance between two sets of features (N, D) and (M, D), x 1000; 0 for identical sets.
+
+    Source: Jayasumana et al. 2024, arXiv:2401.09603: biased squared MMD of unit features under an RBF kernel.
+    The name holds for CLIP ViT-L/14-336 features only; with others, compare only with itself.
+    """
+    x, y = _unit(x), _unit(y)
+    return 1000 * (_mean_rbf(x, x, sigma) + _mean_rbf(y, y, sigma) - 2 * _mean_rbf(x, y, sigma))
+
+
+def _mean_rbf(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
+    squared_distance = np.maximum(2 - 2 * x @ y.T, 0)
+    return float(np.exp(-squared_distance / (2 * sigma**2)).mean())
+
+
+def kid(x: np.ndarray, y: np.ndarray) -> float:
+    """KID-style distance of features (N, D) and (M, D), N, M > 1: unbiased, so it may fall below 0.
+
+    Source: Binkowski et al. 2018, arXiv:1801.01401: squared MMD under k(a, b) = (a.b / D + 1)^3, here on
+    whole sets. Called KID only when the features are Inception's.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    kxx, kyy, kxy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    n, m = len(x), len(y)
+    within = (kxx.sum() - np.trace(kxx)) / (n * (n - 1)) + (kyy.sum() - np.trace(kyy)) / (m * (m - 1))
+    return float(within - 2 * kxy.mean())
+
+
+def saturation(images: np.ndarray) -> np.ndarray:
+    """Share of burnt or crushed pixels of images (B, H, W, 3), as (B,).
+
+    A pixel counts if any channel, in 8-bit levels, is 0, 1, 254 or 255.
+    """
+    levels = np.rint(_checked(images) * 255)
+    return ((levels <= 1) | (levels >= 254)).any(axis=-1).mean(axis=(1, 2))
+
+
+def high_frequency(images: np.ndarray) -> np.ndarray:
+    """Share of the energy of grey images (B, H, W, 3) above half the Nyquist frequency, as (B,); 0 if flat.
+
+    Grids, ringing and speckle, the usual debris of over-optimised rewards, live there. The mean is left out.
+    """
+    grey = _checked(images) @ np.array([0.299, 0.587, 0.114])
+    grey = grey - grey.mean(axis=(1, 2), keepdims=True)
+    energy = np.abs(np.fft.fft2(grey)) ** 2
+    frequency = np.hypot(np.fft.fftfreq(grey.shape[1])[:, None], np.fft.fftfreq(grey.shape[2])[None, :])
+    total = energy.sum(axis=(1, 2))
+    high = energy[:, frequency > 0.25].sum(axis=1)  # cycles per pixel; Nyquist is 0.5
+    return np.where(total > 1e-12, high / np.maximum(total, 1e-12), 0.0)
+
+
+def image_indices(images: np.ndarray) -> dict[str, float]:
+    """Mean saturation and high_frequency of images (B, H, W, 3)."""
+    indices = {"saturation": saturation, "high_frequency": high_frequency}
+    return {name: float(index(images).mean()) for name, index in indices.items()}
+
+
+def gap(trained: Sequence[float], heldout: Sequence[float]) -> float:
+    """Reward-hacking gap: mean gain on trained scorers minus mean gain on held-out ones.
+
+    Near 0 when the method pleases every judge alike; large when it pleases only the judge it was trained on.
+
+    Args:
+        trained: standardised gains (see `statistics.standardised_gain`) on the scorers the method optimised.
+        heldout: standardised gains on all others.
+
+    Returns:
+        The gap in units of the base's spread; nan if either side is empty.
+    """
+    return float(np.mean(trained) - np.mean(heldout)) if len(trained) and len(heldout) else float("nan")
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    x = np.asarray(features, dtype=float)
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise ValueError("feature vectors must be finite and not zero")
+    return x / norms
+
+
+def _checked(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images must be floats (B, H, W, 3), found {images.dtype} {images.shape}")
+    if len(images) and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"images must lie in [0, 1], found {images.min():.3f} to {images.max():.3f}")
+    return images.astype(float)

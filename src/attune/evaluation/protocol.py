@@ -1,0 +1,194 @@
+"""The protocol: everything that decides a score besides the weights, as one frozen and hashed value.
+
+The same checkpoint scored by two papers differs by more than the gains they claim, because samplers, steps,
+guidance and scorer versions differ. Here a score cannot be stored without its protocol, and scores of
+different protocols cannot meet in one table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from attune.evaluation.files import write_atomically
+
+_METADATA_KEY = b"attune.protocol"
+KEY_COLUMNS = ("prompt", "ordinal", "file")
+"""What identifies an image in a score table; every other column is a score."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images were made and scored; equal protocols are what makes two scores comparable."""
+
+    prompt_set_sha: str  # see `hash_prompts`
+    n_prompts: int  # distinct prompts
+    images_per_prompt: int
+    sampler: str
+    steps: int  # sampling steps
+    eta: float  # DDIM stochasticity
+    guidance_scale: float  # 1 = off
+    resolution: int  # pixels
+    dtype: str
+    seed: int
+    scorers: tuple[tuple[str, str, str], ...]  # (name, revision or sha, preprocessing)
+
+    def __post_init__(self) -> None:
+        """Makes equal protocols equal values (5 or 5.0, any order of scorers); refuses impossible ones."""
+        for name in ("eta", "guidance_scale"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "scorers", tuple(sorted(tuple(scorer) for scorer in self.scorers)))
+        if min(self.n_prompts, self.images_per_prompt, self.steps, self.resolution) < 1:
+            raise ValueError(f"n_prompts, images_per_prompt, steps and resolution must be positive: {self}")
+        if any(len(scorer) != 3 for scorer in self.scorers):
+            raise ValueError(f"a scorer is (name, revision, preprocessing), found {self.scorers}")
+        if len(set(self.scorer_names)) < len(self.scorers):
+            raise ValueError(f"scorer named twice: {self.scorer_names}")
+
+    @property
+    def scorer_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _, _ in self.scorers)
+
+    @property
+    def sha(self) -> str:
+        """First 12 hex digits of the sha256 of the canonical JSON."""
+        return _sha(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        return asdict(self) | {"scorers": [list(scorer) for scorer in self.scorers]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
+        """Raises: ValueError naming the keys that are missing or unknown."""
+        expected = {field.name for field in fields(cls)}
+        if wrong := sorted(expected ^ set(values)):
+            raise ValueError(f"protocol with missing or unknown keys: {', '.join(wrong)}")
+        return cls(**{**values, "scorers": tuple(tuple(scorer) for scorer in values["scorers"])})
+
+    def describe(self) -> str:
+        """One line for the foot of a table."""
+        scorers = ", ".join(f"{name}@{revision[:12]} ({how})" for name, revision, how in self.scorers)
+        images = "image" if self.images_per_prompt == 1 else "images"
+        return (
+            f"{self.sha}: {self.n_prompts} prompts (set {self.prompt_set_sha[:12]}) x "
+            f"{self.images_per_prompt} {images}, {self.sampler} {self.steps} steps, eta {self.eta:g}, "
+            f"guidance {self.guidance_scale:g}, "
+            f"{self.resolution} px, {self.dtype}, seed {self.seed}; scorers {scorers}"
+        )
+
+
+def _sha(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def hash_prompts(prompts: Iterable[str]) -> str:
+    """Name of a set of prompts: 12 hex digits, whatever their order and repetition."""
+    return _sha(sorted(set(prompts)))
+
+
+def noise_seed(prompt: str, ordinal: int, seed: int) -> int:
+    """Seed of the initial noise of one image, 0 .. 2^63 - 1.
+
+    From the prompt's content, never from its position, batch or rank: every model sees the same noise for the
+    same prompt, so pairs are real pairs whatever was sharded, resumed or left out (UniRL #236).
+    """
+    content = json.dumps([prompt, int(ordinal), int(seed)])
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
+
+
+def assert_comparable(protocols: Mapping[str, Protocol]) -> None:
+    """Raises ValueError naming the first two methods whose protocols differ, and the fields that do."""
+    names = list(protocols)
+    for other in names[1:]:
+        first, second = protocols[names[0]], protocols[other]
+        differing = [f.name for f in fields(Protocol) if getattr(first, f.name) != getattr(second, f.name)]
+        if differing:
+            details = "; ".join(f"{f}: {getattr(first, f)!r} != {getattr(second, f)!r}" for f in differing)
+            raise ValueError(f"{names[0]} and {other} were scored under different protocols ({details})")
+
+
+def score_columns(frame: pd.DataFrame) -> list[str]:
+    """Columns that hold scores, in the table's order: `scorer`, or `scorer.part` for a part of it."""
+    return [column for column in frame.columns if column not in KEY_COLUMNS]
+
+
+def check_scores(frame: pd.DataFrame, protocol: Protocol) -> None:
+    """Refuses a table that is not exactly what its protocol announces.
+
+    Args:
+        frame: one row per image; columns prompt, ordinal, file, and one number per scorer or `scorer.part`.
+        protocol: names the scorers and counts the images.
+
+    Raises:
+        ValueError: columns, images or scores are missing, unknown, repeated, or not finite.
+    """
+    if missing := [c for c in (*KEY_COLUMNS, *protocol.scorer_names) if c not in frame.columns]:
+        raise ValueError(f"score table lacks columns: {', '.join(missing)}")
+    known = set(protocol.scorer_names)
+    if unknown := [c for c in score_columns(frame) if c not in known and c.partition(".")[0] not in known]:
+        raise ValueError(f"score columns of no scorer of the protocol: {', '.join(unknown)}")
+    if frame.duplicated(["prompt", "ordinal"]).any():
+        raise ValueError("two rows of the score table share prompt and ordinal; prompts must be distinct")
+    counts = frame.groupby("prompt").size()
+    if len(counts) != protocol.n_prompts or (counts != protocol.images_per_prompt).any():
+        raise ValueError(
+            f"{len(frame)} images of {len(counts)} prompts, but the protocol says "
+            f"{protocol.n_prompts} prompts x {protocol.images_per_prompt}"
+        )
+    for column in score_columns(frame):
+        if bad := int((~np.isfinite(frame[column].to_numpy(dtype=float))).sum()):
+            raise ValueError(f"{bad} of {len(frame)} {column} scores are not finite")
+
+
+def write_scores(path: str | Path, frame: pd.DataFrame, protocol: Protocol) -> None:
+    """Stores one method's scores with the protocol they were made under, as parquet, atomically.
+
+    Raises: ValueError as in `check_scores`.
+    """
+    check_scores(frame, protocol)
+    scores = score_columns(frame)
+    ordered = frame[[*KEY_COLUMNS, *scores]].astype(dict.fromkeys(scores, "float64"))
+    table = pa.Table.from_pandas(ordered, preserve_index=False)
+    metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(protocol.to_dict()).encode()}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_scores(path: str | Path) -> tuple[pd.DataFrame, Protocol]:
+    """Scores of one method and the protocol stored with them.
+
+    Raises: ValueError if the file carries no protocol, or not the table its protocol announces.
+    """
+    table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
+    stored = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if stored is None:
+        raise ValueError(f"{path} carries no protocol: its scores cannot be compared with anything")
+    frame, protocol = table.to_pandas(), Protocol.from_dict(json.loads(stored))
+    check_scores(frame, protocol)
+    return frame, protocol
+
+
+def read_comparable(paths: Mapping[str, str | Path]) -> tuple[dict[str, pd.DataFrame], Protocol]:
+    """Score tables of several methods and the one protocol they share.
+
+    Raises: ValueError if there are none, or as `read_scores` and `assert_comparable`.
+    """
+    if not paths:
+        raise ValueError("no score tables to compare")
+    read = {name: read_scores(path) for name, path in paths.items()}
+    protocols = {name: protocol for name, (_, protocol) in read.items()}
+    assert_comparable(protocols)
+    return {name: frame for name, (frame, _) in read.items()}, next(iter(protocols.values()))

@@ -1,0 +1,106 @@
+"""The five abstractions everything else is written against, and nothing more.
+
+`Conditioning` is a value; `Backbone`, `Objective`, `Reward` and `StepReward` are protocols: nothing inherits
+from them. `Policy`, the fifth, is concrete and lives in `attune.diffusion.policy`.
+
+Shapes: B images or prompts, (C, h, w) a latent, (3, H, W) an image. Images outside a backbone are float in
+[0, 1]; timesteps t are long (B,), indices 0..T-1 of the training schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Metrics = dict[str, float | Tensor]
+Log = Callable[[Mapping[str, float], int], None]
+"""`log(metrics, step)`: how training reports; what listens is none of its business."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told besides x_t and t: batch-first tensors under the backbone's own names."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Tensor | slice | Sequence[int]) -> Conditioning:
+        return self._map(lambda value: value[rows])
+
+    def repeat(self, k: int) -> Conditioning:
+        """k copies, candidate-major: row j * B + b is prompt b."""
+        return self._map(lambda value: value.repeat(k, *[1] * (value.ndim - 1)))
+
+    def expand(self, n: int) -> Conditioning:
+        """One row shown n times without copying."""
+        return self._map(lambda value: value.expand(n, *value.shape[1:]))
+
+    def to(self, *args: Any) -> Conditioning:
+        return self._map(lambda value: value.to(*args))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning({name: f(value) for name, value in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Rows of all parts, in order. Raises: KeyError if the parts carry different tensors."""
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Backbone(Protocol):
+    """A base model: the only code that knows its encoders, its autoencoder and its denoiser's arguments."""
+
+    denoiser: nn.Module
+    alphas_cumprod: Tensor  # (T,) float32
+    latent_shape: tuple[int, int, int]
+    lora_targets: Sequence[str]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to scaled latents; a posterior sample if given a generator, else its mode."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents to images, nominally in [0, 1]; overshoot is kept, clamp before showing to a `Reward`."""
+        ...
+
+    def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Noise predicted by `denoiser` (which may be wrapped), converted to epsilon at this boundary."""
+        ...
+
+
+class Objective(Protocol):
+    """What a method wants of the training loop: how a batch becomes minibatches, and the loss of one."""
+
+    def minibatches(self, batch: Any, generator: torch.Generator) -> Iterable[Any]:
+        """Offline methods yield the batch; online methods roll out the policy and yield what it produced.
+
+        All randomness comes from `generator`, which the loop seeds by (seed, batch index): that is what makes
+        a resumed run equal an uninterrupted one bit for bit.
+        """
+        ...
+
+    def loss(self, minibatch: Any) -> tuple[Tensor, Metrics]:
+        """Scalar loss and what to log about it."""
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A scorer. Images (B, 3, H, W) float32 in [0, 1] and B prompts to (B,) scores, higher is better."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@runtime_checkable
+class StepReward(Protocol):
+    """A scorer of one-step predictions x_0 made at timestep t (B,); images as decoded, not clamped."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor: ...

@@ -1,0 +1,1 @@
+"""Tuning methods: one paper, one file."""

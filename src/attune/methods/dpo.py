@@ -1,0 +1,77 @@
+"""Diffusion-DPO: raise the likelihood of chosen images over rejected ones, relative to the base.
+
+A diffusion model's likelihood is bounded by its denoising error, so the DPO log-ratio of an image becomes
+(minus) how much better than the reference the policy denoises it. Both images of a pair share the timestep
+and the noise, so the difference measures the pictures and not the draw.
+
+Source: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization",
+arXiv:2311.12908, eq. 14 (its beta T w(t) is absorbed in `beta`, as in the authors' code).
+Cost per step: one policy and one reference forward, and one backward, on 2 B images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attune.config import Real, TrainingConfig
+from attune.data.batches import PairBatch
+from attune.diffusion import process
+from attune.diffusion.losses import denoising_error, preference_loss
+from attune.diffusion.policy import Policy
+from attune.interfaces import Conditioning, Metrics
+
+
+class Config(TrainingConfig):
+    beta: Real = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000 (SD 1.5), 5000 (SDXL)")
+
+
+@dataclass(frozen=True)
+class NoisedPairs:
+    """Chosen images, then rejected ones, (2B, ...), under one timestep and noise per pair."""
+
+    x_0: Tensor
+    t: Tensor
+    noise: Tensor
+    cond: Conditioning
+
+
+def implicit_reward(error: Tensor, reference_error: Tensor, beta: float) -> Tensor:
+    """How much more likely an image is under the policy than under the reference, (B,).
+
+    -(beta / 2) (e - e_ref) with e the squared denoising error, mean over latent dimensions.
+    """
+    return -0.5 * beta * (error - reference_error)
+
+
+class Method:
+    consumes = "pairs"
+
+    def __init__(self, config: Config, policy: Policy):
+        self.config, self.policy = config, policy
+
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedPairs]:
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
+        x_0 = torch.cat([batch.chosen, batch.rejected])
+        yield NoisedPairs(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), batch.cond.repeat(2))
+
+    def loss(self, minibatch: NoisedPairs) -> tuple[Tensor, Metrics]:
+        m = minibatch
+        x_t = process.add_noise(m.x_0, m.noise, process.at(self.policy.backbone.alphas_cumprod, m.t, m.x_0))
+        error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+        with self.policy.reference():
+            reference_error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+        chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
+        margin = chosen - rejected
+        loss = preference_loss(margin).mean()
+        return loss, {
+            "loss": loss,
+            "margin": margin.mean(),
+            "accuracy": (margin > 0).float().mean(),
+            "chosen_reward": chosen.mean(),
+            "rejected_reward": rejected.mean(),
+        }

@@ -1,0 +1,1 @@
+"""The step-aware preference model (SPM): a CLIP that judges one-step predictions and knows their timestep."""

@@ -1,0 +1,1 @@
+"""Scorers: one file each, exporting `Config` and `load(config, device) -> Scorer`, a `Reward`."""

@@ -1,0 +1,59 @@
+"""The oracle of the embedded world: what its simulated human truly thinks of an image, in [0, 1].
+
+Not learnt and not differentiable: the one scorer that no method can have trained against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attune.clip import check_images
+from attune.config import Block, Real
+from attune.world.oracle import VERDICT_FIELDS, judge, scores
+
+
+class Config(Block):
+    """The oracle has no weights; only the guard rail can be set."""
+
+    expected_mean: list[Real] | None = Field(
+        None, min_length=2, max_length=2, description="mean scores outside are an error"
+    )
+
+
+class Scorer:
+    """Oracle scores of images for prompts of the embedded grammar; a `Reward`."""
+
+    differentiable = False
+    license = "part of this repository"
+
+    def __init__(self, config: Config) -> None:
+        self.range = tuple(config.expected_mean) if config.expected_mean else None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: images leave [0, 1], or a prompt is not in the grammar.
+        """
+        return torch.from_numpy(scores(_pictures(images, prompts), prompts)).to(images.device, torch.float32)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Why: every other field of the oracle's verdict, (B,) each. Arguments and errors as for scores."""
+        verdicts = judge(_pictures(images, prompts), prompts)
+        names = [name for name in VERDICT_FIELDS if name != "score"]
+        return {name: np.array([getattr(verdict, name) for verdict in verdicts]) for name in names}
+
+
+def _pictures(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
+    check_images(images, prompts)
+    return images.detach().float().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
+    """The scorer; it computes on the CPU and answers on the images' device."""
+    return Scorer(config)

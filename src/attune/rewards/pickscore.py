@@ -1,0 +1,82 @@
+"""PickScore: a CLIP ViT-H/14 fine-tuned to predict which of two images a person picks.
+
+Source: Kirstain et al. 2023, arXiv:2305.01569, eq. 1: score = exp(logit_scale) * cos(image, text); the
+authors' demo code. Some code bases drop the scale (about 100) or divide by 26; here scores are as published,
+19 to 24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from attune.clip import (
+    PREPARATIONS,
+    TextFeatures,
+    check_images,
+    full_precision,
+    image_features,
+    image_size,
+    load_model,
+    load_tokenizer,
+)
+from attune.config import Block, Real
+
+
+class Config(Block):
+    """Where PickScore is and how images are shown to it."""
+
+    path: str = Field(description="CLIP folder or Hub id; the published one is yuvalkirstain/PickScore_v1")
+    revision: str | None = Field(None, description="Hub commit; null for a local folder")
+    tokenizer: str | None = Field(
+        None,
+        description="folder or Hub id if not `path`; the authors use laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    )
+    hidden_act: str = Field("gelu", description="activation the checkpoint must have")
+    preprocess: Literal["pil", "tensor", "square"] = Field(
+        "pil",
+        description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's",
+    )
+    expected_mean: list[Real] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="mean scores outside are an error; (17, 25) for the published weights",
+    )
+    license: str = Field(
+        "MIT (authors' repository; the Hub card names none)", description="licence of the weights"
+    )
+
+
+class Scorer:
+    """PickScore of images for prompts; a `Reward`."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> None:
+        self.model = model
+        self.differentiable = config.preprocess != "pil"
+        self.license = config.license
+        self.range = tuple(config.expected_mean) if config.expected_mean else None
+        self._prepare = PREPARATIONS[config.preprocess]
+        self._text = TextFeatures(model, tokenizer)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
+        check_images(images, prompts)
+        with full_precision(self.model.device):
+            pixels = self._prepare(images.to(self.model.device).float(), image_size(self.model))
+            cosine = (image_features(self.model, pixels) * self._text(prompts)).sum(-1)
+            return (self.model.logit_scale.exp() * cosine).to(images.device)
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
+    """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
+    model = load_model(config.path, config.revision, config.hidden_act)
+    tokenizer = (
+        load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(config.path, config.revision)
+    )
+    return Scorer(model.to(device), tokenizer, config)

@@ -1,0 +1,93 @@
+"""Stage align@<method>: fine-tunes an adapter with one method."""
+
+from __future__ import annotations
+
+import argparse
+from attune.config import Profile
+from attune.stages.common import (
+    MODELS,
+    PREFERENCE,
+    PREPARED,
+    REPORTS,
+    checkpoint_key,
+    project_root,
+    remember_run,
+    stage,
+)
+from attune.stages.history import write_history
+
+PREVIEW_PROMPTS = 6
+PREVIEWS = 5  # image grids per training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", required=True, help="a file of attune/methods")
+    name = parser.parse_args().method
+    with stage(f"align@{name}", "model", "lora", f"methods.{name}", method=name) as (profile, run):
+        history, trained_on = align(name, profile, run)
+        write_history(REPORTS / "train" / name, history, {"trained_on": trained_on})
+        remember_run(name, run.run_id)
+        run.artifact(MODELS / name)
+
+
+def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], list[str]]:  # noqa: ANN001
+    """Trains the adapter and saves it; returns a row of metrics per step, and the scorers the method has seen."""
+    from attune.assembly import build_method, load_policy
+    from attune.data.prepared import PreparedData
+    from attune.training.checkpoint import Checkpoint
+    from attune.training.loop import epoch_rows, train
+
+    policy = load_policy(profile)
+    policy.add_adapter(profile.lora.rank, profile.seed, profile.lora.targets)
+    method = build_method(name, profile, policy, PREFERENCE)
+    data = PreparedData.read(PREPARED, "train")
+    config = method.config
+    n, draw = (
+        (len(data.pairs), data.pair_batch) if method.consumes == "pairs" else (len(data.prompts), data.prompt_batch)
+    )
+    run.dataset(PREPARED / "pairs.parquet", "preference pairs", n)
+    needs = [PREPARED, *([PREFERENCE] if hasattr(method, "judge") else [])]
+    settings = {"lora": profile.lora.model_dump(), name: dict(profile.methods[name])}
+    checkpoint = Checkpoint(
+        project_root() / ".checkpoints", f"align@{name}", checkpoint_key(profile, settings, needs)
+    )
+    history = train(
+        method,
+        policy,
+        lambda b, generator: draw(epoch_rows(n, config.batch_size, b, profile.seed)),
+        config,
+        seed=profile.seed,
+        title=f"align {name}",
+        log=run.log,
+        checkpoint=checkpoint,
+        preview=preview(policy, profile, run),
+        preview_every=max(1, config.batches // PREVIEWS),
+    )
+    policy.save(MODELS / name)
+    checkpoint.discard()
+    return history, list(getattr(method, "trained_on", ()))
+
+
+def preview(policy, profile: Profile, run):  # noqa: ANN001, ANN201
+    """A callback that paints the same few validation prompts and logs them as one grid, with a step slider."""
+    import pandas as pd
+
+    from attune.evaluation.figures import image_grid
+    from attune.painting import paint
+
+    table = pd.read_parquet(PREPARED / "prompts.parquet")
+    prompts = table.prompt[table.split == "validation"].head(PREVIEW_PROMPTS).tolist()
+    ordinals = [0] * len(prompts)
+    with policy.reference():
+        before = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
+
+    def show(step: int) -> None:
+        now = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
+        run.image("samples", image_grid({"base": before, "policy": now}, prompts), step)
+
+    return show
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Stage report: the comparison, as JSON for tools, Markdown for git and HTML for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attune.config import Profile
+from attune.stages.common import BASE, GENERATED, REPORTS, stage
+
+GRID_PROMPTS = 10
+
+
+def main() -> None:
+    with stage("report", "generate", "scorers") as (profile, run):
+        from attune.config import read_params
+
+        names = [BASE, *read_params()["run_methods"]]
+        summary = report(names, profile)
+        for name, entry in summary["methods"].items():
+            run.summary({f"{name}/{scorer}": values["mean"] for scorer, values in entry["scores"].items()})
+        run.artifact(REPORTS / "report.md")
+        run.artifact(REPORTS / "figures")
+
+
+def report(names: list[str], profile: Profile) -> Mapping:
+    """Compares all models under one protocol and writes reports/."""
+    from attune.evaluation.protocol import read_comparable
+    from attune.evaluation.report import summarise, write_report
+
+    tables, protocol = read_comparable({name: REPORTS / "scores" / f"{name}.parquet" for name in names})
+    images = {name: read_images(name, tables[name].file) for name in names}
+    summary = summarise(
+        tables, protocol, base=BASE, trained_on=trained_on(names), extras=extras(names, tables, images), seed=profile.seed
+    )
+    write_report(REPORTS, summary, figures(names, summary, tables, images))
+    return summary
+
+
+def trained_on(names: list[str]) -> dict[str, list[str]]:
+    """Which scorers each method has seen in training: their gains there are not held out."""
+    import json
+
+    records = {name: path for name in names if (path := REPORTS / "train" / f"{name}.json").exists()}
+    return {name: json.loads(path.read_text()).get("trained_on", []) for name, path in records.items()}
+
+
+def read_images(name: str, files):  # noqa: ANN001, ANN201
+    """The generated images of a model, uint8 (n, H, W, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(GENERATED / name / file).convert("RGB")) for file in files])
+
+
+def extras(names, tables, images) -> dict:  # noqa: ANN001
+    """Signs of reward hacking: diversity, image indices and drift from base."""
+    import numpy as np
+
+    from attune.evaluation.diversity import cmmd, diversity, image_indices
+
+    features = {n: np.load(p) for n in names if (p := REPORTS / "features" / f"{n}.npy").exists()}
+    result: dict[str, dict] = {name: {"indices": image_indices(images[name] / 255.0)} for name in names}
+    for name, rows in features.items():
+        result[name]["diversity"] = diversity(rows, tables[name].prompt.tolist())
+        if name != BASE:
+            result[name]["drift"] = {"cmmd": cmmd(rows, features[BASE])}
+    return result
+
+
+def figures(names, summary, tables, images) -> list:  # noqa: ANN001
+    """All pictures of the report, written to reports/figures."""
+    import json
+
+    import numpy as np
+    import pandas as pd
+
+    from attune.evaluation import figures as draw
+    from attune.evaluation.document import Picture
+
+    rows = np.linspace(0, len(tables[BASE]) - 1, GRID_PROMPTS).astype(int)
+    prompts = tables[BASE].prompt.iloc[rows].tolist()
+    headline = summary_scorer(tables)
+    shown = {name: images[name][rows] for name in names}
+    scores = {name: tables[name][headline].iloc[rows].tolist() for name in names}
+    curves = {n: pd.read_csv(p) for n in names if (p := REPORTS / "train" / f"{n}.csv").exists()}
+    drawn = {
+        "samples": ("The same prompts and noise, every model", draw.image_grid(shown, prompts, scores)),
+        "win_rate": ("Win rate against base", draw.win_rate_plot(summary)),
+        "difference": ("Score difference to base", draw.score_difference_plot(summary)),
+        "curves": ("Training curves", draw.training_curves(curves)),
+    }
+    preference = REPORTS / "train" / "preference.json"
+    if preference.exists():
+        accuracy = json.loads(preference.read_text())["accuracy_by_t"]
+        drawn["accuracy_by_t"] = ("Preference accuracy by timestep", draw.accuracy_by_t_plot(accuracy))
+    folder = REPORTS / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, (title, picture) in drawn.items():
+        picture.save(folder / f"{name}.png")
+        pictures.append(Picture(title, f"figures/{name}.png", (folder / f"{name}.png").read_bytes()))
+    return pictures
+
+
+def summary_scorer(tables) -> str:  # noqa: ANN001
+    """The first scorer column: the headline."""
+    from attune.evaluation.protocol import score_columns
+
+    return score_columns(tables[BASE])[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Checkpoints: written whole or not at all, outside DVC's outputs, found again only by the very same run.
+
+The folder's name holds a hash of everything the run depends on, so changed parameters never resume a stale
+model. It is removed when the run succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+
+class Checkpoint:
+    """One resumable run's folder, held under a lock so that an orphaned process cannot write beside us."""
+
+    def __init__(self, root: Path, stage: str, key: str, every_seconds: float = 60.0):
+        """`key` identifies the run: a hash of its parameters and inputs."""
+        self.folder = root / f"{stage.replace('@', '-')}-{key}"
+        self.file = self.folder / "state.pt"
+        self.every_seconds, self._saved_at = every_seconds, time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder.with_suffix(".lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(f"another process is already running {stage}: it holds {self._lock.lock_file}") from None
+
+    def restore(
+        self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, default: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Puts saved weights and optimizer state back and returns the saved progress, or `default`."""
+        if not self.file.exists():
+            return default
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for weight, saved in zip(parameters, state["parameters"], strict=True):
+                weight.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["progress"]
+
+    def maybe_save(
+        self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], last: bool
+    ) -> None:
+        """Saves if `every_seconds` have passed since the last time, or at the end."""
+        if not last and time.monotonic() - self._saved_at < self.every_seconds:
+            return
+        state = {
+            "parameters": [weight.detach() for weight in parameters],
+            "optimizer": optimizer.state_dict(),
+            "progress": progress,
+        }
+        partial = self.file.with_suffix(".part")
+        with partial.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self.file)
+        self._saved_at = time.monotonic()
+
+    def discard(self) -> None:
+        """Removes the folder: the run succeeded and its outputs are in place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
