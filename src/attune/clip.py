@@ -51,7 +51,9 @@ def load_model(path: str, revision: str | None = None, hidden_act: str | None = 
     Raises:
         ValueError: weights are missing or left over (transformers would only warn and draw random ones), or
             the activation is not the expected one.
+        FileNotFoundError: no such folder, and not a Hub id either.
     """
+    _check_exists(path)
     # dtype is explicit because transformers 5 otherwise follows the checkpoint, which may be fp16
     model, report = CLIPModel.from_pretrained(
         path, revision=revision, dtype=torch.float32, output_loading_info=True
@@ -64,8 +66,15 @@ def load_model(path: str, revision: str | None = None, hidden_act: str | None = 
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> CLIPTokenizer:
-    """The tokenizer of a local folder or Hub id."""
+    """The tokenizer of a local folder or Hub id; FileNotFoundError as for `load_model`."""
+    _check_exists(path)
     return CLIPTokenizer.from_pretrained(path, revision=revision)
+
+
+def _check_exists(path: str) -> None:
+    """A mistyped folder must not be answered with advice on Hub ids."""
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise FileNotFoundError(f"{path} is neither a folder nor a Hub id (owner/name)")
 
 
 def check_activation(model: CLIPModel, hidden_act: str | None, source: str) -> None:

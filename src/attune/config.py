@@ -7,7 +7,7 @@ key and the file. A method, scorer or data source brings its own `Config` (see `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -124,7 +124,7 @@ def load(path: Path | str = "params.yaml") -> tuple[Params, Profile]:
     Raises:
         ConfigError: naming the key.
     """
-    params = check(Params, read_params(path), str(path))
+    params = check(Params, read_params(path))
     if params.profile not in params.profiles:
         raise ConfigError(f"profile: {params.profile!r} is not in profiles: {', '.join(params.profiles)}")
     where = f"profiles.{params.profile}"
@@ -148,18 +148,26 @@ def plugin_config(kind: str, name: str, block: Mapping[str, Any], where: str) ->
     return check(plugins.config_class(kind, name), block, where)
 
 
-def check(model: type[Block], values: Any, where: str) -> Any:
-    """Validates one block; every problem is reported with its full key."""
+def check(model: type[Block], values: Any, where: str = "") -> Any:
+    """Validates one block, found at the key `where`; every problem is reported with its full key."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            key = ".".join([where, *map(str, item["loc"])])
-            known = f"; known keys: {', '.join(model.model_fields)}" if item["type"] == "extra_forbidden" else ""
+            key = ".".join([where, *map(str, item["loc"])]).lstrip(".")
+            unknown = item["type"] == "extra_forbidden"
+            known = f"; known keys: {', '.join(_at(model, item['loc'][:-1]).model_fields)}" if unknown else ""
             given = "" if item["type"] in ("missing", "extra_forbidden") else f" (given {item['input']!r})"
             problems.append(f"{key}: {item['msg']}{given}{known}")
         raise ConfigError("\n".join(problems)) from None
+
+
+def _at(model: type[Block], place: Sequence[Any]) -> type[Block]:
+    """The block at `place` inside a block."""
+    for name in place:
+        model = model.model_fields[name].annotation
+    return model
 
 
 def _without(block: Mapping[str, Any], key: str) -> dict[str, Any]:

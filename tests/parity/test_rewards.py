@@ -1,4 +1,4 @@
-"""The scorers against the authors' code: cases 14 (aesthetic), 15 (HPSv2) and 16 (PickScore), gradients included."""
+"""The scorers against the authors' code: cases 14 (aesthetic), 15 (HPSv2), 16 (PickScore); gradients too."""
 
 import shutil
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.reading import HERE, PROMPTS, TOKENIZER, assert_close, tensors, write_clip, write_hps
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from attune.clip import clip_pixels_pil, image_features, load_tokenizer, text_features
-from attune.rewards import aesthetic, hpsv2, pickscore
+from attune.clip import clip_pixels, clip_pixels_pil, image_features, load_tokenizer, text_features
+from attune.interfaces import Reward
+from attune.rewards import aesthetic, hpsv2, oracle, pickscore
 
 pytestmark = pytest.mark.parity
 torch.set_num_threads(1)
@@ -34,7 +35,9 @@ def unit(uint8_chw: torch.Tensor) -> torch.Tensor:
 def aesthetic_paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aesthetic")
     shutil.copyfile(HERE / "tiny_aesthetic.json", folder / "config.json")
-    text = {k: v for k, v in CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict().items() if "text" in k}
+    text = {
+        k: v for k, v in CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict().items() if "text" in k
+    }
     save_file(text | tensors("tiny_aesthetic"), folder / "model.safetensors", metadata={"format": "pt"})
     save_file(affine_head(), folder / "head.safetensors")
     torch.save(affine_head(), folder / "head.pth")
@@ -203,3 +206,117 @@ def test_pickscore_of_pictures(pick):
             expected = torch.stack([case[f"prompt{j}.scores"][i] for j in range(3)])
             assert_close(scores, expected, absolute=SCORES)
     assert same == ([0, 1, 3] if PILLOW >= 13 else [0, 1, 2, 3])
+
+
+# ---------------------------------------------------------------- what all of them promise
+
+
+@pytest.fixture(scope="module")
+def scorers(aesthetic_paths, hps_paths, tmp_path_factory):
+    clip = str(write_clip(tmp_path_factory.mktemp("scorers") / "clip"))
+    return {
+        "pickscore": pickscore.load(pickscore.Config(path=clip, preprocess="tensor")),
+        "pickscore-pil": pickscore.load(pickscore.Config(path=clip)),
+        "hpsv2": hpsv2.load(hpsv2.Config(**hps_paths[28], expected_mean=[-1, 1])),
+        "aesthetic": aesthetic.load(aesthetic.Config(**aesthetic_paths, preprocess="tensor")),
+        "oracle": oracle.load(oracle.Config()),
+    }
+
+
+NAMES = ("pickscore", "pickscore-pil", "hpsv2", "aesthetic", "oracle")
+SCENES = ["a small red circle on a white background", "a large blue square on a white background"]
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_range_shape_and_number_are_checked(scorers, pictures, name):
+    for wrong in (pictures * 2 - 1, pictures + 0.01 + (1 - pictures.max()), pictures.log() * 0 / 0):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            scorers[name](wrong, SCENES)
+    with pytest.raises(ValueError, match="1 prompts"):
+        scorers[name](pictures, SCENES[:1])
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        scorers[name](pictures[:, :1], SCENES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_follow_their_images(scorers, pictures, name):
+    scores = scorers[name](pictures, SCENES)
+    assert scores.shape == (2,)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(
+        scorers[name](pictures.flip(0), SCENES[::-1]).flip(0), scores, rtol=1e-5, atol=1e-5
+    )
+    assert isinstance(scorers[name], Reward)
+    assert scorers[name].license
+    assert scorers[name].range == ((-1.0, 1.0) if name == "hpsv2" else None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_reaches_pixels_iff_declared(scorers, pictures, name):
+    score = scorers[name](pictures.requires_grad_(), SCENES).sum()
+    assert score.requires_grad == scorers[name].differentiable
+    if scorers[name].differentiable:
+        score.backward()
+        assert pictures.grad.abs().sum() > 0
+
+
+def test_autocast_does_not_touch_scores(scorers, pictures):
+    expected = scorers["hpsv2"](pictures, SCENES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scorers["hpsv2"](pictures, SCENES), expected)
+
+
+def test_tensor_preprocessing_is_pillows_up_to_rounding(pictures):
+    smooth = F.interpolate(pictures, (70, 90), mode="bicubic").clamp(0, 1)
+    difference = (clip_pixels(smooth, 32) - clip_pixels_pil(smooth, 32)).abs()
+    assert difference.mean() < 0.006
+    assert difference.max() < 0.1  # 0.025 of full scale: Pillow also rounds and clamps between its two passes
+
+
+def test_oracle_explains_itself(scorers, pictures):
+    parts = scorers["oracle"].parts(pictures, SCENES)
+    score = torch.from_numpy((parts["faithfulness"] * parts["appeal"]) ** 0.5).float()
+    torch.testing.assert_close(score, scorers["oracle"](pictures, SCENES))
+
+
+def test_aesthetic_features_have_unit_length(scorers, pictures):
+    features = scorers["aesthetic"].features(pictures)
+    assert features.shape == (2, 768)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+def test_the_wrong_activation_is_refused(aesthetic_paths):
+    with pytest.raises(ValueError, match="quick_gelu"):
+        aesthetic.load(aesthetic.Config(**aesthetic_paths, hidden_act="gelu"))
+
+
+def test_incomplete_checkpoints_are_refused(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"visual_projection\.weight"):
+        pickscore.load(pickscore.Config(path=str(folder)))
+    file = write_hps(tmp_path, 28)
+    broken = tensors("tiny_hps28") | {"visual.stranger": torch.zeros(1)}
+    del broken["visual.proj"]
+    torch.save({"state_dict": broken}, file)
+    with pytest.raises(ValueError, match=r"missing \['visual.proj'\], unexpected \['visual.stranger'\]"):
+        hpsv2.load(hpsv2.Config(path=str(file), tokenizer=str(TOKENIZER)))
+
+
+def test_prompts_are_cleaned_as_open_clip_does():
+    mojibake = "The \u201cCaf\u00c3\u00a9\u201d &amp;amp; \t a \ufb01sh "
+    assert hpsv2.clean_text(mojibake) == 'the "caf\u00e9" & a fish'
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    weights = {name: value.half() for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert pickscore.load(pickscore.Config(path=str(folder))).model.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The step-aware preference model against the authors' code: cases 7 (scores), 8 (loss), 9 (noising), 10 (labels)."""
+"""The preference model against the authors' code: cases 7 (scores), 8 (loss), 9 (noising), 10 (labels)."""
 
 import pytest
 import torch
@@ -6,7 +6,13 @@ from golden.reading import PROMPTS, assert_close, tensors, write_clip, write_spm
 
 from attune.diffusion.process import add_noise, at
 from attune.interfaces import Conditioning
-from attune.preference.model import StepAwareReward, inference_pixels, load, timestep_embedding, training_pixels
+from attune.preference.model import (
+    StepAwareReward,
+    inference_pixels,
+    load,
+    timestep_embedding,
+    training_pixels,
+)
 from attune.preference.noising import one_step_latents
 from attune.preference.objective import preference_criterion, relabel
 
@@ -14,7 +20,12 @@ pytestmark = pytest.mark.parity
 torch.set_num_threads(1)
 
 SCORES = 2e-4  # allowed error of scores near 100 cos
-SIZES = {"up_16x16": slice(0, 4), "nonsq_24x40": slice(1, 3), "nonsq_40x26": slice(0, 4), "down_48x48": slice(0, 1)}
+SIZES = {
+    "up_16x16": slice(0, 4),
+    "nonsq_24x40": slice(1, 3),
+    "nonsq_40x26": slice(0, 4),
+    "down_48x48": slice(0, 1),
+}
 SCALING_FACTOR = 0.18215
 ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 
@@ -48,7 +59,9 @@ def test_scores_and_features(spm, case, size):
     images, t = case[f"{size}.images"] / 2 + 0.5, case["timesteps"][rows]
     features = spm[0].image_features(inference_pixels(images, 32), t)
     assert_close(features, case[f"{size}.image_features"])
-    assert_close(StepAwareReward(*spm)(images, PROMPTS["07"][rows], t), case[f"{size}.score"], absolute=SCORES)
+    assert_close(
+        StepAwareReward(*spm)(images, PROMPTS["07"][rows], t), case[f"{size}.score"], absolute=SCORES
+    )
 
 
 def test_inference_preprocessing(case):
@@ -57,7 +70,10 @@ def test_inference_preprocessing(case):
 
 
 def test_old_position_indices_do_not_matter(spm, tmp_path):
-    old = {f"model.{tower}_model.embeddings.position_ids": torch.arange(17.0)[None] for tower in ("text", "vision")}
+    old = {
+        f"model.{tower}_model.embeddings.position_ids": torch.arange(17.0)[None]
+        for tower in ("text", "vision")
+    }
     again, _ = load(write_spm(tmp_path / "old.bin", **old), clip=str(write_clip(tmp_path / "clip")))
     assert all(torch.equal(value, spm[0].state_dict()[name]) for name, value in again.state_dict().items())
 
@@ -71,7 +87,12 @@ def test_criterion_and_its_gradients(scale):
     loss = preference_criterion(*scores, case["label_0"], 1 / case["num_examples_per_prompt"])
     loss.backward()
     assert_close(loss, case[f"{scale}.pairs.loss"])
-    for name, leaf in {"text": text, "image_0": image_0, "image_1": image_1, "logit_scale_exp": temperature}.items():
+    for name, leaf in {
+        "text": text,
+        "image_0": image_0,
+        "image_1": image_1,
+        "logit_scale_exp": temperature,
+    }.items():
         assert_close(leaf.grad, case[f"{scale}.pairs.grad_{name}"])
 
 

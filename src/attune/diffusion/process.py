@@ -34,8 +34,8 @@ def velocity_to_noise(velocity: Tensor, x_t: Tensor, a_t: Tensor) -> Tensor:
 
 def ddim_timesteps(n_train: int, steps: int) -> Tensor:
     """Timesteps of a DDIM run, first to last, spacing "leading" with offset 1: 951, 901, ..., 1 for 20 of 1000."""
-    if not 1 <= steps <= n_train:
-        raise ValueError(f"sampling steps must lie in 1..{n_train}, got {steps}")
+    if not 1 <= steps < n_train:  # with n_train steps the offset of 1 would leave the schedule
+        raise ValueError(f"sampling steps must lie in 1..{n_train - 1}, got {steps}")
     return torch.arange(steps - 1, -1, -1) * (n_train // steps) + 1
 
 

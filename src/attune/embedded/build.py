@@ -7,26 +7,22 @@ other hardware gives other bits but the same quality.
 
 from __future__ import annotations
 
-import json
-import pickle
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from attune.backbones import sd
 from attune.config import Sampling
 from attune.diffusion.policy import Policy
 from attune.embedded import base, scorers
-from attune.embedded.card import write_card
+from attune.embedded.card import base_figures, write_card
 from attune.embedded.vae import train_vae
 from attune.painting import paint
 from attune.rewards import hpsv2
@@ -34,7 +30,8 @@ from attune.rewards import hpsv2
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
 SEED = 0
-VAE_STEPS, BASE_STEPS, JUDGE_STEPS = 4200, 1000, 1500
+VAE_STEPS, BASE_STEPS, JUDGE_STEPS = 4200, 1000, 1200
+TEST_RENDERED = 300
 SEEDS = {"pickscore": 11, "hpsv2": 12, "aesthetic": 13, "test": 99}
 
 
@@ -48,8 +45,8 @@ def main() -> None:
         base.train_base(training, BASE_STEPS, 96, WORK / "base.pt")
         base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(OUT / "base")
     painter = base_painter(OUT / "base")
-    test = pool(painter, "test", 300, 150)
-    figures = {}
+    test = pool(painter, "test", TEST_RENDERED, 150)
+    figures = {"base": base_figures(OUT / "base")}
     for name in ("pickscore", "hpsv2", "aesthetic"):
         started = time.monotonic()
         figures[name] = {**build_scorer(name, painter, test), "seconds": round(time.monotonic() - started)}
@@ -58,15 +55,15 @@ def main() -> None:
 
 def build_scorer(name: str, painter: scorers.Painter, test: scorers.Pool) -> dict[str, float]:
     """Trains one scorer, saves it in its real layout, and returns how often it agrees with the oracle."""
-    tokenizer, folder, seed = base.build_tokenizer(), OUT / name, SEEDS[name]
+    tokenizer, seed, head = base.build_tokenizer(), SEEDS[name], None
     pictures = pool(painter, name, 6000, 350)
-    head = None
     if name == "aesthetic":
         model, head = scorers.train_aesthetic(pictures, tokenizer, JUDGE_STEPS, seed)
     else:
         model = scorers.train_judge(pictures, name, tokenizer, JUDGE_STEPS, seed, temperature=0.1)
-    save_scorer(name, model, head, folder)
-    return scorers.agreement(model, test, tokenizer, head)
+    figures = scorers.agreement(model, test, TEST_RENDERED, tokenizer, head)
+    save_scorer(name, model, head, OUT / name)
+    return figures
 
 
 def save_scorer(name: str, model: nn.Module, head: nn.Module | None, folder: Path) -> None:

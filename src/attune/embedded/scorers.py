@@ -9,7 +9,8 @@ scorer and the truth can be measured, as it never can with real human taste.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from attune.clip import normalise
 from attune.embedded.base import text_config, tokenize
 from attune.embedded.muon import split_optimizers
 from attune.embedded.vae import descend, warm_cosine
@@ -39,6 +41,23 @@ class Pool:
     prompts: list[str]
     images: Tensor  # uint8 (P, 4, 3, H, W)
     verdicts: list[list[Verdict]]
+
+    def __getitem__(self, rows: slice) -> Pool:
+        return Pool(self.prompts[rows], self.images[rows], self.verdicts[rows])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and strings only, so that it loads without pickled code."""
+        verdicts = torch.tensor([[list(asdict(v).values()) for v in row] for row in self.verdicts], dtype=torch.float64)
+        return {"prompts": self.prompts, "images": self.images, "verdicts": verdicts}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Pool:
+        verdicts = [[Verdict(*v) for v in row] for row in state["verdicts"].tolist()]
+        return Pool(state["prompts"], state["images"], verdicts)
+
+    def oracle(self) -> Tensor:
+        """The truth about every picture, (P, 4)."""
+        return torch.tensor([[v.score for v in row] for row in self.verdicts])
 
 
 def picture_pool(painter: Painter, n_rendered: int, n_painted: int, seed: int) -> Pool:
@@ -124,8 +143,7 @@ def train_judge(pool: Pool, name: str, tokenizer: CLIPTokenizer, steps: int, see
         images = pool.images[rows[:, None], pair].float() / 255
         gap = utility[rows].gather(1, pair).diff(dim=1).flatten() / temperature
         first = (torch.rand(48, generator=generator) >= torch.sigmoid(gap)).float()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            image_features, text_features = _features(model, images.flatten(0, 1), ids[rows])
+        image_features, text_features = _features(model, images.flatten(0, 1), ids[rows])
         scale = model.logit_scale.exp()
         scores = scale * (image_features.view(48, 2, -1) * text_features[:, None]).sum(-1)
         choice = F.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], first)
@@ -150,8 +168,7 @@ def train_aesthetic(pool: Pool, tokenizer: CLIPTokenizer, steps: int, seed: int)
         which = torch.randint(PICTURES_PER_PROMPT, (64,), generator=generator)
         noisy = ratings[rows, which] + 1.5 * torch.randn(64, generator=generator)
         images = pool.images[rows, which].float() / 255
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            image_features, text_features = _features(model, images, ids[rows])
+        image_features, text_features = _features(model, images, ids[rows])
         error = F.mse_loss(head(image_features).flatten(), noisy)
         ground = F.cross_entropy(model.logit_scale.exp() * image_features @ text_features.T, torch.arange(64))
         descend(error + 0.1 * ground, optimizers, warm_cosine(step, steps))
@@ -161,11 +178,35 @@ def train_aesthetic(pool: Pool, tokenizer: CLIPTokenizer, steps: int, seed: int)
 
 def _features(model: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Unit-length image and text features of pictures in [0, 1] at the model's own size."""
-    from attune.clip import normalise
-
     image = model.get_image_features(pixel_values=normalise(images)).pooler_output.float()
     text = model.get_text_features(input_ids=ids).pooler_output.float()
     return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+
+@torch.no_grad()
+def judged(model: CLIPModel, pool: Pool, tokenizer: CLIPTokenizer, head: Head | None) -> Tensor:
+    """A scorer's opinion of every picture, (P, 4): cosine with the prompt, or the head's rating."""
+    rows = []
+    for start in range(0, len(pool.prompts), 64):
+        part = pool[start : start + 64]
+        images = part.images.float() / 255
+        ids = tokenize(tokenizer, part.prompts)
+        image_features, text_features = _features(model, images.flatten(0, 1), ids)
+        if head is not None:
+            rows.append(head(image_features).view(images.shape[:2]))
+        else:
+            rows.append((image_features.view(*images.shape[:2], -1) * text_features[:, None]).sum(-1))
+    return torch.cat(rows)
+
+
+def agreement(model: CLIPModel, test: Pool, rendered: int, tokenizer: CLIPTokenizer, head: Head | None) -> dict:
+    """Agreement with the oracle on held-out pictures: of all pairs, of rendered ones, of the base's samples."""
+    scores, truth = judged(model, test, tokenizer, head), test.oracle()
+    return {
+        "all": pair_agreement(scores, truth),
+        "rendered": pair_agreement(scores[:rendered], truth[:rendered]),
+        "painted": pair_agreement(scores[rendered:], truth[rendered:]),
+    }
 
 
 def pair_agreement(scores: Tensor, truth: Tensor, margin: float = 0.05) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from attune.config import Real, TrainingConfig
@@ -41,6 +41,12 @@ class Config(TrainingConfig):
     guidance_scale: Real = Field(ge=0, description="guidance in rollout and loss; 5 in the paper")
     minibatch_size: int = Field(ge=1, description="step pairs per minibatch")
 
+    @model_validator(mode="after")
+    def _candidates_are_drawn(self) -> Config:
+        if self.plain_steps >= self.steps:
+            raise ValueError("plain_steps must be less than steps, or no candidate is ever drawn")
+        return self
+
 
 @dataclass(frozen=True)
 class StepPairs:
@@ -58,7 +64,7 @@ class StepPairs:
 
     @staticmethod
     def cat(parts: list[StepPairs]) -> StepPairs:
-        if parts and len(parts[0].x_t) > len(parts[0].t):
+        if any(len(part.x_t) > len(part.t) for part in parts):  # any: a part may have no rows at all
             halves = [part.x_t.chunk(2) for part in parts]
             x_t = torch.cat([h[0] for h in halves] + [h[1] for h in halves])
         else:
@@ -101,7 +107,8 @@ class Method:
         pairs = self.rollout(batch, sampling.normal(generator), choose)
         order = torch.randperm(len(pairs.t), generator=generator)
         for rows in order.split(self.config.minibatch_size):
-            yield pairs[rows]
+            if len(rows):  # the judge may have been sure of nothing
+                yield pairs[rows]
 
     @torch.no_grad()
     def rollout(

@@ -128,12 +128,15 @@ class SPMObjective:
         return list(self.model.parameters())
 
     def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[ScoredPairs]:
-        clip, schedule = self.model.model, self.base.backbone.alphas_cumprod
-        t, noise = (x.to(batch.latents_0.device) for x in batch.draw_noise(schedule, generator))
-        images = self.one_step_images(batch, t, noise)
+        yield self.seen(batch, *batch.draw_noise(self.base.backbone.alphas_cumprod, generator))
+
+    def seen(self, batch: Pairs, t: Tensor, noise: Tensor) -> ScoredPairs:
+        """The pairs as the model sees them through noise (B, C, h, w) at timesteps t (B,)."""
+        clip, here = self.model.model, batch.latents_0.device
+        images = self.one_step_images(batch, t.to(here), noise.to(here))
         pixels = training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1))
         ids = tokenise(self.tokenizer, batch.prompts, clip.config.text_config.max_position_embeddings)
-        yield ScoredPairs(*(x.to(clip.device) for x in (pixels, ids, t, batch.label_0, batch.weight)))
+        return ScoredPairs(*(x.to(clip.device) for x in (pixels, ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
     def one_step_images(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:

@@ -151,14 +151,19 @@ def to_open_clip(model: CLIPModel) -> dict[str, Tensor]:
     return result
 
 
-def clip_config(layout: Mapping, end_token: int) -> CLIPConfig:
+def clip_config(layout: Mapping, tokenizer: CLIPTokenizer) -> CLIPConfig:
     """transformers' configuration of an open_clip model layout (`hidden_act` added; gelu if absent).
 
     Args:
         layout: as `VIT_H_14`.
-        end_token: id of the end token, at which text features are read.
+        tokenizer: says where text features are read: at its end token.
+
+    Raises:
+        ValueError: the tokenizer has another vocabulary.
     """
     vision, text = layout["vision_cfg"], layout["text_cfg"]
+    if len(tokenizer) != text["vocab_size"]:
+        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens for a model of {text['vocab_size']}")
     shared = {"hidden_act": layout.get("hidden_act", "gelu"), "projection_dim": layout["embed_dim"]}
     return CLIPConfig(
         projection_dim=layout["embed_dim"],
@@ -178,7 +183,8 @@ def clip_config(layout: Mapping, end_token: int) -> CLIPConfig:
             "num_attention_heads": text["heads"],
             "max_position_embeddings": text["context_length"],
             "vocab_size": text["vocab_size"],
-            "eos_token_id": end_token,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             **shared,
         },
     )
@@ -214,12 +220,12 @@ def layout_of(config: CLIPConfig) -> dict:
     }
 
 
-def load_open_clip(file: Path, end_token: int) -> CLIPModel:
+def load_open_clip(file: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
     """A frozen `CLIPModel` from an open_clip file and the layout beside it (ViT-H/14 if there is none)."""
     layout = read_json(file.with_suffix(".json")) if file.with_suffix(".json").exists() else VIT_H_14
     tensors = read_tensors(file)
     tensors = tensors.get("state_dict", tensors)  # whatever else a training checkpoint holds is ignored
-    model = CLIPModel(clip_config(layout, end_token))
+    model = CLIPModel(clip_config(layout, tokenizer))
     depth = layout["vision_cfg"]["layers"], layout["text_cfg"]["layers"]
     load_strictly(model, from_open_clip(tensors, *depth), file)
     return model.eval().requires_grad_(False)
@@ -283,6 +289,6 @@ class Scorer:
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision)
-    model = load_open_clip(find_file(config.path, config.revision), tokenizer.eos_token_id)
+    model = load_open_clip(find_file(config.path, config.revision), tokenizer)
     check_activation(model, config.hidden_act, config.path)
     return Scorer(model.to(device), tokenizer, config)

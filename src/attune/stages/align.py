@@ -9,9 +9,9 @@ from attune.stages.common import (
     PREFERENCE,
     PREPARED,
     REPORTS,
-    checkpoint_key,
     project_root,
     remember_run,
+    resumable,
     stage,
 )
 from attune.stages.history import write_history
@@ -35,7 +35,6 @@ def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], lis
     """Trains the adapter and saves it; returns a row of metrics per step, and the scorers the method has seen."""
     from attune.assembly import build_method, load_policy
     from attune.data.prepared import PreparedData
-    from attune.training.checkpoint import Checkpoint
     from attune.training.loop import epoch_rows, train
 
     policy = load_policy(profile)
@@ -49,23 +48,20 @@ def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], lis
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", n)
     needs = [PREPARED, *([PREFERENCE] if hasattr(method, "judge") else [])]
     settings = {"lora": profile.lora.model_dump(), name: dict(profile.methods[name])}
-    checkpoint = Checkpoint(
-        project_root() / ".checkpoints", f"align@{name}", checkpoint_key(profile, settings, needs)
-    )
-    history = train(
-        method,
-        policy,
-        lambda b, generator: draw(epoch_rows(n, config.batch_size, b, profile.seed)),
-        config,
-        seed=profile.seed,
-        title=f"align {name}",
-        log=run.log,
-        checkpoint=checkpoint,
-        preview=preview(policy, profile, run),
-        preview_every=max(1, config.batches // PREVIEWS),
-    )
-    policy.save(MODELS / name)
-    checkpoint.discard()
+    with resumable(project_root(), profile, f"align@{name}", settings, needs) as checkpoint:
+        history = train(
+            method,
+            policy,
+            lambda b, generator: draw(epoch_rows(n, config.batch_size, b, profile.seed)),
+            config,
+            seed=profile.seed,
+            title=f"align {name}",
+            log=run.log,
+            checkpoint=checkpoint,
+            preview=preview(policy, profile, run),
+            preview_every=max(1, config.batches // PREVIEWS),
+        )
+        policy.save(MODELS / name)
     return history, list(getattr(method, "trained_on", ()))
 
 

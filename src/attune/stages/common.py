@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attune import tracking
 from attune.config import ConfigError, Profile, load
 from attune.hashing import digest, values_sha
+
+if TYPE_CHECKING:
+    from attune.training.checkpoint import Checkpoint
 
 PREPARED = Path("data/prepared")
 GENERATED = Path("data/generated")
@@ -44,10 +47,18 @@ def stage(name: str, *sections: str, method: str | None = None) -> Iterator[tupl
         yield profile, run
 
 
-def checkpoint_key(profile: Profile, sections: Mapping[str, Any], inputs: list[Path]) -> str:
-    """Identifies a resumable run by its parameters and the content of its inputs."""
+@contextmanager
+def resumable(
+    root: Path, profile: Profile, name: str, settings: Mapping[str, Any], inputs: list[Path]
+) -> Iterator[Checkpoint]:
+    """A checkpoint that only a run with the same parameters and inputs finds again; removed on success."""
+    from attune.training.checkpoint import Checkpoint
+
     digests = {str(path): digest(path) for path in inputs}
-    return values_sha([profile.seed, profile.model.model_dump(), sections, digests])
+    key = values_sha([profile.seed, profile.model.model_dump(), settings, digests])
+    checkpoint = Checkpoint(root / ".checkpoints", name, key)
+    yield checkpoint
+    checkpoint.discard()
 
 
 def remember_run(name: str, run_id: str | None) -> None:

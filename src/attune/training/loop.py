@@ -2,7 +2,8 @@
 
 Resuming is exact by construction. All randomness of batch b comes from a generator seeded by (seed, b), so a
 checkpoint holds weights, optimizer state and b, and no generator state; online methods are checkpointed
-between rollouts, never inside one.
+between rollouts, never inside one, and no checkpoint is written while a group of accumulated minibatches waits
+for the next batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -77,18 +78,23 @@ def train(
     bar = tqdm(
         range(progress.batch, config.batches), desc=title, initial=progress.batch, total=config.batches, unit="batch"
     )
+    waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:
-        generator = batch_generator(seed, b)
-        minibatches = iter(objective.minibatches(batches(b, generator), generator))
+        generator, last = batch_generator(seed, b), b + 1 == config.batches
+        minibatches = chain(waiting, objective.minibatches(batches(b, generator), generator))
+        waiting = []
         for group in _groups(minibatches, config.accumulation):
+            if len(group) < config.accumulation and not last:
+                waiting = group
+                continue
             row = optimizer_step(objective, group, parameters, optimizer, config, accelerator, progress.step)
             progress.step += 1
             progress.history.append({"step": progress.step, "batch": b, **row})
             log(row, progress.step)
             bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in row}, refresh=False)
         progress.batch = b + 1
-        if checkpoint is not None:
-            checkpoint.maybe_save(parameters, optimizer, progress.state_dict(), last=b + 1 == config.batches)
+        if checkpoint is not None and not waiting:
+            checkpoint.maybe_save(parameters, optimizer, progress.state_dict(), last=last)
         if preview is not None and preview_every and (b + 1) % preview_every == 0:
             preview(progress.step)
     return progress.history

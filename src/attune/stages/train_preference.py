@@ -1,0 +1,88 @@
+"""Stage train_preference: the step-aware preference model, from a PickScore-style CLIP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attune.config import Profile
+from attune.stages.common import PREFERENCE, PREPARED, REPORTS, project_root, resumable, stage
+from attune.stages.history import write_history
+
+if TYPE_CHECKING:  # at run time these wait until params.yaml has been checked
+    from attune.preference.objective import SPMObjective
+    from attune.tracking import Run
+
+TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
+
+
+def main() -> None:
+    with stage("train_preference", "model", "preference") as (profile, run):
+        history, accuracy = train_preference(profile, run)
+        write_history(REPORTS / "train" / "preference", history, {"accuracy_by_t": accuracy})
+        for model, curve in accuracy.items():
+            run.summary({f"accuracy/{model}_t{t}": a for t, a in zip(curve["t"], curve["accuracy"], strict=True)})
+        run.artifact(REPORTS / "train" / "preference.json")
+
+
+def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains and saves the model; returns its curve and its held-out accuracy by timestep."""
+    from attune.assembly import load_policy
+    from attune.data.prepared import PreparedData
+    from attune.preference.model import from_clip, save
+    from attune.preference.objective import Config, SPMObjective
+    from attune.training.loop import epoch_rows, train
+
+    config = Config.model_validate(profile.preference)
+    data = PreparedData.read(PREPARED, "train", keep_ties=True)
+    run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(data.pairs))
+    model, tokenizer = from_clip(config.clip, config.revision)
+    objective = SPMObjective(config, model, tokenizer, load_policy(profile))
+    with resumable(project_root(), profile, "train_preference", config.model_dump(), [PREPARED]) as checkpoint:
+        history = train(
+            objective,
+            objective,
+            lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, profile.seed)),
+            config,
+            seed=profile.seed,
+            title="train preference",
+            log=run.log,
+            checkpoint=checkpoint,
+        )
+        save(model, tokenizer, PREFERENCE)
+    return history, accuracy_by_t(objective, profile.seed)
+
+
+def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, list[float]]]:
+    """How often each model picks the truly better image of held-out pairs, seen through one-step predictions.
+
+    The truth is the noise-free utility where the source knows it, else people's labels. The untimed model is
+    the CLIP the training started from: the same weights asked without knowing t.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from attune.data.prepared import PreparedData
+    from attune.evaluation.statistics import bootstrap_mean_ci
+    from attune.preference.model import from_clip
+
+    untimed, _ = from_clip(objective.config.clip, objective.config.revision)
+    models = {"spm": objective.model.eval(), "untimed": untimed.eval()}
+    data = PreparedData.read(PREPARED, "validation")
+    known = "utility_0" in data.pairs
+    truth = data.pairs.utility_0 - data.pairs.utility_1 if known else data.pairs.label_0 - 0.5
+    batch = data.pair_batch(range(len(data.pairs)))
+    noise = torch.randn(batch.latents_0.shape, generator=torch.Generator().manual_seed(seed))
+    curves = {name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models}
+    for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
+        seen = objective.seen(batch, torch.full((len(truth),), t), noise)
+        for name, model in models.items():
+            with torch.no_grad():
+                scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
+            right = ((scores_0 - scores_1).cpu().numpy() * truth.to_numpy() > 0).astype(float)
+            curves[name]["accuracy"].append(float(right.mean()))
+            curves[name]["ci95"].append([float(x) for x in bootstrap_mean_ci(right, seed=seed)])
+    return curves
+
+
+if __name__ == "__main__":
+    main()

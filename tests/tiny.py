@@ -1,0 +1,139 @@
+"""Small real parts for tests: diffusers and transformers classes with random weights, and data for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from attune.data.prepared import PreparedData
+from attune.diffusion.policy import Policy
+from attune.training.loop import epoch_rows, train
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENS = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+ENDS = {"bos_token_id": len(TOKENS) - 2, "eos_token_id": len(TOKENS) - 1}
+TEXT = {
+    "vocab_size": len(TOKENS),
+    "max_position_embeddings": 16,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+PROMPTS = ["a cat", "a dog", "two owls", "a red ox", "bees", "no hen", "ten rats", "a cow"]
+
+
+def tokenizer(folder: Path) -> None:
+    CLIPTokenizer(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[], model_max_length=16).save_pretrained(folder)
+
+
+def _loud(module: nn.Module) -> nn.Module:
+    """Random weights wide enough that everything matters."""
+    for weight in module.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return module
+
+
+def write_pipeline(folder: Path, prediction_type: str = "epsilon") -> str:
+    """A Stable Diffusion folder in diffusers' layout."""
+    torch.manual_seed(0)
+    widths = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **widths,
+    )
+    vae = AutoencoderKL(
+        sample_size=16,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **widths,
+    )
+    _loud(unet).save_pretrained(folder / "unet")
+    _loud(vae).save_pretrained(folder / "vae")
+    CLIPTextModel(CLIPTextConfig(**TEXT, **ENDS)).save_pretrained(folder / "text_encoder")
+    tokenizer(folder / "tokenizer")
+    DDIMScheduler(**SCHEDULE, prediction_type=prediction_type).save_pretrained(folder / "scheduler")
+    return str(folder)
+
+
+def write_clip(folder: Path) -> str:
+    """A CLIP in transformers' layout."""
+    torch.manual_seed(1)
+    tower = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")}
+    vision = {**tower, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=TEXT | ENDS, vision_config=vision, projection_dim=8)
+    _loud(CLIPModel(config)).save_pretrained(folder)
+    tokenizer(folder)
+    return str(folder)
+
+
+def prepared(backbone: Any) -> PreparedData:
+    """What the prepare stage leaves: three pairs of random images for each prompt."""
+    n = 3 * len(PROMPTS)
+    images = torch.rand(2 * n, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    pairs = pd.DataFrame(
+        {
+            "prompt": [prompt for prompt in PROMPTS for _ in range(3)],
+            "image_0": range(0, 2 * n, 2),
+            "image_1": range(1, 2 * n, 2),
+            "label_0": [float(i % 3 > 0) for i in range(n)],
+            "prompt_row": [i // 3 for i in range(n)],
+            "weight": 1 / 3,
+        }
+    )
+    return PreparedData(PROMPTS, backbone.encode_prompts(PROMPTS), pairs, backbone.encode_images(images))
+
+
+def move(policy: Policy, by: float) -> None:
+    """Lets the policy differ from its reference: normal noise of that size on every adapter weight."""
+    generator = torch.Generator().manual_seed(3)
+    for weight in policy.parameters():
+        weight.data += by * torch.randn(weight.shape, generator=generator)
+
+
+def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
+    """A judge that is sure: light pictures are good, the more so the later."""
+    return 100 * images.mean((1, 2, 3)) * (1 + (1000 - t) / 1000)
+
+
+def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:
+    """Batches as the align stage draws them."""
+    n, draw = (len(data.pairs), data.pair_batch) if method.consumes == "pairs" else (len(data.prompts), data.prompt_batch)
+    return lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
+
+
+def run(method: Any, data: PreparedData, seed: int = 0, **options: Any) -> list[dict[str, float]]:
+    """Trains a method's policy as the align stage does."""
+    drawn = options.pop("batches", None) or batches(data, method, seed)
+    return train(method, method.policy, drawn, method.config, seed=seed, **options)
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    """A copy of all of a policy's tensors, adapter and base."""
+    return {name: value.clone() for name, value in policy.denoiser.state_dict().items()}
+
+
+def adapter(policy: Policy) -> list[Tensor]:
+    """A copy of the adapter's tensors."""
+    return [weight.detach().clone() for weight in policy.parameters()]

@@ -1,0 +1,355 @@
+"""The training loop: what a step does, what a checkpoint keeps, what stops it."""
+
+import gc
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from attune.config import TrainingConfig
+from attune.diffusion.policy import fingerprint
+from attune.methods import dpo, sft, spo
+from attune.training.checkpoint import Checkpoint
+from attune.training.guard import NonFiniteError
+from attune.training.loop import batch_generator, epoch_rows, train
+
+OWN = {
+    "sft": {},
+    "dpo": {"beta": 500.0},
+    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 3, "threshold": 0.0, "steps": 4, "plain_steps": 1}
+    | {"minibatch_size": 4, "guidance_scale": 2.0, "inner_steps": 0},
+}
+METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
+
+
+def method(name, policy, **changes):
+    loop = {"lr": 1e-2, "batches": 4, "batch_size": 2, "warmup": 3}
+    config = METHODS[name].Config(**(loop | OWN[name] | changes))
+    return METHODS[name].Method(config, policy, *([tiny.brightness] if name == "spo" else []))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- arithmetic, on one weight
+
+
+class Line:
+    """One weight w, starting at 0; the loss of minibatch x is x w, so its gradient is x."""
+
+    def __init__(self, *per_batch):
+        self.module, self.per_batch = nn.Linear(1, 1, bias=False), per_batch
+        self.module.weight.data.zero_()
+
+    def parameters(self):
+        return list(self.module.parameters())
+
+    def minibatches(self, batch, generator):
+        return self.per_batch[batch % len(self.per_batch)]
+
+    def loss(self, x):
+        loss = self.module(torch.tensor([x])).sum()
+        return loss, {"loss": loss, "x": x}
+
+    def train(self, batches, **config):
+        plain = {"lr": 0.1, "batch_size": 1, "weight_decay": 0.0}
+        history = train(
+            self, self, lambda b, generator: b, TrainingConfig(batches=batches, **(plain | config)), seed=0
+        )
+        return history, self.module.weight.item()
+
+
+def test_warm_up_by_hand():
+    """A constant gradient makes AdamW move by its rate: 0.1 (1/4 + 2/4 + 3/4 + 1 + 1) = 0.35 downhill."""
+    history, w = Line([1.0]).train(5, warmup=4)
+    assert [row["lr"] for row in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert w == pytest.approx(-0.35, abs=1e-6)
+    assert Line([1.0]).train(5)[1] == pytest.approx(-0.5, abs=1e-6)
+
+
+def test_weight_decay_by_hand():
+    """No gradient, w = 1: each step leaves 1 - lr * decay = 0.95."""
+    line = Line([0.0])
+    line.module.weight.data.fill_(1.0)
+    assert line.train(2, weight_decay=0.5)[1] == pytest.approx(0.95**2)
+
+
+def test_clipping_by_hand():
+    """Gradients 1 and 100 clipped to norm 1 are gradients 1 and 1; the logged norm is the true one."""
+    history, w = Line([1.0, 100.0]).train(1, max_grad_norm=1.0)
+    assert [row["grad_norm"] for row in history] == pytest.approx([1, 100])
+    assert w == pytest.approx(Line([1.0, 1.0]).train(1)[1], abs=1e-6)
+    history, free = Line([1.0, 100.0]).train(1, max_grad_norm=None)
+    assert [row["grad_norm"] for row in history] == pytest.approx([1, 100])
+    assert abs(free - w) > 1e-3
+
+
+def test_accumulation_is_the_mean_gradient():
+    """Minibatches 1 and 3 make one step with gradient 2, and their mean is logged."""
+    history, _ = Line([1.0, 3.0]).train(1, accumulation=2, max_grad_norm=None)
+    assert [(row["step"], row["grad_norm"], row["x"]) for row in history] == [(1, pytest.approx(2), 2)]
+
+
+def test_accumulation_runs_across_batches():
+    """Offline methods yield one minibatch per batch: five batches, two per step, and the last alone."""
+    history, _ = Line([1.0], [3.0], [5.0], [7.0], [9.0]).train(5, accumulation=2)
+    assert [(row["step"], row["batch"], row["x"]) for row in history] == [(1, 1, 2), (2, 3, 6), (3, 4, 9)]
+
+
+def test_batches_may_yield_nothing():
+    """As when a judge is sure of no pair; the loop goes on."""
+    history, w = Line([], [1.0, 2.0], []).train(3)
+    assert [(row["step"], row["batch"]) for row in history] == [(1, 1), (2, 1)]
+    assert w < 0
+    assert Line([]).train(2) == ([], 0.0)
+
+
+def test_what_is_logged_is_the_history():
+    logged, shown = [], []
+    line = Line([1.0, 2.0])
+    config = TrainingConfig(lr=0.1, batches=4, batch_size=1)
+    history = train(
+        line,
+        line,
+        lambda b, generator: b,
+        config,
+        seed=0,
+        log=lambda row, step: logged.append({**row, "step": step}),
+        preview=shown.append,
+        preview_every=2,
+    )
+    assert [{k: v for k, v in row.items() if k != "batch"} for row in history] == logged
+    assert [row["batch"] for row in history] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {"loss", "x", "grad_norm", "lr", "step"} == set(logged[0])
+    assert shown == [4, 8]  # the optimizer step after batches 2 and 4
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops():
+    class Root(Line):
+        def loss(self, x):
+            loss = self.module(torch.tensor([x])).sum().sqrt()  # slope infinite at 0
+            return loss, {"loss": loss}
+
+    with pytest.raises(NonFiniteError, match="grad_norm is inf at step 1"):
+        Root([1.0]).train(1, max_grad_norm=None)
+
+
+# ---------------------------------------------------------------- randomness
+
+
+def test_batch_generators_differ():
+    draws = {torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)}
+    assert len(draws) == 15
+    assert torch.equal(*(torch.rand(4, generator=batch_generator(1, 2)) for _ in range(2)))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(7, 3), (4, 4), (3, 8), (5, 1)])
+def test_every_epoch_shows_every_row_once(n, batch_size):
+    """Batches run across epochs: n batches of any size are exactly `batch_size` epochs."""
+    rows = torch.cat([epoch_rows(n, batch_size, b, seed=0) for b in range(n)])
+    assert len(rows) == n * batch_size
+    for epoch in rows.split(n):
+        assert sorted(epoch.tolist()) == list(range(n))
+    assert Counter(rows.tolist()) == Counter(dict.fromkeys(range(n), batch_size))
+    if batch_size > 1 and n > 3:
+        assert not torch.equal(*rows.split(n)[:2])  # shuffled anew
+    assert not torch.equal(rows, torch.cat([epoch_rows(n, batch_size, b, seed=1) for b in range(n)]))
+
+
+# ---------------------------------------------------------------- real methods on a real network
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_bits_and_only_the_adapter_moves(new_policy, data, name):
+    ends = []
+    for seed in (0, 0, 1):
+        policy = new_policy()
+        before, base = tiny.weights(policy), fingerprint(policy.denoiser)
+        history = tiny.run(method(name, policy), data, seed=seed)
+        assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
+        assert fingerprint(policy.denoiser) == base
+        after = policy.denoiser.state_dict()
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved == {key for key in before if "lora_" in key}
+        ends.append((tiny.adapter(policy), history))
+    assert equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+    assert not equal(ends[0][0], ends[2][0])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_optimizer_steps_are_as_many_as_asked(new_policy, data, name):
+    """SPO: 2 prompts, 3 steps with candidates, a judge that is always sure: 6 pairs, 2 minibatches of <= 4."""
+    per_batch = {"sft": 1, "dpo": 1, "spo": 2}[name]
+    for accumulation in (1, 2):
+        policy = new_policy()
+        history = tiny.run(method(name, policy, accumulation=accumulation, lr=1e-4), data)
+        assert [row["step"] for row in history] == list(range(1, 4 * per_batch // accumulation + 1))
+
+
+class Fed:
+    """A method's loss on minibatches that were made beforehand."""
+
+    def __init__(self, inner):
+        self.policy, self.config, self.loss = inner.policy, inner.config, inner.loss
+
+    def minibatches(self, batch, generator):
+        return iter(batch)
+
+
+def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
+    t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
+    whole = data.pair_batch(range(6))
+    rows = sft.Noised(whole.chosen, t, noise, whole.cond)
+    half = [sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))]
+    ends = []
+    for minibatches in ([rows], half):
+        policy = new_policy(moved=0.1)
+        inner = method("sft", policy, accumulation=len(minibatches), batches=1, warmup=0)
+        history = tiny.run(Fed(inner), data, batches=lambda b, g, fed=minibatches: fed)
+        ends.append((history, tiny.adapter(policy)))
+    (one, many) = (history for history, _ in ends)
+    assert len(one) == len(many) == 1
+    assert many[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert many[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-5)
+    for a, b in zip(ends[0][1], ends[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # one step moves by 1e-2
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Interrupted(Exception):
+    """As if the process had been killed."""
+
+
+def interrupted(drawn, at):
+    def batches(b, generator):
+        if b == at:
+            raise Interrupted
+        return drawn(b, generator)
+
+    return batches
+
+
+def run_until(trained, data, root, stop, key="key"):
+    """Trains with a checkpoint after every batch; the process 'dies' before batch `stop`."""
+    checkpoint = Checkpoint(root, "align@x", key, every_seconds=0)
+    with pytest.raises(Interrupted):
+        tiny.run(trained, data, batches=interrupted(tiny.batches(data, trained), stop), checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(new_policy, data, tmp_path, name, accumulation):
+    policy = new_policy()
+    history = tiny.run(method(name, policy, accumulation=accumulation), data)
+    run_until(method(name, new_policy(), accumulation=accumulation), data, tmp_path, stop=3)
+    gc.collect()  # the dead process's lock
+    torch.rand(7)  # another process has another global state
+    again, drawn = new_policy(seed=99), []  # another start, which the checkpoint must replace
+    resumed = method(name, again, accumulation=accumulation)
+    batches = tiny.batches(data, resumed)
+
+    def counted(b, generator):
+        drawn.append(b)
+        return batches(b, generator)
+
+    checkpoint = Checkpoint(tmp_path, "align@x", "key", every_seconds=0)
+    assert tiny.run(resumed, data, batches=counted, checkpoint=checkpoint) == history
+    assert equal(policy.parameters(), again.parameters())
+    offline_pair_waits = accumulation == 2 and name != "spo"
+    assert drawn == ([2, 3] if offline_pair_waits else [3])  # resumed, not begun again
+    checkpoint.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_run_again(new_policy, data, tmp_path):
+    """Killed between the last batch and the outputs: nothing is drawn, the history is complete."""
+    policy = new_policy()
+    checkpoint = Checkpoint(tmp_path, "align@x", "key")  # saves at the end even if a minute has not passed
+    history = tiny.run(method("sft", policy), data, checkpoint=checkpoint)
+    del checkpoint
+    gc.collect()
+    again = new_policy()
+    checkpoint = Checkpoint(tmp_path, "align@x", "key")
+    trained = method("sft", again)
+    assert tiny.run(trained, data, batches=interrupted(None, 0), checkpoint=checkpoint) == history
+    assert equal(policy.parameters(), again.parameters())
+
+
+def test_a_changed_key_does_not_resume(new_policy, data, tmp_path):
+    run_until(method("sft", new_policy()), data, tmp_path, stop=2)
+    assert (tmp_path / "align-x-key" / "state.pt").exists()
+    checkpoint = Checkpoint(tmp_path, "align@x", "other")
+    history = tiny.run(method("sft", new_policy()), data, checkpoint=checkpoint)
+    assert [row["batch"] for row in history] == [0, 1, 2, 3]
+
+
+def test_nothing_half_written_is_left(new_policy, data, tmp_path):
+    run_until(method("sft", new_policy()), data, tmp_path, stop=2)
+    assert [file.name for file in (tmp_path / "align-x-key").iterdir()] == ["state.pt"]
+
+
+HOLD = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_run_that_another_process_holds_is_refused(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "align-x-key.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match=r"another process is already running align@x: .*align-x-key\.lock"):
+            Checkpoint(tmp_path, "align@x", "key")
+        Checkpoint(tmp_path, "align@x", "different")  # another run is not in the way
+        other.communicate()
+    Checkpoint(tmp_path, "align@x", "key")  # and it is free once that process has ended
+
+
+# ---------------------------------------------------------------- numbers that stop being numbers
+
+
+def broken(policy, data, trained, tmp_path, damage):
+    """Does `damage` before batch 2; returns the error and the checkpoint before and after."""
+    drawn, before = tiny.batches(data, trained), []
+    checkpoint = Checkpoint(tmp_path, "align@x", "key", every_seconds=0)
+
+    def batches(b, generator):
+        if b == 2:
+            before.append(checkpoint.file.read_bytes())
+            damage(policy.denoiser)
+        return drawn(b, generator)
+
+    with pytest.raises(NonFiniteError) as error:
+        tiny.run(trained, data, batches=batches, checkpoint=checkpoint)
+    return str(error.value), before[0], checkpoint.file.read_bytes()
+
+
+def nan_weight(network):
+    network.mid_block.resnets[0].conv1.weight.data[0, 0, 0, 0] = math.nan
+
+
+def overflow(network):
+    network.mid_block.resnets[1].conv2.weight.data.fill_(3e38)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (nan_weight, "weight mid_block.resnets.0.conv1.weight is not finite"),
+        (overflow, "first bad output in module mid_block.resnets.1.conv2"),
+    ],
+)
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_nan_stops_with_the_first_bad_module_and_spares_the_checkpoint(
+    policy, data, tmp_path, name, damage, named
+):
+    message, before, after = broken(policy, data, method(name, policy), tmp_path, damage)
+    assert message.endswith(named)
+    assert "at step 3" in message
+    assert before == after

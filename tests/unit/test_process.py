@@ -1,0 +1,120 @@
+"""The diffusion process: numbers worked out by hand, limits, and diffusers' own scheduler."""
+
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler
+
+from attune.diffusion import process
+
+SCHEDULER = DDIMScheduler(**tiny.SCHEDULE)
+SCHEDULE = SCHEDULER.alphas_cumprod
+
+
+def latents(seed, rows=4):
+    return torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def scalar(value):
+    return torch.full((1, 1, 1, 1), value)
+
+
+def test_at_gives_one_value_per_row():
+    x = latents(0, rows=2).double()
+    a_t = process.at(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([2, 0]), x)
+    assert a_t.shape == (2, 1, 1, 1)
+    assert a_t.dtype == torch.float64
+    torch.testing.assert_close(a_t.flatten(), torch.tensor([0.1, 0.9]).double())
+
+
+def test_add_noise_by_hand():
+    """a = 0.64: sqrt(0.64) 2 + sqrt(0.36) (-1) = 1.6 - 0.6 = 1."""
+    assert process.add_noise(scalar(2.0), scalar(-1.0), scalar(0.64)).item() == pytest.approx(1.0)
+
+
+def test_predict_x0_undoes_add_noise():
+    x_0, noise, a_t = latents(0), latents(1), process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
+    torch.testing.assert_close(process.predict_x0(process.add_noise(x_0, noise, a_t), noise, a_t), x_0)
+
+
+def test_velocity_to_noise_by_its_definition():
+    """v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
+    x_0, noise, a_t = latents(0), latents(1), process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
+    velocity = a_t.sqrt() * noise - (1 - a_t).sqrt() * x_0
+    x_t = process.add_noise(x_0, noise, a_t)
+    torch.testing.assert_close(process.velocity_to_noise(velocity, x_t, a_t), noise)
+
+
+def test_timesteps():
+    assert process.ddim_timesteps(1000, 4).tolist() == [751, 501, 251, 1]
+    assert process.ddim_timesteps(1000, 1).tolist() == [1]
+    assert process.ddim_timesteps(1000, 30).tolist()[:2] == [958, 925]  # 33 apart, not 33.3
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1000])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=rf"1\.\.999, got {steps}"):
+        process.ddim_timesteps(1000, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 499, 999])
+def test_every_run_stays_in_the_schedule_and_ends_at_zero(steps):
+    t = process.ddim_timesteps(1000, steps)
+    previous = process.previous_timestep(t, 1000, steps)
+    assert 0 < t.min()
+    assert t.max() < 1000
+    assert previous[-1] == 0
+    assert torch.equal(previous[:-1], t[1:])  # each step arrives where the next one starts
+
+
+def test_ddim_step_by_hand():
+    """a_t = 0.25, a_prev = 0.64, x_t = 1, noise_pred = 0.5, eta = 1.
+
+    var  = (0.36 / 0.75) (1 - 0.25 / 0.64) = 0.48 * 0.609375 = 0.2925
+    x_0  = (1 - sqrt(0.75) 0.5) / 0.5 = 1.1339746
+    mean = 0.8 x_0 + sqrt(0.36 - 0.2925) 0.5 = 0.9071797 + 0.1299038 = 1.0370835
+    """
+    mean, std = process.ddim_step(scalar(1.0), scalar(0.5), scalar(0.25), scalar(0.64), 1.0)
+    assert std.item() ** 2 == pytest.approx(0.2925)
+    assert mean.item() == pytest.approx(1.0370835)
+
+
+def test_eta_zero_is_deterministic():
+    """Without noise a step puts the predicted x_0 and the predicted noise together again, at a_prev."""
+    x_t, noise_pred = latents(0), latents(1)
+    a_t, a_prev = (process.at(SCHEDULE, torch.full((4,), t), x_t) for t in (501, 451))
+    mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, 0.0)
+    assert not std.any()
+    again = process.add_noise(process.predict_x0(x_t, noise_pred, a_t), noise_pred, a_prev)
+    torch.testing.assert_close(mean, again)
+    _, half = process.ddim_step(x_t, noise_pred, a_t, a_prev, 0.5)
+    _, full = process.ddim_step(x_t, noise_pred, a_t, a_prev, 1.0)
+    torch.testing.assert_close(2 * half, full)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_step_is_diffusers(eta):
+    SCHEDULER.set_timesteps(20)
+    assert process.ddim_timesteps(1000, 20).tolist() == SCHEDULER.timesteps.tolist()
+    x_t, noise_pred, noise = latents(0), latents(1), latents(2)
+    for t in SCHEDULER.timesteps:
+        a_t = process.at(SCHEDULE, t.expand(4), x_t)
+        a_prev = process.at(SCHEDULE, process.previous_timestep(t.expand(4), 1000, 20), x_t)
+        mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, eta)
+        theirs = SCHEDULER.step(noise_pred, t, x_t, eta=eta, variance_noise=noise if eta else None)
+        torch.testing.assert_close(mean + std * noise, theirs.prev_sample, rtol=1e-5, atol=2e-5)
+
+
+def test_log_prob_by_hand():
+    """One dimension at its mean, std 2: -ln 2 - ln sqrt(2 pi) = -1.6120857; one std away: 0.5 less."""
+    densities = process.gaussian_log_prob(
+        torch.tensor([0.0, 2.0]).reshape(2, 1, 1, 1), torch.zeros(2, 1, 1, 1), scalar(2.0)
+    )
+    assert densities.tolist() == pytest.approx([-1.6120857, -2.1120857])
+
+
+def test_log_prob_is_the_mean_over_dimensions():
+    x, mean = latents(0), latents(1)
+    std = torch.tensor([0.02, 0.3, 1.0, 4.0]).reshape(4, 1, 1, 1)
+    expected = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(x).mean((1, 2, 3))
+    torch.testing.assert_close(process.gaussian_log_prob(x, mean, std), expected)

@@ -1,0 +1,103 @@
+"""Drawing images: DDIM as diffusers runs it, and noise that belongs to its image."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler
+
+from attune.config import Sampling
+from attune.diffusion import process
+from attune.diffusion.sampling import normal, per_row_normal, sample
+from attune.painting import paint
+
+SEEDS = [11, 22, 33]
+PROMPTS = ["a cat", "a dog", "two owls"]
+
+
+@pytest.fixture
+def cond(policy):
+    return policy.backbone.encode_prompts(PROMPTS)
+
+
+def test_eta_zero_draws_only_the_start(policy, cond):
+    shapes, draw = [], per_row_normal(SEEDS)
+
+    def counted(shape):
+        shapes.append(shape)
+        return draw(shape)
+
+    sample(policy, cond, counted, 5, 0.0, 2.0)
+    assert shapes == [(3, 4, 8, 8)]
+    sample(policy, cond, counted, 5, 1.0, 2.0)
+    assert len(shapes) == 1 + 6
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_same_seeds_give_the_same_bits(policy, cond, eta):
+    images = [sample(policy, cond, per_row_normal(SEEDS), 4, eta, 2.0) for _ in range(2)]
+    assert torch.equal(*images)
+    assert not torch.equal(images[0], sample(policy, cond, per_row_normal([1, 2, 3]), 4, eta, 2.0))
+
+
+def test_a_single_step_arrives_at_zero(policy, cond):
+    """From t = 1 to t = 0, by the definition of x_0 and of the forward process."""
+    schedule = policy.backbone.alphas_cumprod
+    x_t, t = per_row_normal(SEEDS)((3, 4, 8, 8)), torch.ones(3, dtype=torch.long)
+    with torch.no_grad():
+        noise_pred = policy.predict_noise(x_t, t, cond)
+    x_0 = (x_t - (1 - schedule[1]).sqrt() * noise_pred) / schedule[1].sqrt()
+    expected = process.add_noise(x_0, noise_pred, schedule[0])
+    torch.testing.assert_close(sample(policy, cond, per_row_normal(SEEDS), 1, 0.0, 1.0), expected)
+
+
+def test_a_run_is_diffusers(policy, cond):
+    scheduler = DDIMScheduler(**tiny.SCHEDULE)
+    scheduler.set_timesteps(10)
+    x_t = per_row_normal(SEEDS)((3, 4, 8, 8))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise_pred = policy.predict_noise(x_t, t.expand(3), cond, 3.0)
+            x_t = scheduler.step(noise_pred, t, x_t, eta=0.0).prev_sample
+    ours = sample(policy, cond, per_row_normal(SEEDS), 10, 0.0, 3.0)
+    torch.testing.assert_close(ours, x_t, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_of_a_row_is_its_own():
+    together = per_row_normal(SEEDS)
+    alone = per_row_normal(SEEDS[1:2])
+    for _ in range(3):  # and stays so, draw after draw
+        assert torch.equal(together((3, 4, 8, 8))[1:2], alone((1, 4, 8, 8)))
+
+
+def test_noise_of_one_generator_is_one_stream():
+    draw = normal(torch.Generator().manual_seed(0))
+    first, second = draw((2, 3)), draw((2, 3))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, normal(torch.Generator().manual_seed(0))((2, 3)))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_an_image_does_not_depend_on_its_batch(policy, cond, eta):
+    together = sample(policy, cond, per_row_normal(SEEDS), 6, eta, 2.0)
+    order = torch.tensor([2, 0])
+    apart = sample(policy, cond[order], per_row_normal([33, 11]), 6, eta, 2.0)
+    torch.testing.assert_close(apart, together[order], rtol=1e-5, atol=1e-5 * float(together.abs().max()))
+
+
+def paint_with(policy, rows, batch_size, eta=0.0):
+    sampling = Sampling(steps=4, eta=eta, guidance_scale=2.0, batch_size=batch_size)
+    prompts = [PROMPTS[i % 3] for i in rows]
+    return paint(policy, prompts, [i // 3 for i in rows], sampling, 0, None)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_painting_does_not_depend_on_batch_size_or_order(new_policy, eta):
+    policy, rows = new_policy(moved=0.1), list(range(9))
+    eight = paint_with(policy, rows, 8, eta)
+    assert eight.shape == (9, 16, 16, 3)
+    assert eight.dtype == np.uint8
+    for again in (paint_with(policy, rows, 1, eta), paint_with(policy, rows[::-1], 4, eta)[::-1]):
+        assert np.abs(eight.astype(int) - again).max() <= 1  # one grey level
+    assert len(np.unique(eight.reshape(9, -1), axis=0)) == 9  # ordinals of one prompt differ too
+    assert eight.std() > 10  # not one flat colour, which would make this test empty

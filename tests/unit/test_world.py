@@ -1,0 +1,493 @@
+"""The embedded world: what its prompts say is what its pictures show, and the oracle sees the difference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import astuple, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from attune.sources import PAIR_COLUMNS, check
+from attune.sources.world import Config, draw_prompts, label_pairs, prepare
+from attune.world import flaws, oracle
+from attune.world.grammar import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    KINDS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    all_scenes,
+    parse,
+    vocabulary,
+)
+from attune.world.render import IMAGE_SIZE, RADII, render, shape_distance
+
+N = 60  # scenes of each kind
+SPLITS = ("train", "validation", "test")
+
+
+def some(kind: str, n: int = N, seed: int = 0) -> list[Scene]:
+    of_kind = [scene for scene in all_scenes() if scene.kind == kind]
+    return [of_kind[i] for i in np.random.default_rng(seed).choice(len(of_kind), n, replace=False)]
+
+
+def prompts(scenes: list[Scene]) -> list[str]:
+    return [scene.prompt for scene in scenes]
+
+
+def paint(scenes: list[Scene], seed: int = 0) -> np.ndarray:
+    return render(scenes, np.random.default_rng(seed))
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# --- grammar ----------------------------------------------------------------------------------------------
+
+
+def test_there_are_22500_prompts_and_each_is_read_back():
+    scenes = all_scenes()
+    assert len({scene.prompt for scene in scenes}) == len(scenes) == 22_500
+    assert {kind: sum(s.kind == kind for s in scenes) for kind in KINDS} == {
+        "one": 6 * 6 * 3 * 5,
+        "count": 6 * 6 * 2 * 5,
+        "relation": 6 * 6 * 5 * 6 * 4 * 5,
+    }
+    wrong = [scene.prompt for scene in scenes if parse(scene.prompt) != scene]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("prompt", "scene"),
+    [
+        (
+            "a large red circle on a white background",
+            Scene("one", ("red",), ("circle",), "white", size="large"),
+        ),
+        ("three green crosses on a pink background", Scene("count", ("green",), ("cross",), "pink", count=3)),
+        (
+            "a blue ring left of an orange square on a gray background",
+            Scene("relation", ("blue", "orange"), ("ring", "square"), "gray", count=2, relation="left of"),
+        ),
+    ],
+)
+def test_prompts_read_as_people_would_write_them(prompt, scene):
+    assert scene.prompt == prompt
+    assert parse(prompt) == scene
+    assert parse(f"  {prompt.upper()} ") == scene
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "",
+        "a photo of a cat",
+        "a large red circle",
+        "a large red circle on a white background.",
+        "a huge red circle on a white background",
+        "a large teal circle on a white background",
+        "four red circles on a white background",
+        "two red circle on a white background",
+        "a large red circle on a white background, trending on artstation",
+    ],
+)
+def test_foreign_prompts_are_refused(foreign):
+    with pytest.raises(ValueError, match="not a prompt of the embedded world"):
+        parse(foreign)
+
+
+def test_the_vocabulary_is_exactly_the_words_of_the_prompts():
+    words = {word for scene in all_scenes() for word in scene.prompt.split()}
+    assert words == set(vocabulary())
+    assert vocabulary() == sorted(set(vocabulary()))
+
+
+def objects(scene: Scene) -> set[tuple[str, str]]:
+    return set(zip(scene.colours, scene.shapes, strict=True))
+
+
+def test_splits_hold_out_combinations():
+    """d = (shape - colour) mod 6: 0 is only in test prompts, 1 never in training, the rest everywhere."""
+    d = {(c, s): (SHAPES.index(s) - list(COLOURS).index(c)) % 6 for c in COLOURS for s in SHAPES}
+    seen = {split: [objects(s) for s in all_scenes() if s.split == split] for split in SPLITS}
+    assert sum(map(len, seen.values())) == len(all_scenes()), "every prompt is in exactly one split"
+    trained = set().union(*seen["train"])
+    assert {d[o] for o in trained} == {2, 3, 4, 5}
+    assert {d[o] for o in set().union(*seen["validation"])} == {1, 2, 3, 4, 5}
+    for split in ("validation", "test"):
+        assert all(held_out - trained for held_out in seen[split]), "something of every prompt is new"
+    for objects_of_prompt in seen["test"]:
+        assert 0 in {d[o] for o in objects_of_prompt}
+    for combination in (("red", "circle"), ("green", "square"), ("purple", "ring")):
+        assert d[combination] == 0, "the docstring's examples"
+
+
+def test_every_kind_is_in_every_split():
+    counts = {(s.kind, s.split) for s in all_scenes()}
+    assert counts == {(kind, split) for kind in KINDS for split in SPLITS}
+
+
+# --- renderer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rendering_depends_on_the_seed_alone(kind):
+    scenes = some(kind)
+    first = paint(scenes, seed=1)
+    assert np.array_equal(first, paint(scenes, seed=1))
+    assert (first != paint(scenes, seed=2)).any(axis=(1, 2, 3)).mean() > 0.95
+    assert first.dtype == np.float32
+    assert first.shape == (N, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert first.min() >= 0
+    assert first.max() <= 1
+
+
+@pytest.mark.parametrize("size", sorted(RADII.values()))
+def test_all_shapes_have_the_area_of_the_circle(size):
+    grid = (np.arange(IMAGE_SIZE * 20) + 0.5) / 20 - IMAGE_SIZE / 2
+    for number, name in enumerate(SHAPES):
+        area = (
+            shape_distance(number, grid[None, :], grid[:, None], np.float64(size)) < 0
+        ).mean() * IMAGE_SIZE**2
+        assert area == pytest.approx(np.pi * size**2, rel=0.02), name
+
+
+def coverage(scene: Scene, image: np.ndarray) -> np.ndarray:
+    """How much of each pixel (H, W) is object, from the colours of a scene with one object colour."""
+    ground, ink = np.array(BACKGROUNDS[scene.background]), np.array(COLOURS[scene.colours[0]])
+    return (image - ground) @ (ink - ground) / ((ink - ground) ** 2).sum()
+
+
+def test_edges_are_anti_aliased():
+    scenes = [s for s in some("one", 300) if s.shapes[0] in ("circle", "ring", "triangle")]
+    for scene, image in zip(scenes, paint(scenes), strict=True):
+        cover = coverage(scene, image)
+        assert cover.min() == pytest.approx(0, abs=1e-5)
+        assert cover.max() == pytest.approx(1, abs=1e-5)
+        between = ((cover > 0.02) & (cover < 0.98)).sum()
+        assert between > 2 * RADII[scene.size], "a border as long as the perimeter wears mixed colours"
+        radius = np.sqrt(cover.sum() / np.pi) / RADII[scene.size]
+        assert 0.93 < radius < 1.07, "half-covered pixels count half, so the area is right to a few percent"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_larger_picture_is_the_same_picture(kind):
+    """Rendered at 64 px and averaged over 2 x 2 pixels, a scene looks as it does at 32 px."""
+    scenes = some(kind)
+    large = render(scenes, rng(), size=2 * IMAGE_SIZE)
+    halved = large.reshape(N, IMAGE_SIZE, 2, IMAGE_SIZE, 2, 3).mean((2, 4))
+    assert np.abs(halved - paint(scenes)).mean() < 0.01
+    assert oracle.scores(large, prompts(scenes)).mean() > 0.85
+
+
+# --- oracle: faithfulness ---------------------------------------------------------------------------------
+
+
+def other(values, taken, generator: np.random.Generator):
+    free = [value for value in values if value not in taken]
+    return free[generator.integers(len(free))]
+
+
+def wrong(scene: Scene, what: str, generator: np.random.Generator) -> Scene:
+    """The scene with one attribute of another value (of its first object, where it has two)."""
+    if what == "colour":
+        return replace(scene, colours=(other(COLOURS, scene.colours, generator), *scene.colours[1:]))
+    if what == "shape":
+        return replace(scene, shapes=(other(SHAPES, scene.shapes[:1], generator), *scene.shapes[1:]))
+    if what == "background":
+        return replace(scene, background=other(BACKGROUNDS, [scene.background], generator))
+    if what == "size":
+        return replace(scene, size=other(SIZES, [scene.size], generator))
+    if what == "count":
+        return replace(scene, count=other(COUNTS.values(), [scene.count], generator))
+    return replace(scene, relation=other(RELATIONS, [scene.relation], generator))
+
+
+MISTAKES = [(kind, what) for kind in KINDS for what in ("colour", "shape", "background")]
+MISTAKES += [("one", "size"), ("count", "count"), ("relation", "relation")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_and_right_pictures_score_high(kind):
+    scenes = some(kind, 150)
+    scores = oracle.scores(paint(scenes), prompts(scenes))
+    assert scores.mean() >= 0.85
+    assert scores.min() > 0.7
+
+
+@pytest.mark.parametrize(("kind", "what"), MISTAKES)
+def test_one_wrong_attribute_costs_much(kind, what):
+    scenes, generator = some(kind), rng(1)
+    right = oracle.scores(paint(scenes), prompts(scenes))
+    painted_wrong = [wrong(scene, what, generator) for scene in scenes]
+    assert all(a != b for a, b in zip(scenes, painted_wrong, strict=True))
+    scores = oracle.scores(paint(painted_wrong), prompts(scenes))
+    assert scores.mean() < 0.6
+    assert (scores < right).mean() >= 0.95
+
+
+PART = {"colour": "colour", "shape": "shape", "background": "background"}
+
+
+@pytest.mark.parametrize(("kind", "what"), MISTAKES)
+def test_the_verdict_says_what_is_wrong(kind, what):
+    """The sub-score of the wrong attribute falls furthest of all."""
+    scenes, generator = some(kind), rng(2)
+    painted_wrong = [wrong(scene, what, generator) for scene in scenes]
+    before = oracle.judge(paint(scenes), prompts(scenes))
+    after = oracle.judge(paint(painted_wrong), prompts(scenes))
+    parts = ("background", "colour", "shape", "layout")
+    falls = {
+        p: np.mean([getattr(b, p) - getattr(a, p) for b, a in zip(before, after, strict=True)]) for p in parts
+    }
+    assert max(falls, key=falls.get) == PART.get(what, "layout"), falls
+    assert np.mean([a.appeal for a in after]) > 0.8, "a wrong picture may still be a pretty one"
+
+
+def test_an_empty_picture_is_worth_little_and_not_nothing():
+    scene = Scene("one", ("red",), ("circle",), "white", size="large")
+    blank = np.full((1, 32, 32, 3), BACKGROUNDS["white"], dtype=np.float32)
+    verdict = oracle.judge(blank, [scene.prompt])[0]
+    assert 0 < verdict.score < 0.1
+    assert verdict.background == 1.0
+
+
+# --- oracle: appeal ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", flaws.DAMAGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_costs_more_the_stronger_it_is(kind, damage):
+    scenes = some(kind)
+    clean = paint(scenes)
+
+    def damaged(strength: float) -> np.ndarray:
+        return np.stack([flaws.damage_one(image, damage, strength, rng(i)) for i, image in enumerate(clean)])
+
+    means = [oracle.scores(clean, prompts(scenes)).mean()]
+    means += [oracle.scores(damaged(strength), prompts(scenes)).mean() for strength in (0.35, 0.7, 1.0)]
+    for milder, stronger in pairwise(means):
+        assert stronger < milder - 0.01, means
+    assert means[-1] < 0.5
+
+
+def test_damage_is_seen_as_damage_and_not_as_a_wrong_picture():
+    scenes = some("one")
+    blurred = np.stack([flaws.damage_one(image, "blur", 0.5, rng()) for image in paint(scenes)])
+    before = oracle.judge(paint(scenes), prompts(scenes))
+    after = oracle.judge(blurred, prompts(scenes))
+    assert np.mean([b.sharpness - a.sharpness for b, a in zip(before, after, strict=True)]) > 0.2
+    assert np.mean([a.colour for a in after]) > 0.8
+    assert np.mean([a.layout for a in after]) > 0.8
+
+
+# --- oracle: conduct --------------------------------------------------------------------------------------
+
+
+def test_the_oracle_is_deterministic_and_judges_each_image_alone():
+    scenes = [scene for kind in KINDS for scene in some(kind, 20)]
+    images, words = paint(scenes), prompts(scenes)
+    scores = oracle.scores(images, words)
+    assert np.array_equal(scores, oracle.scores(images, words))
+    order = rng().permutation(len(scenes))
+    assert np.array_equal(oracle.scores(images[order], [words[i] for i in order]), scores[order])
+    assert np.array_equal(oracle.scores(images[:1], words[:1]), scores[:1])
+    assert len(set(scores.round(6))) > 50, "images differ, and so do their scores"
+
+
+def test_300_images_per_second():
+    scenes = [scene for kind in KINDS for scene in some(kind, 50)]
+    images, words, seconds = paint(scenes), prompts(scenes), []
+    for _ in range(3):
+        start = time.process_time()  # CPU time: other work on this machine does not count
+        oracle.scores(images, words)
+        seconds.append(time.process_time() - start)
+    assert len(scenes) / min(seconds) > 300
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, 255.0, float("nan")])
+def test_pixels_outside_the_unit_interval_are_refused(value):
+    images = np.full((2, 32, 32, 3), 0.5, dtype=np.float32)
+    images[1, 3, 3, 0] = value
+    with pytest.raises(ValueError, match=r"oracle images must lie in \[0, 1\]"):
+        oracle.judge(images, prompts(some("one", 2)))
+
+
+def test_one_prompt_per_image():
+    images = paint(some("one", 3))
+    with pytest.raises(ValueError, match="3 images for 2 prompts"):
+        oracle.judge(images, prompts(some("one", 2)))
+    with pytest.raises(ValueError, match="not a prompt of the embedded world: 'a cat'"):
+        oracle.judge(images[:1], ["a cat"])
+    assert oracle.judge(images[:0], []) == []
+
+
+def strange_pictures() -> dict[str, np.ndarray]:
+    noise = rng().random((20, 32, 32, 3)).astype(np.float32)
+    checks = (np.indices((32, 32)).sum(0) % 2)[None, :, :, None] * np.ones(3)
+    flat = np.array([*COLOURS.values(), *BACKGROUNDS.values(), (0, 0, 0), (1, 1, 1)])[:, None, None, :]
+    return {
+        "noise": noise,
+        "checkerboard": checks.astype(np.float32),
+        "one colour": np.broadcast_to(flat, (len(flat), 32, 32, 3)).astype(np.float32),
+        "gradient": np.broadcast_to(np.linspace(0, 1, 32)[None, None, :, None], (1, 32, 32, 3)).astype(
+            np.float32
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", strange_pictures())
+def test_every_field_of_a_verdict_is_in_the_unit_interval(name):
+    images = strange_pictures()[name]
+    for kind in KINDS:
+        for verdict in oracle.judge(images, prompts(some(kind, len(images)))):
+            values = np.array(astuple(verdict))
+            assert len(values) == len(oracle.VERDICT_FIELDS)
+            assert np.isfinite(values).all()
+            assert (values >= 0).all()
+            assert (values <= 1).all()
+            assert verdict.score < 0.6
+
+
+# --- flaws ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_of_damaged_images_is_as_asked(share):
+    n = 1000
+    images = np.repeat(paint(some("one", 10)), n // 10, axis=0)
+    before = images.copy()
+    out = flaws.damage(images, rng(), share)
+    assert np.array_equal(images, before), "the input stays as it was"
+    damaged = (out != images).any(axis=(1, 2, 3))
+    assert damaged.mean() == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / n))
+    assert out.dtype == np.float32
+    assert 0 <= out.min() <= out.max() <= 1
+
+
+def test_unknown_damage_is_refused():
+    with pytest.raises(ValueError, match="unknown damage 'rain'; one of blur, noise, lighting, washed"):
+        flaws.damage_one(paint(some("one", 1))[0], "rain", 1.0, rng())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 1.0])
+def test_the_share_of_wrong_captions_is_as_asked(share):
+    scenes = some("relation", 2000)
+    read = flaws.wrong_captions(scenes, rng(), share)
+    changed = np.mean([a != b for a, b in zip(scenes, read, strict=True)])
+    assert changed == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 2000))
+
+
+def attributes(scene: Scene) -> tuple:
+    """Everything a prompt says, flat."""
+    return (*scene.colours, *scene.shapes, scene.background, scene.size, scene.count, scene.relation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_misread_caption_has_exactly_one_wrong_attribute(kind):
+    generator, changed = rng(), set()
+    for scene in some(kind, 300):
+        read = flaws.misread(scene, generator)
+        assert read.kind == kind
+        assert parse(read.prompt) == read, "still a prompt of the grammar"
+        differs = [
+            i for i, (a, b) in enumerate(zip(attributes(scene), attributes(read), strict=True)) if a != b
+        ]
+        assert len(differs) == 1
+        changed |= set(differs)
+    constant = {"one": {"count", "relation"}, "count": {"size", "relation"}, "relation": {"size", "count"}}[
+        kind
+    ]
+    assert len(changed) == len(attributes(scene)) - len(constant), "every attribute gets its turn"
+
+
+# --- data source ------------------------------------------------------------------------------------------
+
+
+def test_all_pairs_of_a_prompts_images():
+    """2 prompts x 4 images: 4 * 3 / 2 pairs each; images of prompt p are rows 4p .. 4p + 3."""
+    utility = np.arange(8).reshape(2, 4) / 10
+    pairs = label_pairs(["p", "q"], utility, 0.05, rng())
+    assert len(pairs) == 2 * 6
+    assert set(PAIR_COLUMNS) - {"split"} <= set(pairs.columns)
+    expected = {("p", i, j) for i in range(4) for j in range(i + 1, 4)}
+    expected |= {("q", 4 + i, 4 + j) for i in range(4) for j in range(i + 1, 4)}
+    assert set(zip(pairs.prompt, pairs.image_0, pairs.image_1, strict=True)) == expected
+    assert np.array_equal(pairs.utility_0, utility.ravel()[pairs.image_0])
+    assert np.array_equal(pairs.utility_1, utility.ravel()[pairs.image_1])
+    assert pairs.label_0.isin([0.0, 1.0]).all()
+
+
+@pytest.mark.parametrize(
+    ("difference", "temperature"), [(0.0, 0.05), (0.05, 0.05), (-0.1, 0.05), (0.05, 0.2)]
+)
+def test_choices_follow_bradley_terry(difference, temperature):
+    """P(0 over 1) = 1 / (1 + exp(-(u_0 - u_1) / T)): 0.5, 0.731, 0.119 and 0.562 here."""
+    n = 20_000
+    utility = np.tile([0.5 + difference, 0.5], (n, 1))
+    pairs = label_pairs(["p"] * n, utility, temperature, rng())
+    p = {(0.0, 0.05): 0.5, (0.05, 0.05): 0.7310586, (-0.1, 0.05): 0.1192029, (0.05, 0.2): 0.5621765}
+    p = p[difference, temperature]
+    assert pairs.label_0.mean() == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_drawn_prompts_are_distinct_balanced_and_of_their_split(split):
+    table = draw_prompts(split, 60, rng())
+    kinds = [parse(prompt).kind for prompt in table.prompt]
+    assert table.prompt.is_unique
+    assert (table.split == split).all()
+    assert {parse(prompt).split for prompt in table.prompt} == {split}
+    for head in (3, 30, 60):
+        assert {kind: kinds[:head].count(kind) for kind in KINDS} == dict.fromkeys(KINDS, head // 3)
+    assert draw_prompts(split, 60, rng()).equals(table)
+    assert not draw_prompts(split, 60, rng(1)).equals(table)
+
+
+def test_a_split_can_be_drawn_whole_and_no_further():
+    n = sum(scene.split == "validation" for scene in all_scenes())
+    assert set(draw_prompts("validation", n, rng()).prompt) == {
+        s.prompt for s in all_scenes() if s.split == "validation"
+    }
+    with pytest.raises(ValueError, match=rf"^data\.validation_prompts: {n + 1} wanted, the grammar has {n}$"):
+        draw_prompts("validation", n + 1, rng())
+
+
+def test_prepared_pairs_point_at_the_images_of_their_prompt():
+    """The renderer paints for the source, so that what an image shows can be told from its pixels."""
+    config = Config(
+        train_prompts=12,
+        validation_prompts=6,
+        test_prompts=9,
+        pair_prompts=5,
+        images_per_prompt=3,
+        temperature=0.05,
+    )
+    asked: list[tuple[str, int]] = []
+
+    def painter(words, ordinals, title):
+        asked.extend(zip(words, ordinals, strict=True))
+        images = [render([parse(w)], rng(o))[0] for w, o in zip(words, ordinals, strict=True)]
+        noisy = [
+            flaws.damage_one(image, "noise", 0.3 * o, rng(o))
+            for image, o in zip(images, ordinals, strict=True)
+        ]
+        return (np.stack(noisy) * 255).round().astype(np.uint8)
+
+    prepared = check(prepare(config, 0, painter))
+    assert prepared.prompts.split.value_counts().to_dict() == {"train": 12, "validation": 6, "test": 9}
+    assert len(set(asked)) == len(asked) == len(prepared.images) == (5 + 6) * 3
+    assert prepared.pairs.split.value_counts().to_dict() == {"train": 5 * 3, "validation": 6 * 3}
+    assert prepared.pairs.groupby("prompt").size().eq(3).all()
+    for pair in prepared.pairs.itertuples():
+        assert asked[pair.image_0] == (pair.prompt, asked[pair.image_0][1])
+        assert asked[pair.image_1][0] == pair.prompt
+        shown = prepared.images[[pair.image_0, pair.image_1]].astype(np.float32) / 255
+        assert oracle.scores(shown, [pair.prompt] * 2) == pytest.approx([pair.utility_0, pair.utility_1])
+        assert pair.split == parse(pair.prompt).split
