@@ -7,7 +7,7 @@ export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help repro test check ui embedded clean
+.PHONY: help repro test pipeline check ui embedded clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -16,12 +16,15 @@ help:  ## this list
 repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/
 	dvc repro
 
-test: $(READY)  ## all tests
-	python -m pytest
+test: $(READY)  ## all tests but the end-to-end one
+	python -m pytest -m "not pipeline"
+
+pipeline: $(READY)  ## the end-to-end test: a short `dvc repro` in a copy, twice
+	python -m pytest -m pipeline
 
 check: $(READY)  ## style, import layers and the fast tests
 	ruff check . && ruff format --check .
-	python -m pytest -m "not integration"
+	python -m pytest -m "not integration and not pipeline"
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1

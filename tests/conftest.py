@@ -2,25 +2,26 @@
 
 import os
 
+# before the libraries below are imported: they read these once
 for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ATTUNE_TRACKING": "off"}.items():
     os.environ.setdefault(_name, _value)
 
-import copy
+import copy  # noqa: E402
 
-import pytest
-import tiny
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from attune.backbones.sd import StableDiffusion
-from attune.backbones.sd import load as load_sd
-from attune.diffusion.policy import Policy
+import tiny  # noqa: E402
+from attune.backbones.sd import StableDiffusion  # noqa: E402
+from attune.backbones.sd import load as load_sd  # noqa: E402
+from attune.diffusion.policy import Policy  # noqa: E402
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> str:
-    """A random Stable Diffusion pipeline on disk: latents (4, 8, 8), images of 16 pixels, 43,000 weights."""
+    """A random Stable Diffusion pipeline on disk: latents (4, 8, 8), images of 16 pixels, 52,000 weights."""
     return tiny.write_pipeline(tmp_path_factory.mktemp("tiny"))
 
 

@@ -1,4 +1,4 @@
-"""DDIM and its transition density against the SPO authors' code: cases 1 (log-probabilities), 2 (candidates)."""
+"""DDIM and its transition density against the SPO authors' code: cases 1 (log_prob) and 2 (candidates)."""
 
 import pytest
 import torch

@@ -7,10 +7,10 @@ import sys
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from attune.config import TrainingConfig
 from attune.diffusion.policy import fingerprint
 from attune.methods import dpo, sft, spo
@@ -21,14 +21,14 @@ from attune.training.loop import batch_generator, epoch_rows, train
 OWN = {
     "sft": {},
     "dpo": {"beta": 500.0},
-    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 3, "threshold": 0.0, "steps": 4, "plain_steps": 1}
-    | {"minibatch_size": 4, "guidance_scale": 2.0, "inner_steps": 0},
+    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "plain_steps": 1}
+    | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
 }
 METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
 
 
 def method(name, policy, **changes):
-    loop = {"lr": 1e-2, "batches": 4, "batch_size": 2, "warmup": 3}
+    loop = {"lr": 1e-3, "batches": 3, "batch_size": 2, "warmup": 2}
     config = METHODS[name].Config(**(loop | OWN[name] | changes))
     return METHODS[name].Method(config, policy, *([tiny.brightness] if name == "spo" else []))
 
@@ -144,7 +144,9 @@ def test_an_infinite_gradient_of_a_finite_loss_stops():
 
 
 def test_batch_generators_differ():
-    draws = {torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)}
+    draws = {
+        torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)
+    }
     assert len(draws) == 15
     assert torch.equal(*(torch.rand(4, generator=batch_generator(1, 2)) for _ in range(2)))
 
@@ -185,12 +187,12 @@ def test_same_seed_same_bits_and_only_the_adapter_moves(new_policy, data, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_optimizer_steps_are_as_many_as_asked(new_policy, data, name):
-    """SPO: 2 prompts, 3 steps with candidates, a judge that is always sure: 6 pairs, 2 minibatches of <= 4."""
+    """SPO: 2 prompts, 2 steps with candidates, a judge that is always sure: 4 pairs, 2 minibatches of 2."""
     per_batch = {"sft": 1, "dpo": 1, "spo": 2}[name]
     for accumulation in (1, 2):
         policy = new_policy()
-        history = tiny.run(method(name, policy, accumulation=accumulation, lr=1e-4), data)
-        assert [row["step"] for row in history] == list(range(1, 4 * per_batch // accumulation + 1))
+        history = tiny.run(method(name, policy, accumulation=accumulation, batches=2), data)
+        assert [row["step"] for row in history] == list(range(1, 2 * per_batch // accumulation + 1))
 
 
 class Fed:
@@ -207,7 +209,9 @@ def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data)
     t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
     rows = sft.Noised(whole.chosen, t, noise, whole.cond)
-    half = [sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))]
+    half = [
+        sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))
+    ]
     ends = []
     for minibatches in ([rows], half):
         policy = new_policy(moved=0.1)
@@ -245,16 +249,18 @@ def run_until(trained, data, root, stop, key="key"):
         tiny.run(trained, data, batches=interrupted(tiny.batches(data, trained), stop), checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(new_policy, data, tmp_path, name, accumulation):
-    policy = new_policy()
-    history = tiny.run(method(name, policy, accumulation=accumulation), data)
-    run_until(method(name, new_policy(), accumulation=accumulation), data, tmp_path, stop=3)
+@pytest.mark.parametrize(("name", "accumulation"), [("sft", 1), ("sft", 2), ("dpo", 1), ("spo", 1)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    new_policy, data, tmp_path, name, accumulation
+):
+    """The process dies before the last batch. With two batches per step, the last but one is lost with it."""
+    policy, asked = new_policy(), {"batches": 2 + accumulation, "accumulation": accumulation}
+    history = tiny.run(method(name, policy, **asked), data)
+    run_until(method(name, new_policy(), **asked), data, tmp_path, stop=1 + accumulation)
     gc.collect()  # the dead process's lock
     torch.rand(7)  # another process has another global state
     again, drawn = new_policy(seed=99), []  # another start, which the checkpoint must replace
-    resumed = method(name, again, accumulation=accumulation)
+    resumed = method(name, again, **asked)
     batches = tiny.batches(data, resumed)
 
     def counted(b, generator):
@@ -264,8 +270,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(new_policy, data,
     checkpoint = Checkpoint(tmp_path, "align@x", "key", every_seconds=0)
     assert tiny.run(resumed, data, batches=counted, checkpoint=checkpoint) == history
     assert equal(policy.parameters(), again.parameters())
-    offline_pair_waits = accumulation == 2 and name != "spo"
-    assert drawn == ([2, 3] if offline_pair_waits else [3])  # resumed, not begun again
+    assert drawn == list(range(2, 2 + accumulation))  # resumed, not begun again
     checkpoint.discard()
     assert list(tmp_path.iterdir()) == []
 
@@ -289,7 +294,7 @@ def test_a_changed_key_does_not_resume(new_policy, data, tmp_path):
     assert (tmp_path / "align-x-key" / "state.pt").exists()
     checkpoint = Checkpoint(tmp_path, "align@x", "other")
     history = tiny.run(method("sft", new_policy()), data, checkpoint=checkpoint)
-    assert [row["batch"] for row in history] == [0, 1, 2, 3]
+    assert [row["batch"] for row in history] == [0, 1, 2]
 
 
 def test_nothing_half_written_is_left(new_policy, data, tmp_path):
@@ -297,14 +302,21 @@ def test_nothing_half_written_is_left(new_policy, data, tmp_path):
     assert [file.name for file in (tmp_path / "align-x-key").iterdir()] == ["state.pt"]
 
 
-HOLD = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import filelock, sys
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_run_that_another_process_holds_is_refused(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "align-x-key.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match=r"another process is already running align@x: .*align-x-key\.lock"):
+        with pytest.raises(
+            RuntimeError, match=r"another process is already running align@x: .*align-x-key\.lock"
+        ):
             Checkpoint(tmp_path, "align@x", "key")
         Checkpoint(tmp_path, "align@x", "different")  # another run is not in the way
         other.communicate()

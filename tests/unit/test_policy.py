@@ -3,12 +3,12 @@
 import re
 
 import pytest
-import tiny
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from attune.diffusion.policy import ADAPTER_FILE, fingerprint
 from attune.interfaces import Conditioning
 
@@ -72,7 +72,7 @@ def test_rank_targets_seed_and_start(new_policy):
             assert not weight.any()
         else:
             assert weight.shape[0] == 3
-            assert weight.std() == pytest.approx(1 / 3, rel=0.5)  # Gaussian of std 1 / rank
+            assert weight.std().item() == pytest.approx(1 / 3, rel=0.5)  # Gaussian of std 1 / rank
     same, other = (new_policy(rank=3, seed=seed, targets=["to_q"]) for seed in (1, 2))
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), same.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
@@ -93,7 +93,7 @@ def test_the_adapter_is_float32_on_a_half_precision_base(new_policy):
 
 
 def test_guidance_by_its_definition(policy, inputs):
-    """null + w (cond - null), from three separate calls; w = 1 is the conditional, w = 0 the null prediction."""
+    """null + w (cond - null), from separate calls; w = 1 is the conditional, w = 0 the null prediction."""
     x_t, t, cond = inputs
     with torch.no_grad():
         conditional = policy.predict_noise(x_t, t, cond)
@@ -170,7 +170,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(policy, tmp_path, change):
 
 def test_an_adapter_of_another_rank_is_refused(new_policy, tmp_path):
     new_policy(rank=3).save(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match="size mismatch|shape"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         new_policy(rank=2).load(tmp_path)
 
 

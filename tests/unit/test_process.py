@@ -1,10 +1,10 @@
 """The diffusion process: numbers worked out by hand, limits, and diffusers' own scheduler."""
 
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler
 
+import tiny
 from attune.diffusion import process
 
 SCHEDULER = DDIMScheduler(**tiny.SCHEDULE)
@@ -33,13 +33,21 @@ def test_add_noise_by_hand():
 
 
 def test_predict_x0_undoes_add_noise():
-    x_0, noise, a_t = latents(0), latents(1), process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
+    x_0, noise, a_t = (
+        latents(0),
+        latents(1),
+        process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
+    )
     torch.testing.assert_close(process.predict_x0(process.add_noise(x_0, noise, a_t), noise, a_t), x_0)
 
 
 def test_velocity_to_noise_by_its_definition():
     """v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
-    x_0, noise, a_t = latents(0), latents(1), process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
+    x_0, noise, a_t = (
+        latents(0),
+        latents(1),
+        process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
+    )
     velocity = a_t.sqrt() * noise - (1 - a_t).sqrt() * x_0
     x_t = process.add_noise(x_0, noise, a_t)
     torch.testing.assert_close(process.velocity_to_noise(velocity, x_t, a_t), noise)
@@ -61,7 +69,7 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 def test_every_run_stays_in_the_schedule_and_ends_at_zero(steps):
     t = process.ddim_timesteps(1000, steps)
     previous = process.previous_timestep(t, 1000, steps)
-    assert 0 < t.min()
+    assert t.min() > 0
     assert t.max() < 1000
     assert previous[-1] == 0
     assert torch.equal(previous[:-1], t[1:])  # each step arrives where the next one starts

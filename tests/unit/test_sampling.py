@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DDIMScheduler
 
+import tiny
 from attune.config import Sampling
 from attune.diffusion import process
 from attune.diffusion.sampling import normal, per_row_normal, sample

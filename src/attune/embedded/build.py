@@ -22,7 +22,7 @@ from attune.backbones import sd
 from attune.config import Sampling
 from attune.diffusion.policy import Policy
 from attune.embedded import base, scorers
-from attune.embedded.card import base_figures, write_card
+from attune.embedded.card import GUIDANCE, base_figures, write_card
 from attune.embedded.vae import train_vae
 from attune.painting import paint
 from attune.rewards import hpsv2
@@ -30,7 +30,8 @@ from attune.rewards import hpsv2
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
 SEED = 0
-VAE_STEPS, BASE_STEPS, JUDGE_STEPS = 4200, 1000, 1200
+VAE_STEPS, BASE_STEPS = 4200, 1600
+JUDGE_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
 TEST_RENDERED = 300
 SEEDS = {"pickscore": 11, "hpsv2": 12, "aesthetic": 13, "test": 99}
 
@@ -46,11 +47,11 @@ def main() -> None:
         base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(OUT / "base")
     painter = base_painter(OUT / "base")
     test = pool(painter, "test", TEST_RENDERED, 150)
-    figures = {"base": base_figures(OUT / "base")}
+    figures = {}
     for name in ("pickscore", "hpsv2", "aesthetic"):
         started = time.monotonic()
         figures[name] = {**build_scorer(name, painter, test), "seconds": round(time.monotonic() - started)}
-    write_card(OUT, figures)
+    write_card(OUT, {w: base_figures(OUT / "base", w) for w in GUIDANCE}, figures)
 
 
 def build_scorer(name: str, painter: scorers.Painter, test: scorers.Pool) -> dict[str, float]:
@@ -58,9 +59,9 @@ def build_scorer(name: str, painter: scorers.Painter, test: scorers.Pool) -> dic
     tokenizer, seed, head = base.build_tokenizer(), SEEDS[name], None
     pictures = pool(painter, name, 6000, 350)
     if name == "aesthetic":
-        model, head = scorers.train_aesthetic(pictures, tokenizer, JUDGE_STEPS, seed)
+        model, head = scorers.train_aesthetic(pictures, tokenizer, JUDGE_STEPS[name], seed)
     else:
-        model = scorers.train_judge(pictures, name, tokenizer, JUDGE_STEPS, seed, temperature=0.1)
+        model = scorers.train_judge(pictures, name, tokenizer, JUDGE_STEPS[name], seed, temperature=0.1)
     figures = scorers.agreement(model, test, TEST_RENDERED, tokenizer, head)
     save_scorer(name, model, head, OUT / name)
     return figures

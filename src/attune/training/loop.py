@@ -116,7 +116,7 @@ def optimizer_step(
         if not torch.isfinite(loss):
             raise NonFiniteError(f"loss is {loss.item()} at step {step + 1}: {first_bad_module(objective, minibatch)}")
         accelerator.backward(loss / len(group))
-        rows.append({name: float(value) for name, value in metrics.items()})
+        rows.append({k: v.item() if isinstance(v, Tensor) else float(v) for k, v in metrics.items()})
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
     if not math.isfinite(norm):
         raise NonFiniteError(f"grad_norm is {norm} at step {step + 1}: {first_bad_module(objective, group[-1])}")

@@ -5,9 +5,9 @@ Three kinds of prompt:
     count     "three green crosses on a pink background"
     relation  "a blue ring above a yellow square on a gray background"
 
-Splits hold out *combinations*: with d = (shape - colour) mod 6, an object with d = 0 (red circles, green
-squares, ...) appears in test prompts only, d = 1 in validation prompts only, so a method that only learned
-its training prompts by heart gains nothing on the others.
+Splits hold out *combinations*: with d = (shape - colour) mod 6, every test prompt has an object with d = 0 (red
+circles, green squares, ...) and no other prompt has one; every validation prompt has one with d = 1, and no
+training prompt has. So a method that only learned its training prompts by heart gains nothing on the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tiny Stable Diffusion of cases 5, 6 and 12 behind the project's own backbone, and what stands around it."""
+"""The tiny Stable Diffusion of cases 5, 6 and 12 behind our own backbone, and what stands around it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from golden.reading import HERE, tensors
 from torch import Tensor, nn
 
 from attune.backbones.sd import StableDiffusion
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
-from golden.reading import HERE, tensors
 
 ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 CONFIG = json.loads((HERE / "tiny_sd.json").read_text())

@@ -1,0 +1,84 @@
+"""Does a gain survive another seed? Runs the whole pipeline once per seed and tables the headline scorer.
+
+    python benchmarks/seeds.py --seeds 0 1 2 --jobs 2
+
+Each seed gets a copy of the repository, so data, preference model, training and evaluation noise all differ; the
+test combinations stay unseen in every one. Writes reports/seeds.md and reports/seeds.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("src", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "models/embedded")
+
+
+def run_seed(seed: int, work: Path) -> dict:
+    """Runs the pipeline with one seed; returns its summary and the seconds it took."""
+    home = work / f"seed{seed}"
+    for name in NEEDED:
+        target = home / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, target)
+    yaml = YAML()
+    params = yaml.load(home / "params.yaml")
+    params["profiles"][params["profile"]]["seed"] = seed
+    yaml.dump(params, home / "params.yaml")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env |= {"ATTUNE_TRACKING": "off", "DVC_NO_ANALYTICS": "1"}
+    started = time.monotonic()
+    with (work / f"seed{seed}.log").open("w") as log:
+        for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "repro"]):
+            subprocess.run(command, cwd=home, env=env, stdout=log, stderr=log, check=True)
+    summary = json.loads((home / "reports" / "summary.json").read_text())
+    accuracy = json.loads((home / "reports" / "train" / "preference.json").read_text())["accuracy_by_t"]
+    return {"seed": seed, "seconds": round(time.monotonic() - started), "summary": summary, "accuracy_by_t": accuracy}
+
+
+def table(results: list[dict], scorer: str = "oracle") -> str:
+    """Markdown: a row per seed and method."""
+    rows = ["| seed | method | mean | difference to base, 95 % CI | win rate | p |", "|---|---|---|---|---|---|"]
+    for result in results:
+        for name, entry in result["summary"]["methods"].items():
+            mean = entry["scores"][scorer]["mean"]
+            if scorer not in entry["vs_base"]:
+                rows.append(f"| {result['seed']} | {name} | {mean:.3f} | | | |")
+                continue
+            versus = entry["vs_base"][scorer]
+            low, high = versus["difference_ci95"]
+            rows.append(
+                f"| {result['seed']} | {name} | {mean:.3f} | {versus['difference']:+.3f} [{low:+.3f}, {high:+.3f}] "
+                f"| {versus['win_rate']:.2f} | {versus['p_value']:.1e} |"
+            )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one core each")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "attune-seeds")
+    options = parser.parse_args()
+    shutil.rmtree(options.work, ignore_errors=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda seed: run_seed(seed, options.work), options.seeds))
+    (ROOT / "reports").mkdir(exist_ok=True)
+    (ROOT / "reports" / "seeds.json").write_text(json.dumps(results, indent=2) + "\n")
+    (ROOT / "reports" / "seeds.md").write_text("# Seeds\n\n" + table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What every file of attune/methods owes the rest: parametrised over whatever files there are."""
+
+import inspect
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from attune import plugins
+from attune.assembly import build_method
+from attune.config import Profile, TrainingConfig, check, plugin_config, read_params
+from attune.diffusion.policy import fingerprint
+from attune.preference.model import from_clip, save
+from attune.training.loop import batch_generator
+
+ROOT = Path(__file__).parents[2]
+PROFILES = read_params(ROOT / "params.yaml")["profiles"]
+METHODS = plugins.available("methods")
+NOT_PREFERENCE = {
+    "sft"
+}  # every other loss compares chosen with rejected, and is ln 2 while nothing has moved
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="session")
+def preference(tiny_clip, tmp_path_factory) -> Path:
+    """An untaught step-aware preference model, as train_preference leaves one."""
+    folder = tmp_path_factory.mktemp("preference")
+    save(*from_clip(tiny_clip), folder)
+    return folder
+
+
+@pytest.fixture
+def build(preference):
+    """Builds a method as the align stage does, from its block of the short profile, for three batches."""
+
+    def build(name, policy):
+        block = {**PROFILES["short"]["methods"][name], "batches": 3, "batch_size": 2}
+        profile = check(Profile, {**PROFILES["short"], "methods": {name: block}}, "short")
+        return build_method(name, profile, policy, preference)
+
+    return build
+
+
+def test_config_is_read_without_running_the_module(name):
+    module, extracted = plugins.load("methods", name), plugins.config_class("methods", name)
+    assert extracted is not module.Config
+    assert extracted.model_json_schema() == module.Config.model_json_schema()
+    assert issubclass(module.Config, TrainingConfig)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_its_block(name, profile):
+    block = PROFILES[profile]["methods"][name]
+    where = f"profiles.{profile}.methods.{name}"
+    config = plugin_config("methods", name, block, where)
+    again = plugins.load("methods", name).Config.model_validate(config.model_dump())
+    assert again.model_dump() == config.model_dump()
+    with pytest.raises(ValueError, match=rf"{where}\.no_such_key"):
+        plugin_config("methods", name, {**block, "no_such_key": 1}, where)
+
+
+def test_it_says_what_it_consumes_and_wants_what_there_is(name):
+    method = plugins.load("methods", name).Method
+    assert method.consumes in ("pairs", "prompts")
+    assert list(inspect.signature(method).parameters)[:2] == ["config", "policy"]
+
+
+def test_three_steps_change_the_adapter_and_nothing_else(name, new_policy, data, build):
+    ends = []
+    for _ in range(2):
+        policy = new_policy()
+        method = build(name, policy)
+        before, base = tiny.weights(policy), fingerprint(policy.denoiser)
+        history = tiny.run(method, data)
+        assert len(history) >= 3
+        assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in history)
+        assert fingerprint(policy.denoiser) == base
+        after = tiny.weights(policy)
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved == {key for key in before if "lora_" in key}
+        ends.append((after, history))
+    (weights, history), (again, same) = ends
+    assert same == history
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())
+
+
+def losses(method, data):
+    """Loss and metrics of every minibatch of the first batch."""
+    generator = batch_generator(0, 0)
+    minibatches = method.minibatches(tiny.batches(data, method)(0, generator), generator)
+    return [method.loss(minibatch) for minibatch in minibatches]
+
+
+def test_a_preference_loss_starts_at_ln_2(name, policy, data, build):
+    """While policy and reference are one, nothing is preferred: -log sigmoid(0), exactly."""
+    at_ln_2 = [
+        loss.item() == pytest.approx(math.log(2), abs=1e-7) for loss, _ in losses(build(name, policy), data)
+    ]
+    assert at_ln_2
+    assert all(at_ln_2) if name not in NOT_PREFERENCE else not any(at_ln_2)
+
+
+def test_its_page_explains_what_it_logs(name, policy, data, build):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    _, metrics = losses(build(name, policy), data)[0]
+    assert [metric for metric in metrics if f"`{metric}`" not in page] == []
+
+
+def test_the_random_numbers_are_all_from_the_generator(name, policy, data, build):
+    """Otherwise a resumed run would not be the run that was interrupted."""
+    method, seen = build(name, policy), []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        seen.append([loss.item() for loss, _ in losses(method, data)])
+    assert seen[0] == seen[1]

@@ -1,0 +1,494 @@
+"""The whole pipeline, as a user runs it: a fresh clone, `dvc repro`, and what changes afterwards.
+
+One `dvc repro` of the `short` profile serves all tests (a fixture); the tests that change the project put it
+back. Nothing is replaced by a stand-in: real DVC, MLflow, models and training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, read_scores
+
+pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
+
+ROOT = Path(__file__).parents[2]
+CODE = ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "src", "models/embedded")
+JUNK = shutil.ignore_patterns("__pycache__", ".ruff_cache")
+PARAMS = YAML(typ="safe").load(ROOT / "params.yaml")
+METHODS = list(PARAMS["run_methods"])
+PROFILE = PARAMS["profiles"]["short"]
+SCORERS = list(PROFILE["scorers"])
+PROMPTS = PROFILE["generate"]["prompts"]
+ADAPTER = "pytorch_lora_weights.safetensors"
+STAGES = ["prepare", "train_preference", "generate_base", "evaluate_base", "report"]
+STAGES += [f"{stage}@{method}" for stage in ("align", "generate", "evaluate") for method in METHODS]
+
+# Python imports this by itself from PYTHONPATH=src: every stage notes which of our files it really loaded.
+TRACER = """
+import atexit, os, sys
+from pathlib import Path
+
+@atexit.register
+def note():
+    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
+    ours = sorted({os.path.relpath(file) for file in files if "/src/attune/" in file})
+    if ours and os.environ.get("DVC_STAGE"):
+        Path(os.environ["LOADED"], os.environ["DVC_STAGE"]).write_text("\\n".join(ours))
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A clone of this repository in a folder of its own."""
+
+    folder: Path
+    loaded: Path
+
+    def run(self, *words: str, fails: bool = False) -> str:
+        """A command in the clone; its stdout and stderr."""
+        strip = ("DVC_", "MLFLOW_", "ATTUNE_", "PYTHONPATH", "PYTEST_", "GIT_")
+        env = {key: value for key, value in os.environ.items() if not key.startswith(strip)}
+        env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "LOADED": str(self.loaded)}
+        env |= {"DVC_NO_ANALYTICS": "1", "HF_HUB_OFFLINE": "1", "DVC_SITE_CACHE_DIR": f"{self.folder}.site"}
+        done = subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=900)
+        said = done.stdout + done.stderr
+        assert (done.returncode != 0) is fails, f"{' '.join(words)}: {done.returncode}\n{said[-6000:]}"
+        return said
+
+    def dvc(self, *words: str) -> str:
+        return self.run(sys.executable, "-m", "dvc", *words)
+
+    def repro(self) -> list[str]:
+        """Reproduces; the stages that really ran, in order."""
+        return re.findall(r"Running stage '([^']+)'", self.dvc("repro"))
+
+    def read(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def lock(self) -> dict[str, Any]:
+        return YAML(typ="safe").load(self.folder / "dvc.lock")["stages"]
+
+    def hashes(self) -> dict[str, str]:
+        """Path of every output -> its hash, as DVC recorded it."""
+        return {out["path"]: out["md5"] for stage in self.lock().values() for out in stage["outs"]}
+
+    @contextmanager
+    def changed(self, name: str, text: str) -> Iterator[None]:
+        """The project with another text in a file."""
+        path = self.folder / name
+        before = path.read_text()
+        path.write_text(text)
+        try:
+            yield
+        finally:
+            path.write_text(before)
+
+    def params(self, dotted: str, value: Any) -> str:
+        """The text of params.yaml with one value changed."""
+        yaml, path = YAML(), self.folder / "params.yaml"
+        values = block = yaml.load(path)
+        *sections, key = dotted.split(".")
+        for section in sections:
+            block = block[section]
+        assert block[key] != value
+        block[key] = value
+        copy = self.folder / ".params.tmp"
+        yaml.dump(values, copy)
+        text = copy.read_text()
+        copy.unlink()
+        return text
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """A clone in which `dvc repro` has succeeded once."""
+    folder = tmp_path_factory.mktemp("clone")
+    made = Project(folder, tmp_path_factory.mktemp("loaded"))
+    for name in CODE:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=JUNK)
+        else:
+            shutil.copy(source, target)
+    (folder / "src" / "sitecustomize.py").write_text(TRACER)
+    (folder / "params.yaml").write_text(
+        re.sub(r"(?m)^profile: \w+$", "profile: short", made.read("params.yaml"))
+    )
+    made.run("git", "init", "--quiet")
+    made.run("git", "add", "--all")
+    made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")
+    ran = made.repro()
+    assert sorted(ran) == sorted(STAGES)
+    assert ran[0] == "prepare"
+    assert ran[-1] == "report"
+    return made
+
+
+# --- what one run leaves behind ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_an_adapter_a_curve_and_a_summary(project, method):
+    from safetensors.numpy import load_file
+
+    weights = load_file(project.folder / "models" / method / ADAPTER)
+    assert all(name.startswith("unet.") for name in weights)
+    assert all(np.isfinite(value).all() for value in weights.values())
+    up = [value for name, value in weights.items() if "lora.up" in name or "lora_B" in name]
+    assert up
+    assert all(value.any() for value in up), "B starts at zero: it has learned"
+    curve = pd.read_csv(project.folder / f"reports/train/{method}.csv")
+    facts = json.loads(project.read(f"reports/train/{method}.json"))
+    assert facts["steps"] == len(curve) >= PROFILE["methods"][method]["batches"]
+    assert {"step", "loss", "grad_norm", "lr"} <= set(curve.columns)
+    assert (curve.grad_norm > 0).all()
+    if "margin" in curve:
+        assert curve.loss[0] == pytest.approx(math.log(2), abs=1e-5), "ln 2 while policy == reference"
+
+
+def test_methods_leave_different_adapters(project):
+    contents = {(project.folder / "models" / method / ADAPTER).read_bytes() for method in METHODS}
+    assert len(contents) == len(METHODS)
+
+
+def test_the_preference_model_is_there_with_its_accuracy(project):
+    files = {path.name for path in (project.folder / "models/preference").iterdir()}
+    assert any(name.endswith(".safetensors") for name in files)
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    accuracy = json.loads(project.read("reports/train/preference.json"))["accuracy_by_t"]
+    assert set(accuracy) == {"spm", "untimed"}
+    for curve in accuracy.values():
+        assert len(curve["t"]) == len(curve["accuracy"]) == len(curve["ci95"]) > 1
+        assert all(low <= a <= high for (low, high), a in zip(curve["ci95"], curve["accuracy"], strict=True))
+
+
+@pytest.mark.parametrize("name", ["base", *METHODS])
+def test_every_model_has_a_row_of_scores_per_prompt(project, name):
+    frame, protocol = read_scores(project.folder / f"reports/scores/{name}.parquet")
+    assert len(frame) == frame.prompt.nunique() == PROMPTS
+    assert set(SCORERS) <= set(frame.columns)
+    assert protocol.scorer_names == tuple(sorted(SCORERS))
+    assert protocol.prompt_set_sha == hash_prompts(frame.prompt)
+    for scorer in SCORERS:
+        assert np.isfinite(frame[scorer]).all()
+        assert frame[scorer].nunique() > 1, f"{scorer} gives every image the same score"
+    for file in frame.file:
+        with Image.open(project.folder / "data/generated" / name / file) as image:
+            assert image.size == (protocol.resolution, protocol.resolution)
+    assert len(np.load(project.folder / f"reports/features/{name}.npy")) == PROMPTS
+
+
+def test_all_models_were_asked_the_same_held_out_prompts(project):
+    asked = {
+        name: read_scores(project.folder / f"reports/scores/{name}.parquet")[0] for name in ["base", *METHODS]
+    }
+    table = pd.read_parquet(project.folder / "data/prepared/prompts.parquet")
+    held_out = table.prompt[table.split == "test"].head(PROMPTS).tolist()
+    assert not set(held_out) & set(table.prompt[table.split != "test"])
+    for frame in asked.values():
+        assert frame.prompt.tolist() == held_out
+    for method in METHODS:
+        tuned, base = (
+            np.stack(
+                [np.asarray(Image.open(project.folder / "data/generated" / n / f)) for f in asked[n].file]
+            )
+            for n in (method, "base")
+        )
+        difference = np.abs(tuned.astype(int) - base)
+        assert difference.max() > 0, f"{method} paints exactly what base paints"
+        assert difference.mean() < 40, (
+            "a few training steps from the same noise: still nearly the same picture"
+        )
+
+
+def test_the_summary_has_the_published_schema(project):
+    summary = json.loads(project.read("reports/summary.json"), parse_constant=pytest.fail)
+    assert {"protocol", "n_prompts", "methods"} <= set(summary)
+    assert summary["n_prompts"] == PROMPTS == Protocol.from_dict(summary["protocol"]).n_prompts
+    assert list(summary["methods"]) == ["base", *METHODS]
+    tables = {n: read_scores(project.folder / f"reports/scores/{n}.parquet")[0] for n in summary["methods"]}
+    for name, entry in summary["methods"].items():
+        assert set(SCORERS) <= set(entry["scores"])
+        assert set(entry["vs_base"]) == (set() if name == "base" else set(entry["scores"]))
+        for scorer in SCORERS:
+            column = tables[name][scorer]
+            assert set(entry["scores"][scorer]) == {"mean", "median"}
+            assert entry["scores"][scorer]["mean"] == pytest.approx(column.mean())
+            assert entry["scores"][scorer]["median"] == pytest.approx(column.median())
+            if name != "base":
+                check_comparison(entry["vs_base"][scorer], column, tables["base"][scorer])
+
+
+def check_comparison(entry: dict[str, Any], policy: pd.Series, base: pd.Series) -> None:
+    assert {"win_rate", "ci95", "p_value"} <= set(entry)
+    low, high = entry["ci95"]
+    assert 0 <= low <= entry["win_rate"] <= high <= 1
+    assert 0 <= entry["p_value"] <= 1
+    wins = ((policy > base) + 0.5 * (policy == base)).mean()
+    assert entry["win_rate"] == pytest.approx(wins), "paired, ties half"
+
+
+def test_the_summary_says_who_was_trained_on_what(project):
+    methods = json.loads(project.read("reports/summary.json"))["methods"]
+    for name in METHODS:
+        recorded = json.loads(project.read(f"reports/train/{name}.json"))["trained_on"]
+        assert methods[name]["trained_on"] == recorded
+        assert set(recorded) <= set(SCORERS)
+        assert {"diversity", "indices", "drift"} <= set(methods[name])
+        assert methods[name]["drift"]["cmmd"] >= 0
+
+
+def test_the_report_is_written_for_people(project):
+    text, page = project.read("reports/report.md"), project.read("reports/report.html")
+    sha = Protocol.from_dict(json.loads(project.read("reports/summary.json"))["protocol"]).sha
+    for word in ["base", *METHODS, *SCORERS, sha]:
+        assert word in text
+        assert word in page
+    pictures = re.findall(r"\]\((figures/[^)]+)\)", text)
+    assert pictures
+    for picture in pictures:
+        with Image.open(project.folder / "reports" / picture) as image:
+            assert min(image.size) > 100
+    assert "data:image/png;base64," in page
+    assert not re.search(r"(src|href)=.https?://", page), "it is read offline"
+
+
+def test_git_is_left_with_small_files_only(project):
+    new = project.run("git", "ls-files", "--others", "--exclude-standard").split()
+    assert {"dvc.lock", "reports/summary.json", "reports/report.md"} <= set(new)
+    assert not [name for name in new if name.endswith((".safetensors", ".parquet", ".db", ".npy", ".lock~"))]
+    sizes = {name: (project.folder / name).stat().st_size for name in new}
+    assert max(sizes.values()) < 1_000_000, sizes
+    assert sum(sizes.values()) < 3_000_000, sizes
+    changed = project.run("git", "diff", "--name-only").split()
+    assert changed == [], "no stage edits a tracked file"
+    left = [path.name for path in (project.folder / ".checkpoints").iterdir() if path.name != "runs"]
+    assert left == [], "checkpoints are removed on success"
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------
+
+
+def tracked_runs(project: Project) -> list[Any]:
+    """All runs of the clone's store, oldest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{project.folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("attune")
+    return client.search_runs(
+        [experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=500
+    )
+
+
+def first_repro(project: Project) -> tuple[Any, dict[str, Any]]:
+    """The oldest pipeline run, and its children by stage."""
+    runs = tracked_runs(project)
+    parent = next(run for run in runs if run.data.tags["kind"] == "pipeline")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    by_stage = {run.data.tags["dvc.stage"]: run for run in children}
+    assert len(by_stage) == len(children)
+    return parent, by_stage
+
+
+def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
+    parent, children = first_repro(project)
+    assert sorted(children) == sorted(STAGES)
+    assert all(run.info.status == "FINISHED" for run in [parent, *children.values()])
+    assert all(run.data.tags["profile"] == "short" for run in children.values())
+    assert all(run.data.tags["git.dirty"] == "false" for run in children.values())
+    assert all(run.data.tags.get("tracking") != "incomplete" for run in children.values())
+    orphans = [
+        r
+        for r in tracked_runs(project)
+        if r.data.tags["kind"] == "stage" and "mlflow.parentRunId" not in r.data.tags
+    ]
+    assert not orphans
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
+    run = first_repro(project)[1][f"align@{method}"]
+    assert float(run.data.params[f"methods.{method}.lr"]) == PROFILE["methods"][method]["lr"]
+    curve = pd.read_csv(project.folder / f"reports/train/{method}.csv")
+    assert run.data.metrics["grad_norm"] == pytest.approx(curve.grad_norm.iloc[-1], rel=1e-4)
+    means = json.loads(project.read("reports/summary.json"))["methods"][method]["scores"]
+    for scorer in SCORERS:
+        assert run.data.metrics[f"score/{scorer}"] == pytest.approx(means[scorer]["mean"])
+    artifacts = [path.name for path in Path(run.info.artifact_uri.removeprefix("file://")).rglob("*")]
+    assert ADAPTER in artifacts
+
+
+# --- the code DVC watches ---------------------------------------------------------------------------------
+
+
+def is_bare(file: Path) -> bool:
+    """An __init__.py that holds a docstring and no code."""
+    import ast
+
+    return file.name == "__init__.py" and len(ast.parse(file.read_text()).body) <= 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_file_a_stage_really_loaded_is_among_its_deps(project, stage):
+    """The static check in test_architecture.py, once more from what the interpreter did."""
+    loaded = [Path(line) for line in (project.loaded / stage).read_text().splitlines()]
+    assert Path("src/attune/config.py") in loaded
+    view = {Path("src/attune/tracking.py")}
+    if stage.startswith("align@"):  # previews for the tracking UI
+        view |= {Path(f"src/attune/evaluation/{name}.py") for name in ("figures", "document", "grid")}
+    deps = [Path(dep["path"]) for dep in project.lock()[stage]["deps"]]
+    missing = [
+        str(file)
+        for file in loaded
+        if file not in view
+        and not is_bare(project.folder / file)
+        and not any(file == dep or dep in file.parents for dep in deps)
+    ]
+    assert not missing
+
+
+# --- the adapter outside of attune ------------------------------------------------------------------------
+
+PLAIN_DIFFUSERS = """
+import json, sys
+import numpy as np, torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+torch.set_num_threads(1)
+job = json.load(open(sys.argv[1]))
+pipe = StableDiffusionPipeline.from_pretrained("models/embedded/base")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in job["seeds"]]
+
+def paint():
+    return pipe(job["prompts"], latents=torch.stack(noise), num_inference_steps=job["steps"], eta=0.0,
+                guidance_scale=job["guidance_scale"], output_type="np").images
+
+before = paint()
+pipe.load_lora_weights(job["adapter"])
+tuned = paint()
+pipe.unload_lora_weights()
+np.savez(sys.argv[2], before=before, tuned=tuned, after=paint())
+assert not [name for name in sys.modules if name.split(".")[0] == "attune"]
+"""
+
+
+@pytest.fixture(scope="module")
+def by_diffusers(project, tmp_path_factory) -> dict[str, np.ndarray]:
+    """The held-out images of base, of spo's adapter, and of base again, painted by diffusers alone."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    index, sampling = (
+        pd.read_parquet(project.folder / "data/generated/spo/index.parquet"),
+        PROFILE["generate"]["sampling"],
+    )
+    job = {
+        "adapter": "models/spo",
+        "prompts": index.prompt.tolist(),
+        "seeds": [
+            noise_seed(p, int(o), PROFILE["seed"]) for p, o in zip(index.prompt, index.ordinal, strict=True)
+        ],
+        "steps": sampling["steps"],
+        "guidance_scale": sampling["guidance_scale"],
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    project.run(sys.executable, "-c", PLAIN_DIFFUSERS, str(folder / "job.json"), str(folder / "out.npz"))
+    return dict(np.load(folder / "out.npz"))
+
+
+def ours(project: Project, name: str) -> np.ndarray:
+    files = sorted((project.folder / "data/generated" / name).glob("*.png"))
+    return np.stack([np.asarray(Image.open(file)) for file in files]) / 255
+
+
+def test_the_adapter_changes_plain_diffusers_and_comes_off_again(by_diffusers):
+    assert np.abs(by_diffusers["tuned"] - by_diffusers["before"]).max() > 1e-3
+    assert np.abs(by_diffusers["after"] - by_diffusers["before"]).max() < 1e-5
+
+
+def test_plain_diffusers_paints_what_attune_painted(by_diffusers, project):
+    """Same prompts and noise: the published file means the same to diffusers as to us."""
+    for theirs, name in (("before", "base"), ("tuned", "spo")):
+        difference = np.abs(by_diffusers[theirs] - ours(project, name))
+        assert difference.max() < 2 / 255, f"{name}: off by {difference.max() * 255:.1f} of 255"
+    assert np.abs(by_diffusers["before"] - ours(project, "spo")).max() > 2 / 255, (
+        "the test can tell them apart"
+    )
+
+
+# --- what changes make DVC do -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PARAMS["profiles"])
+def test_dvc_reads_the_pipeline_with_every_profile(project, profile):
+    text = re.sub(r"(?m)^profile: \w+$", f"profile: {profile}", project.read("params.yaml"))
+    with project.changed("params.yaml", text):
+        assert sorted(project.dvc("stage", "list", "--name-only").split()) == sorted(STAGES)
+
+
+def test_a_second_repro_runs_nothing(project):
+    before = len(tracked_runs(project))
+    assert project.repro() == []
+    assert "up to date" in project.dvc("status")
+    assert len(tracked_runs(project)) == before
+
+
+def test_a_parameter_of_spo_reruns_spo_and_what_follows_it(project):
+    before = project.hashes()
+    beta = PROFILE["methods"]["spo"]["beta"]
+    with project.changed("params.yaml", project.params("profiles.short.methods.spo.beta", beta * 20)):
+        ran, after = project.repro(), project.hashes()
+    assert ran[:2] == ["align@spo", "generate@spo"]
+    assert ran[-1] == "report"
+    changed = {path for path in after if after[path] != before[path]}
+    assert "models/spo" in changed
+    assert ("evaluate@spo" in ran) == ("data/generated/spo" in changed)
+    assert set(ran) <= {"align@spo", "generate@spo", "evaluate@spo", "report"}
+    assert not [path for path in changed if any(f"/{m}" in path for m in ["base", *METHODS] if m != "spo")]
+    assert project.repro() == [], "back to the old value: restored from DVC's cache, not trained again"
+    assert project.hashes() == before
+
+
+def test_touching_one_method_retrains_that_one_to_the_same_bits(project):
+    before = project.hashes()
+    source = "src/attune/methods/dpo.py"
+    with project.changed(source, project.read(source) + "\n# a comment changes nothing\n"):
+        assert project.repro() == ["align@dpo"]
+        assert project.hashes() == before
+    assert project.repro() == []
+
+
+def test_touching_the_view_reruns_nothing(project):
+    source = "src/attune/tracking.py"
+    with project.changed(source, project.read(source) + "\n# a comment\n"):
+        assert project.repro() == []
+
+
+def test_a_mistake_in_params_stops_the_pipeline_at_once(project):
+    before = project.hashes()
+    with project.changed("params.yaml", project.params("profiles.short.seed", -1)):
+        said = project.run(sys.executable, "-m", "dvc", "repro", fails=True)
+        assert "params.yaml: profiles.short.seed: Input should be greater than or equal to 0" in said
+        assert "Traceback" not in said
+    assert project.repro() == []
+    assert project.hashes() == before
