@@ -363,5 +363,6 @@ def test_nan_stops_with_the_first_bad_module_and_spares_the_checkpoint(
 ):
     message, before, after = broken(policy, data, method(name, policy), tmp_path, damage)
     assert message.endswith(named)
+    assert message.startswith("loss is ")
     assert "at step 3" in message
     assert before == after
