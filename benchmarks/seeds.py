@@ -45,12 +45,20 @@ def run_seed(seed: int, work: Path) -> dict:
             subprocess.run(command, cwd=home, env=env, stdout=log, stderr=log, check=True)
     summary = json.loads((home / "reports" / "summary.json").read_text())
     accuracy = json.loads((home / "reports" / "train" / "preference.json").read_text())["accuracy_by_t"]
-    return {"seed": seed, "seconds": round(time.monotonic() - started), "summary": summary, "accuracy_by_t": accuracy}
+    return {
+        "seed": seed,
+        "seconds": round(time.monotonic() - started),
+        "summary": summary,
+        "accuracy_by_t": accuracy,
+    }
 
 
 def table(results: list[dict], scorer: str = "oracle") -> str:
     """Markdown: a row per seed and method."""
-    rows = ["| seed | method | mean | difference to base, 95 % CI | win rate | p |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| seed | method | mean | difference to base, 95 % CI | win rate | p |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
         for name, entry in result["summary"]["methods"].items():
             mean = entry["scores"][scorer]["mean"]

@@ -218,9 +218,7 @@ def test_exceptions_are_still_needed(graph):
     assert set(UPWARDS) <= edges
     for importer, imported in TAKEN_BY:
         assert imported in imports(importer), f"TAKEN_BY: {importer} no longer imports {imported}"
-        assert imported not in imports(importer, into_functions=False), (
-            f"{importer} always imports {imported}"
-        )
+        assert imported not in imports(importer, into_functions=False), f"{importer} always imports {imported}"
 
 
 def test_the_exceptional_import_is_lazy():
@@ -521,9 +519,7 @@ def test_nobody_prints():
 
 
 def test_no_bare_except():
-    handlers = [
-        (m, node) for m in files() for node in ast.walk(tree(m)) if isinstance(node, ast.ExceptHandler)
-    ]
+    handlers = [(m, node) for m in files() for node in ast.walk(tree(m)) if isinstance(node, ast.ExceptHandler)]
     assert handlers
     bare = [f"{m}:{node.lineno}" for m, node in handlers if node.type is None]
     assert not bare, bare

@@ -40,9 +40,7 @@ PROMPTS = ["a cat", "a dog", "two owls", "a red ox", "bees", "no hen", "ten rats
 
 
 def tokenizer(folder: Path) -> None:
-    CLIPTokenizer(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[], model_max_length=16).save_pretrained(
-        folder
-    )
+    CLIPTokenizer(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[], model_max_length=16).save_pretrained(folder)
 
 
 def _loud(module: nn.Module) -> nn.Module:
@@ -82,9 +80,7 @@ def write_pipeline(folder: Path, prediction_type: str = "epsilon") -> str:
 def write_clip(folder: Path) -> str:
     """A CLIP in transformers' layout."""
     torch.manual_seed(1)
-    tower = {
-        key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")
-    }
+    tower = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")}
     vision = {**tower, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(text_config=TEXT | ENDS, vision_config=vision, projection_dim=8)
     _loud(CLIPModel(config)).save_pretrained(folder)
@@ -124,9 +120,7 @@ def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
 def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:
     """Batches as the align stage draws them."""
     n, draw = (
-        (len(data.pairs), data.pair_batch)
-        if method.consumes == "pairs"
-        else (len(data.prompts), data.prompt_batch)
+        (len(data.pairs), data.pair_batch) if method.consumes == "pairs" else (len(data.prompts), data.prompt_batch)
     )
     return lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 

@@ -32,9 +32,7 @@ HUB = "hf://"
 # ---------------------------------------------------------------- loading
 
 
-def load_clip(
-    path: str, revision: str | None = None, hidden_act: str | None = None
-) -> tuple[CLIPModel, CLIPTokenizer]:
+def load_clip(path: str, revision: str | None = None, hidden_act: str | None = None) -> tuple[CLIPModel, CLIPTokenizer]:
     """A frozen float32 CLIP and its tokenizer; arguments and errors as `load_model`."""
     return load_model(path, revision, hidden_act), load_tokenizer(path, revision)
 
@@ -55,9 +53,7 @@ def load_model(path: str, revision: str | None = None, hidden_act: str | None = 
     """
     _check_exists(path)
     # dtype is explicit because transformers 5 otherwise follows the checkpoint, which may be fp16
-    model, report = CLIPModel.from_pretrained(
-        path, revision=revision, dtype=torch.float32, output_loading_info=True
-    )
+    model, report = CLIPModel.from_pretrained(path, revision=revision, dtype=torch.float32, output_loading_info=True)
     wrong = {name: sorted(report[name]) for name in ("missing_keys", "unexpected_keys") if report[name]}
     if wrong:
         raise ValueError(f"{path} is not a complete CLIP: {wrong}")
@@ -146,9 +142,7 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], context_length: i
     ).input_ids
 
 
-def text_features(
-    model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str], normalise: bool = True
-) -> Tensor:
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str], normalise: bool = True) -> Tensor:
     """Projected text features (B, D), of unit length unless told otherwise."""
     ids = tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings)
     features = model.get_text_features(input_ids=ids.to(model.device)).pooler_output
@@ -241,9 +235,7 @@ def clip_pixels_pil(images: Tensor, size: int) -> Tensor:
 
 def square_pixels(images: Tensor, size: int) -> Tensor:
     """AlignProp's and TRL's preprocessing: bilinear with antialias, straight to a square; differentiable."""
-    return normalise(
-        F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    )
+    return normalise(F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True))
 
 
 PREPARATIONS = {"pil": clip_pixels_pil, "tensor": clip_pixels, "square": square_pixels}

@@ -48,7 +48,7 @@ class Model(Block):
 class Sampling(Block):
     """How images are drawn from a model: DDIM."""
 
-    steps: int = Field(ge=1, le=1000)
+    steps: int = Field(ge=1, le=999)
     eta: Real = Field(ge=0, le=1, description="0 deterministic, 1 ancestral")
     guidance_scale: Real = Field(ge=0, description="classifier-free guidance w, 1 = off")
     batch_size: int = Field(ge=1, description="images at a time; changes speed and memory only")

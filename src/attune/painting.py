@@ -16,7 +16,12 @@ from attune.evaluation.protocol import noise_seed
 
 @torch.no_grad()
 def paint(
-    policy: Policy, prompts: Sequence[str], ordinals: Sequence[int], sampling: Sampling, seed: int, title: str | None
+    policy: Policy,
+    prompts: Sequence[str],
+    ordinals: Sequence[int],
+    sampling: Sampling,
+    seed: int,
+    title: str | None,
 ) -> np.ndarray:
     """Images of prompts, uint8 (n, H, W, 3); `ordinals` tell images of the same prompt apart.
 
@@ -29,9 +34,7 @@ def paint(
         some = list(prompts[start : start + sampling.batch_size])
         seeds = [noise_seed(p, int(o), seed) for p, o in zip(some, ordinals[start:], strict=False)]
         cond = policy.backbone.encode_prompts(some)
-        latents = sample(
-            policy, cond, per_row_normal(seeds), sampling.steps, sampling.eta, sampling.guidance_scale
-        )
+        latents = sample(policy, cond, per_row_normal(seeds), sampling.steps, sampling.eta, sampling.guidance_scale)
         pixels = policy.backbone.decode_latents(latents).clamp(0, 1) * 255
         images.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)

@@ -31,6 +31,7 @@ from attune.hashing import digest, values_sha
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
 EXPERIMENT, HOST = "attune", socket.gethostname()
 FLUSH_POINTS, FLUSH_SECONDS, PARAM_CHARS = 200, 5.0, 500
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
 CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
 # Unless told otherwise MLflow phones home, and retries for minutes before it admits that a server is away.
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -221,7 +222,7 @@ def _connect(uri: str, root: Path) -> tuple[Any, str]:
     if experiment := client.get_experiment_by_name(EXPERIMENT):
         return client, experiment.experiment_id
     location = None if uri.startswith("http") else str(root / "mlruns")  # MLflow would take the creator's cwd
-    return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+    return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND)
 
 
 def _bury(client: Any, experiment: str) -> None:

@@ -18,9 +18,7 @@ from attune.training.loop import batch_generator
 ROOT = Path(__file__).parents[2]
 PROFILES = read_params(ROOT / "params.yaml")["profiles"]
 METHODS = plugins.available("methods")
-NOT_PREFERENCE = {
-    "sft"
-}  # every other loss compares chosen with rejected, and is ln 2 while nothing has moved
+NOT_PREFERENCE = {"sft"}  # every other loss compares chosen with rejected, and is ln 2 while nothing has moved
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -97,9 +95,7 @@ def losses(method, data):
 
 def test_a_preference_loss_starts_at_ln_2(name, policy, data, build):
     """While policy and reference are one, nothing is preferred: -log sigmoid(0), exactly."""
-    at_ln_2 = [
-        loss.item() == pytest.approx(math.log(2), abs=1e-7) for loss, _ in losses(build(name, policy), data)
-    ]
+    at_ln_2 = [loss.item() == pytest.approx(math.log(2), abs=1e-7) for loss, _ in losses(build(name, policy), data)]
     assert at_ln_2
     assert all(at_ln_2) if name not in NOT_PREFERENCE else not any(at_ln_2)
 

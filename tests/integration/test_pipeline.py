@@ -203,9 +203,7 @@ def test_every_model_has_a_row_of_scores_per_prompt(project, name):
 
 
 def test_all_models_were_asked_the_same_held_out_prompts(project):
-    asked = {
-        name: read_scores(project.folder / f"reports/scores/{name}.parquet")[0] for name in ["base", *METHODS]
-    }
+    asked = {name: read_scores(project.folder / f"reports/scores/{name}.parquet")[0] for name in ["base", *METHODS]}
     table = pd.read_parquet(project.folder / "data/prepared/prompts.parquet")
     held_out = table.prompt[table.split == "test"].head(PROMPTS).tolist()
     assert not set(held_out) & set(table.prompt[table.split != "test"])
@@ -213,16 +211,12 @@ def test_all_models_were_asked_the_same_held_out_prompts(project):
         assert frame.prompt.tolist() == held_out
     for method in METHODS:
         tuned, base = (
-            np.stack(
-                [np.asarray(Image.open(project.folder / "data/generated" / n / f)) for f in asked[n].file]
-            )
+            np.stack([np.asarray(Image.open(project.folder / "data/generated" / n / f)) for f in asked[n].file])
             for n in (method, "base")
         )
         difference = np.abs(tuned.astype(int) - base)
         assert difference.max() > 0, f"{method} paints exactly what base paints"
-        assert difference.mean() < 40, (
-            "a few training steps from the same noise: still nearly the same picture"
-        )
+        assert difference.mean() < 40, "a few training steps from the same noise: still nearly the same picture"
 
 
 def test_the_summary_has_the_published_schema(project):
@@ -299,9 +293,7 @@ def tracked_runs(project: Project) -> list[Any]:
 
     client = MlflowClient(tracking_uri=f"sqlite:///{project.folder}/mlflow.db")
     experiment = client.get_experiment_by_name("attune")
-    return client.search_runs(
-        [experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=500
-    )
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=500)
 
 
 def first_repro(project: Project) -> tuple[Any, dict[str, Any]]:
@@ -322,9 +314,7 @@ def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
     assert all(run.data.tags["git.dirty"] == "false" for run in children.values())
     assert all(run.data.tags.get("tracking") != "incomplete" for run in children.values())
     orphans = [
-        r
-        for r in tracked_runs(project)
-        if r.data.tags["kind"] == "stage" and "mlflow.parentRunId" not in r.data.tags
+        r for r in tracked_runs(project) if r.data.tags["kind"] == "stage" and "mlflow.parentRunId" not in r.data.tags
     ]
     assert not orphans
 
@@ -410,9 +400,7 @@ def by_diffusers(project, tmp_path_factory) -> dict[str, np.ndarray]:
     job = {
         "adapter": "models/spo",
         "prompts": index.prompt.tolist(),
-        "seeds": [
-            noise_seed(p, int(o), PROFILE["seed"]) for p, o in zip(index.prompt, index.ordinal, strict=True)
-        ],
+        "seeds": [noise_seed(p, int(o), PROFILE["seed"]) for p, o in zip(index.prompt, index.ordinal, strict=True)],
         "steps": sampling["steps"],
         "guidance_scale": sampling["guidance_scale"],
     }
@@ -436,9 +424,7 @@ def test_plain_diffusers_paints_what_attune_painted(by_diffusers, project):
     for theirs, name in (("before", "base"), ("tuned", "spo")):
         difference = np.abs(by_diffusers[theirs] - ours(project, name))
         assert difference.max() < 2 / 255, f"{name}: off by {difference.max() * 255:.1f} of 255"
-    assert np.abs(by_diffusers["before"] - ours(project, "spo")).max() > 2 / 255, (
-        "the test can tell them apart"
-    )
+    assert np.abs(by_diffusers["before"] - ours(project, "spo")).max() > 2 / 255, "the test can tell them apart"
 
 
 # --- what changes make DVC do -----------------------------------------------------------------------------

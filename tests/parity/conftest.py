@@ -20,9 +20,7 @@ class Table:
 
     def __str__(self) -> str:
         head = f"\n{'case':<18}{'what':<28}{'tolerance':>10}{'max error':>11}"
-        return "\n".join(
-            [head, *(f"{c:<18}{w:<28}{t:>10.0e}{e:>11.1e}" for (c, w), (e, t) in self.lines.items())]
-        )
+        return "\n".join([head, *(f"{c:<18}{w:<28}{t:>10.0e}{e:>11.1e}" for (c, w), (e, t) in self.lines.items())])
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,7 @@ def unit(uint8_chw: torch.Tensor) -> torch.Tensor:
 def aesthetic_paths(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aesthetic")
     shutil.copyfile(HERE / "tiny_aesthetic.json", folder / "config.json")
-    text = {
-        k: v for k, v in CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict().items() if "text" in k
-    }
+    text = {k: v for k, v in CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict().items() if "text" in k}
     save_file(text | tensors("tiny_aesthetic"), folder / "model.safetensors", metadata={"format": "pt"})
     save_file(affine_head(), folder / "head.safetensors")
     torch.save(affine_head(), folder / "head.pth")
@@ -248,9 +246,7 @@ def test_scores_follow_their_images(scorers, pictures, name):
     scores = scorers[name](pictures, SCENES)
     assert scores.shape == (2,)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(
-        scorers[name](pictures.flip(0), SCENES[::-1]).flip(0), scores, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(scorers[name](pictures.flip(0), SCENES[::-1]).flip(0), scores, rtol=1e-5, atol=1e-5)
     assert isinstance(scorers[name], Reward)
     assert scorers[name].license
     assert scorers[name].range == ((-1.0, 1.0) if name == "hpsv2" else None)

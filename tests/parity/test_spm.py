@@ -59,9 +59,7 @@ def test_scores_and_features(spm, case, size):
     images, t = case[f"{size}.images"] / 2 + 0.5, case["timesteps"][rows]
     features = spm[0].image_features(inference_pixels(images, 32), t)
     assert_close(features, case[f"{size}.image_features"])
-    assert_close(
-        StepAwareReward(*spm)(images, PROMPTS["07"][rows], t), case[f"{size}.score"], absolute=SCORES
-    )
+    assert_close(StepAwareReward(*spm)(images, PROMPTS["07"][rows], t), case[f"{size}.score"], absolute=SCORES)
 
 
 def test_inference_preprocessing(case):
@@ -70,10 +68,7 @@ def test_inference_preprocessing(case):
 
 
 def test_old_position_indices_do_not_matter(spm, tmp_path):
-    old = {
-        f"model.{tower}_model.embeddings.position_ids": torch.arange(17.0)[None]
-        for tower in ("text", "vision")
-    }
+    old = {f"model.{tower}_model.embeddings.position_ids": torch.arange(17.0)[None] for tower in ("text", "vision")}
     again, _ = load(write_spm(tmp_path / "old.bin", **old), clip=str(write_clip(tmp_path / "clip")))
     assert all(torch.equal(value, spm[0].state_dict()[name]) for name, value in again.state_dict().items())
 

@@ -278,9 +278,7 @@ def test_a_stage_stops_at_once_at_a_wrong_key(words, tmp_path, values):
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(said) == 1, done.stderr[-2000:]
-    assert said[0].startswith(
-        f"params.yaml: {TINY}.methods.dpo.betta: Extra inputs are not permitted; known keys: "
-    )
+    assert said[0].startswith(f"params.yaml: {TINY}.methods.dpo.betta: Extra inputs are not permitted; known keys: ")
     packages = imported(done.stderr)
     assert {"attune", "pydantic", "ruamel"} <= packages
     assert not packages & {"torch", "transformers", "diffusers", "mlflow", "accelerate", "peft", "optuna"}

@@ -59,9 +59,7 @@ class Line:
 
     def train(self, batches, **config):
         plain = {"lr": 0.1, "batch_size": 1, "weight_decay": 0.0}
-        history = train(
-            self, self, lambda b, generator: b, TrainingConfig(batches=batches, **(plain | config)), seed=0
-        )
+        history = train(self, self, lambda b, generator: b, TrainingConfig(batches=batches, **(plain | config)), seed=0)
         return history, self.module.weight.item()
 
 
@@ -144,9 +142,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops():
 
 
 def test_batch_generators_differ():
-    draws = {
-        torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)
-    }
+    draws = {torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)}
     assert len(draws) == 15
     assert torch.equal(*(torch.rand(4, generator=batch_generator(1, 2)) for _ in range(2)))
 
@@ -209,9 +205,7 @@ def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data)
     t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
     rows = sft.Noised(whole.chosen, t, noise, whole.cond)
-    half = [
-        sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))
-    ]
+    half = [sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))]
     ends = []
     for minibatches in ([rows], half):
         policy = new_policy(moved=0.1)
@@ -250,9 +244,7 @@ def run_until(trained, data, root, stop, key="key"):
 
 
 @pytest.mark.parametrize(("name", "accumulation"), [("sft", 1), ("sft", 2), ("dpo", 1), ("spo", 1)])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    new_policy, data, tmp_path, name, accumulation
-):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(new_policy, data, tmp_path, name, accumulation):
     """The process dies before the last batch. With two batches per step, the last but one is lost with it."""
     policy, asked = new_policy(), {"batches": 2 + accumulation, "accumulation": accumulation}
     history = tiny.run(method(name, policy, **asked), data)
@@ -314,9 +306,7 @@ def test_a_run_that_another_process_holds_is_refused(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "align-x-key.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(
-            RuntimeError, match=r"another process is already running align@x: .*align-x-key\.lock"
-        ):
+        with pytest.raises(RuntimeError, match=r"another process is already running align@x: .*align-x-key\.lock"):
             Checkpoint(tmp_path, "align@x", "key")
         Checkpoint(tmp_path, "align@x", "different")  # another run is not in the way
         other.communicate()
@@ -358,9 +348,7 @@ def overflow(network):
     ],
 )
 @pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_nan_stops_with_the_first_bad_module_and_spares_the_checkpoint(
-    policy, data, tmp_path, name, damage, named
-):
+def test_nan_stops_with_the_first_bad_module_and_spares_the_checkpoint(policy, data, tmp_path, name, damage, named):
     message, before, after = broken(policy, data, method(name, policy), tmp_path, damage)
     assert message.endswith(named)
     assert message.startswith("loss is ")

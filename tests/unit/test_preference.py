@@ -82,9 +82,7 @@ def test_starts_as_the_clip_it_came_from_bit_for_bit(spm, images, t):
     with torch.no_grad():
         expected = image_features(plain, pixels, normalise=False)
         assert (model.image_features(pixels, at(t)) - expected).abs().max() == 0
-        assert torch.equal(
-            text_features(model.model, tokenizer, PROMPTS), text_features(plain, tokenizer, PROMPTS)
-        )
+        assert torch.equal(text_features(model.model, tokenizer, PROMPTS), text_features(plain, tokenizer, PROMPTS))
 
 
 def test_scores_depend_on_time_once_the_modulation_has_moved(spm, images):
@@ -191,9 +189,7 @@ class _Payload:
 
 
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, clip_folder):
-    torch.save(
-        {"model.logit_scale": torch.zeros(()), "x": _Payload(tmp_path / "owned")}, tmp_path / "spm.bin"
-    )
+    torch.save({"model.logit_scale": torch.zeros(()), "x": _Payload(tmp_path / "owned")}, tmp_path / "spm.bin")
     with pytest.raises(ValueError, match="more than tensors"):
         load(tmp_path / "spm.bin", clip=clip_folder)
     assert not (tmp_path / "owned").exists()
@@ -217,9 +213,7 @@ def test_a_plain_clip_is_not_a_preference_model(clip_folder):
 
 def test_equal_scores_cost_ln_2_for_a_choice_and_nothing_for_a_tie():
     scores = torch.tensor([19.0, 21.0, 20.0])
-    assert preference_criterion(scores, scores, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(
-        math.log(2)
-    )
+    assert preference_criterion(scores, scores, torch.tensor([1.0, 0.0, 1.0])).item() == pytest.approx(math.log(2))
     assert preference_criterion(scores, scores, torch.full((3,), 0.5)).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -362,11 +356,6 @@ def test_config_knows_the_papers_guidance_and_refuses_strangers():
 
 def test_pairs_need_only_look_like_a_pair_batch(objective):
     batch = pairs()
-    fields = {
-        name: getattr(batch, name)
-        for name in ("prompts", "cond", "latents_0", "latents_1", "label_0", "weight")
-    }
+    fields = {name: getattr(batch, name) for name in ("prompts", "cond", "latents_0", "latents_1", "label_0", "weight")}
     alike = SimpleNamespace(**fields, draw_noise=batch.draw_noise)
-    assert torch.equal(
-        only_minibatch(objective, alike).pixel_values, only_minibatch(objective, batch).pixel_values
-    )
+    assert torch.equal(only_minibatch(objective, alike).pixel_values, only_minibatch(objective, batch).pixel_values)

@@ -51,9 +51,7 @@ OTHER = {
 
 
 def table() -> pd.DataFrame:
-    rows = [
-        (p, k, f"{i}{k}.png", 0.1 * i + k, 20.0 + k, 0.5) for i, p in enumerate(PROMPTS) for k in range(2)
-    ]
+    rows = [(p, k, f"{i}{k}.png", 0.1 * i + k, 20.0 + k, 0.5) for i, p in enumerate(PROMPTS) for k in range(2)]
     return pd.DataFrame(rows, columns=["prompt", "ordinal", "file", "oracle", "pickscore", "oracle.appeal"])
 
 
@@ -126,9 +124,7 @@ def test_prompt_hash_is_of_the_set():
 
 def test_scores_round_trip_with_their_protocol(tmp_path):
     path = tmp_path / "scores" / "spo.parquet"
-    write_scores(
-        path, table()[["oracle", "file", "prompt", "ordinal", "pickscore", "oracle.appeal"]], PROTOCOL
-    )
+    write_scores(path, table()[["oracle", "file", "prompt", "ordinal", "pickscore", "oracle.appeal"]], PROTOCOL)
     frame, protocol = read_scores(path)
     assert protocol == PROTOCOL
     pd.testing.assert_frame_equal(frame, table(), check_dtype=False)

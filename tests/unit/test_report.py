@@ -104,9 +104,7 @@ def test_summary_has_the_promised_shape(summary):
             assert set(method["scores"][scorer]) == {"mean", "median"}
             if name != "base":
                 entry = method["vs_base"][scorer]
-                assert {"win_rate", "ci95", "p_value", "p_holm", "difference", "difference_ci95"} <= set(
-                    entry
-                )
+                assert {"win_rate", "ci95", "p_value", "p_holm", "difference", "difference_ci95"} <= set(entry)
                 assert entry["ci95"][0] <= entry["win_rate"] <= entry["ci95"][1]
                 assert entry["p_holm"] >= entry["p_value"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
@@ -240,9 +238,7 @@ def test_write_report_leaves_three_files(summary, tmp_path):
 def test_small_images_are_enlarged_by_whole_factors():
     """32 px -> factor 4 -> 128 px: every source pixel is a 4 x 4 block of its own colour."""
     images = np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8)
-    picture = np.asarray(
-        figures.image_grid({"base": images, "spo": images / 255}, HOSTILE[:2], {"spo": [0.1, 1]})
-    )
+    picture = np.asarray(figures.image_grid({"base": images, "spo": images / 255}, HOSTILE[:2], {"spo": [0.1, 1]}))
     block = np.kron(images[0], np.ones((4, 4, 1), dtype=np.uint8))
     found = [
         (picture[y : y + 128, x : x + 128] == block).all()

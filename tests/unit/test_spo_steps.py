@@ -203,9 +203,7 @@ def test_minibatches_hold_every_pair_once(policy, batch):
     method = Method(config(minibatch_size=4), policy, tiny.brightness)
     parts = list(method.minibatches(batch, torch.Generator().manual_seed(1)))
     assert [len(part.t) for part in parts] == [4, 2]
-    whole = method.rollout(
-        batch, normal(torch.Generator().manual_seed(1)), lambda k, n: torch.zeros(n).long()
-    )
+    whole = method.rollout(batch, normal(torch.Generator().manual_seed(1)), lambda k, n: torch.zeros(n).long())
     assert len({tuple(x.flatten().tolist()) for part in parts for x in part.chosen}) == len(whole.t)
 
 

@@ -169,9 +169,7 @@ def test_rendering_depends_on_the_seed_alone(kind):
 def test_all_shapes_have_the_area_of_the_circle(size):
     grid = (np.arange(IMAGE_SIZE * 20) + 0.5) / 20 - IMAGE_SIZE / 2
     for number, name in enumerate(SHAPES):
-        area = (
-            shape_distance(number, grid[None, :], grid[:, None], np.float64(size)) < 0
-        ).mean() * IMAGE_SIZE**2
+        area = (shape_distance(number, grid[None, :], grid[:, None], np.float64(size)) < 0).mean() * IMAGE_SIZE**2
         assert area == pytest.approx(np.pi * size**2, rel=0.02), name
 
 
@@ -260,9 +258,7 @@ def test_the_verdict_says_what_is_wrong(kind, what):
     before = oracle.judge(paint(scenes), prompts(scenes))
     after = oracle.judge(paint(painted_wrong), prompts(scenes))
     parts = ("background", "colour", "shape", "layout")
-    falls = {
-        p: np.mean([getattr(b, p) - getattr(a, p) for b, a in zip(before, after, strict=True)]) for p in parts
-    }
+    falls = {p: np.mean([getattr(b, p) - getattr(a, p) for b, a in zip(before, after, strict=True)]) for p in parts}
     assert max(falls, key=falls.get) == PART.get(what, "layout"), falls
     assert np.mean([a.appeal for a in after]) > 0.8, "a wrong picture may still be a pretty one"
 
@@ -353,9 +349,7 @@ def strange_pictures() -> dict[str, np.ndarray]:
         "noise": noise,
         "checkerboard": checks.astype(np.float32),
         "one colour": np.broadcast_to(flat, (len(flat), 32, 32, 3)).astype(np.float32),
-        "gradient": np.broadcast_to(np.linspace(0, 1, 32)[None, None, :, None], (1, 32, 32, 3)).astype(
-            np.float32
-        ),
+        "gradient": np.broadcast_to(np.linspace(0, 1, 32)[None, None, :, None], (1, 32, 32, 3)).astype(np.float32),
     }
 
 
@@ -413,14 +407,10 @@ def test_a_misread_caption_has_exactly_one_wrong_attribute(kind):
         read = flaws.misread(scene, generator)
         assert read.kind == kind
         assert parse(read.prompt) == read, "still a prompt of the grammar"
-        differs = [
-            i for i, (a, b) in enumerate(zip(attributes(scene), attributes(read), strict=True)) if a != b
-        ]
+        differs = [i for i, (a, b) in enumerate(zip(attributes(scene), attributes(read), strict=True)) if a != b]
         assert len(differs) == 1
         changed |= set(differs)
-    constant = {"one": {"count", "relation"}, "count": {"size", "relation"}, "relation": {"size", "count"}}[
-        kind
-    ]
+    constant = {"one": {"count", "relation"}, "count": {"size", "relation"}, "relation": {"size", "count"}}[kind]
     assert len(changed) == len(attributes(scene)) - len(constant), "every attribute gets its turn"
 
 
@@ -441,9 +431,7 @@ def test_all_pairs_of_a_prompts_images():
     assert pairs.label_0.isin([0.0, 1.0]).all()
 
 
-@pytest.mark.parametrize(
-    ("difference", "temperature"), [(0.0, 0.05), (0.05, 0.05), (-0.1, 0.05), (0.05, 0.2)]
-)
+@pytest.mark.parametrize(("difference", "temperature"), [(0.0, 0.05), (0.05, 0.05), (-0.1, 0.05), (0.05, 0.2)])
 def test_choices_follow_bradley_terry(difference, temperature):
     """P(0 over 1) = 1 / (1 + exp(-(u_0 - u_1) / T)): 0.5, 0.731, 0.119 and 0.562 here."""
     n = 20_000
@@ -491,10 +479,7 @@ def test_prepared_pairs_point_at_the_images_of_their_prompt():
     def painter(words, ordinals, title):
         asked.extend(zip(words, ordinals, strict=True))
         images = [render([parse(w)], rng(o))[0] for w, o in zip(words, ordinals, strict=True)]
-        noisy = [
-            flaws.damage_one(image, "noise", 0.3 * o, rng(o))
-            for image, o in zip(images, ordinals, strict=True)
-        ]
+        noisy = [flaws.damage_one(image, "noise", 0.3 * o, rng(o)) for image, o in zip(images, ordinals, strict=True)]
         return (np.stack(noisy) * 255).round().astype(np.uint8)
 
     prepared = check(prepare(config, 0, painter))

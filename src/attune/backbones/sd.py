@@ -27,13 +27,15 @@ class StableDiffusion:
     def __init__(self, path: str, revision: str | None, dtype: torch.dtype, device: torch.device):
         parts = {"pretrained_model_name_or_path": path, "revision": revision}
         self.tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=revision)
-        self.text_encoder = _frozen(CLIPTextModel.from_pretrained(
-            path, subfolder="text_encoder", revision=revision, dtype=dtype), device)
+        self.text_encoder = _frozen(
+            CLIPTextModel.from_pretrained(path, subfolder="text_encoder", revision=revision, dtype=dtype),
+            device,
+        )
         # a half-precision autoencoder paints black squares; it is small, so it stays in float32
-        self.vae = _frozen(AutoencoderKL.from_pretrained(
-            **parts, subfolder="vae", torch_dtype=torch.float32), device)
-        self.denoiser: nn.Module = _frozen(UNet2DConditionModel.from_pretrained(
-            **parts, subfolder="unet", torch_dtype=dtype), device)
+        self.vae = _frozen(AutoencoderKL.from_pretrained(**parts, subfolder="vae", torch_dtype=torch.float32), device)
+        self.denoiser: nn.Module = _frozen(
+            UNet2DConditionModel.from_pretrained(**parts, subfolder="unet", torch_dtype=dtype), device
+        )
         scheduler = DDIMScheduler.from_pretrained(**parts, subfolder="scheduler")
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
         self.prediction_type = scheduler.config.prediction_type

@@ -47,4 +47,4 @@ class PairBatch:
     def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One timestep (B,) and one noise (B, C, h, w) per pair."""
         t = torch.randint(len(schedule), (len(self.prompts),), generator=generator)
-        return t, torch.randn(self.latents_0.shape, generator=generator)
+        return t, torch.randn(self.latents_0.shape, generator=generator).to(self.latents_0.device)

@@ -58,8 +58,8 @@ class PreparedData:
     latents: Tensor
 
     @staticmethod
-    def read(folder: Path, split: str, keep_ties: bool = False) -> PreparedData:
-        """Reads a split. Ties are dropped unless kept: they have no chosen image.
+    def read(folder: Path, split: str, device: torch.device | str = "cpu", keep_ties: bool = False) -> PreparedData:
+        """Reads a split onto a device. Ties are dropped unless kept: they have no chosen image.
 
         Raises:
             FileNotFoundError: the prepare stage has not run.
@@ -76,7 +76,7 @@ class PreparedData:
         place = {prompt: row for row, prompt in enumerate(prompts)}
         pairs["prompt_row"] = pairs.prompt.map(place)
         pairs["weight"] = 1 / pairs.groupby("prompt").prompt.transform("size")
-        return PreparedData(prompts, Conditioning(cond), pairs, tensors["latents"])
+        return PreparedData(prompts, Conditioning(cond).to(device), pairs, tensors["latents"].to(device))
 
     def pair_batch(self, rows: Tensor | Sequence[int]) -> PairBatch:
         """Those pairs as a batch."""
@@ -86,8 +86,8 @@ class PreparedData:
             self.cond[torch.tensor(chosen.prompt_row.to_numpy())],
             self.latents[torch.tensor(chosen.image_0.to_numpy())],
             self.latents[torch.tensor(chosen.image_1.to_numpy())],
-            torch.tensor(chosen.label_0.to_numpy(), dtype=torch.float32),
-            torch.tensor(chosen.weight.to_numpy(), dtype=torch.float32),
+            torch.tensor(chosen.label_0.to_numpy(), dtype=torch.float32, device=self.latents.device),
+            torch.tensor(chosen.weight.to_numpy(), dtype=torch.float32, device=self.latents.device),
         )
 
     def prompt_batch(self, rows: Tensor | Sequence[int]) -> PromptBatch:

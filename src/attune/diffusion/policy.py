@@ -51,6 +51,11 @@ class Policy:
         for weight in self.parameters():
             weight.data = weight.data.float()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base model lies."""
+        return next(iter(self.null.tensors.values())).device
+
     def parameters(self) -> list[Tensor]:
         """What training may change: the adapter's weights."""
         return [weight for weight in self.denoiser.parameters() if weight.requires_grad]
@@ -70,6 +75,7 @@ class Policy:
 
         Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 in diffusers' scaling (1 = off).
         """
+        t = t.to(x_t.device)
         if guidance_scale == 1.0:
             return self.backbone.predict_noise(self.module, x_t, t, cond)
         both = Conditioning.cat([self.null.expand(len(cond)), cond])

@@ -26,10 +26,15 @@ def per_row_normal(seeds: Sequence[int]) -> Normal:
     return lambda shape: torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
 
+def on(device: torch.device, draw: Normal) -> Normal:
+    """The same noise on a device: drawn on the CPU, so that every machine draws the same."""
+    return lambda shape: draw(shape).to(device)
+
+
 @torch.no_grad()
 def sample(policy: Policy, cond: Conditioning, draw: Normal, steps: int, eta: float, guidance_scale: float) -> Tensor:
     """Latents (B, C, h, w) for B rows of conditioning, DDIM from pure noise."""
-    schedule = policy.backbone.alphas_cumprod
+    schedule, draw = policy.backbone.alphas_cumprod, on(policy.device, draw)
     x_t = draw((len(cond), *policy.backbone.latent_shape))
     for t in process.ddim_timesteps(len(schedule), steps):
         rows = t.expand(len(cond))

@@ -126,7 +126,9 @@ def opinions(pool: Pool, name: str) -> Tensor:
     return torch.tensor([[opinion(v, image) for v, image in zip(vs, images, strict=True)] for vs, images in rows])
 
 
-def train_judge(pool: Pool, name: str, tokenizer: CLIPTokenizer, steps: int, seed: int, temperature: float) -> CLIPModel:
+def train_judge(
+    pool: Pool, name: str, tokenizer: CLIPTokenizer, steps: int, seed: int, temperature: float
+) -> CLIPModel:
     """A CLIP whose similarity predicts noisy pairwise choices, with a contrastive term to ground its words.
 
     Choices follow Bradley-Terry on the judge's opinion at `temperature`; they are drawn anew at each step.

@@ -33,9 +33,7 @@ def vendi(features: np.ndarray) -> float:
     return float(np.exp(-(positive * np.log(positive)).sum()))
 
 
-def per_prompt(
-    statistic: Callable[[np.ndarray], float], features: np.ndarray, prompts: Sequence[str]
-) -> float:
+def per_prompt(statistic: Callable[[np.ndarray], float], features: np.ndarray, prompts: Sequence[str]) -> float:
     """Mean over prompts of a statistic of each prompt's features (N, D); nan if no prompt has two images."""
     distinct, owner = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
     groups = [np.asarray(features)[owner == i] for i in range(len(distinct))]

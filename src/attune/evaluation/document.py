@@ -111,9 +111,7 @@ def _markdown(block: Block) -> str:
         case Paragraph(text, quiet):
             return ("> " if quiet else "") + escape_markdown(text)
         case Items(items):
-            return "\n".join(
-                f"- **{escape_markdown(lead)}**: {escape_markdown(text)}" for lead, text in items
-            )
+            return "\n".join(f"- **{escape_markdown(lead)}**: {escape_markdown(text)}" for lead, text in items)
         case Table(header, rows, prose):
             rule = ["---", *(["---" if prose else "---:"] * (len(header) - 1))]
             lines = [[escape_markdown(_cell(cell).text) for cell in row] for row in (header, *rows)]

@@ -80,9 +80,7 @@ def prompt_means(scores: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray
     return sums / counts.reshape(-1, *[1] * (scores.ndim - 1)), distinct
 
 
-def bootstrap_mean_ci(
-    values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def bootstrap_mean_ci(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of values (n,).
 
     Source: Efron and Tibshirani 1993, ch. 13. Resamples never leave the data's range: n equal values give an

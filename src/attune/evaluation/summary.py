@@ -66,8 +66,7 @@ def summarise(
         methods[name] |= {"trained_on": on, "gap": _gap(scores[name], scores[base], scorers, on)}
         methods[name]["extremes"] = _extremes(change, prompts)
     pairs = [
-        {"method": a, "other": b, "scores": _against(scores[a], scores[b], seed)}
-        for a, b in combinations(tuned, 2)
+        {"method": a, "other": b, "scores": _against(scores[a], scores[b], seed)} for a, b in combinations(tuned, 2)
     ]
     _add_holm([methods[name]["vs_base"] for name in tuned], scorers)
     _add_holm([pair["scores"] for pair in pairs], scorers)
@@ -122,9 +121,7 @@ def _per_prompt(frame: pd.DataFrame) -> Scores:
 
 
 def _centres(scores: Scores) -> dict[str, dict[str, float]]:
-    return {
-        s: {"mean": float(values.mean()), "median": float(np.median(values))} for s, values in scores.items()
-    }
+    return {s: {"mean": float(values.mean()), "median": float(np.median(values))} for s, values in scores.items()}
 
 
 def _against(policy: Scores, base: Scores, seed: int) -> dict[str, Any]:
@@ -149,9 +146,7 @@ def _add_holm(families: Sequence[dict[str, Any]], scorers: Sequence[str]) -> Non
         entry["p_holm"] = float(p)
 
 
-def _gap(
-    policy: Scores, base: Scores, scorers: Sequence[str], trained: Sequence[str]
-) -> dict[str, float] | None:
+def _gap(policy: Scores, base: Scores, scorers: Sequence[str], trained: Sequence[str]) -> dict[str, float] | None:
     """Standardised gains on trained and on held-out scorers and their difference; None if a side is empty."""
     gains = {scorer: standardised_gain(policy[scorer], base[scorer]) for scorer in scorers}
     on, off = ([g for s, g in gains.items() if (s in trained) is side] for side in (True, False))

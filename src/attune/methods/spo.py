@@ -111,11 +111,9 @@ class Method:
                 yield pairs[rows]
 
     @torch.no_grad()
-    def rollout(
-        self, batch: PromptBatch, draw: sampling.Normal, choose: Callable[[int, int], Tensor]
-    ) -> StepPairs:
+    def rollout(self, batch: PromptBatch, draw: sampling.Normal, choose: Callable[[int, int], Tensor]) -> StepPairs:
         """Runs the policy on a batch of prompts and collects the step pairs its judge is sure about."""
-        c, n = self.config, len(batch.prompts)
+        c, n, draw = self.config, len(batch.prompts), sampling.on(self.policy.device, draw)
         x, group, kept = draw((n, *self.policy.backbone.latent_shape)), [], []
         for i, t in enumerate(self.timesteps):
             branches = i >= c.plain_steps and (i - c.plain_steps) % (c.inner_steps + 1) == 0

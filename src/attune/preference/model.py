@@ -43,9 +43,7 @@ _ADDED = ("adaLN_modulation", "t_embedder")
 def timestep_embedding(t: Tensor, width: int = FREQUENCIES) -> Tensor:
     """Sinusoidal embedding of timesteps (B,), raw indices 0..T-1: (B, width), cosines first."""
     half = width // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -136,9 +134,7 @@ class StepAwareCLIP(nn.Module):
         """
         text = F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
         k = len(pixel_values)
-        return self.cosine_scores(pixel_values.flatten(0, 1), text.repeat(k, 1), t.repeat(k)).unflatten(
-            0, (k, -1)
-        )
+        return self.cosine_scores(pixel_values.flatten(0, 1), text.repeat(k, 1), t.repeat(k)).unflatten(0, (k, -1))
 
 
 def _zero(linear: nn.Linear) -> None:

@@ -33,10 +33,15 @@ from attune.preference.noising import one_step_latents
 class Config(TrainingConfig):
     """Training of the step-aware preference model."""
 
-    clip: str = Field(
-        description="CLIP to start from, folder or Hub id; the paper's is yuvalkirstain/PickScore_v1"
-    )
+    clip: str = Field(description="CLIP to start from, folder or Hub id; the paper's is yuvalkirstain/PickScore_v1")
     revision: str | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
+    own_opinion: Real = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of the starting CLIP's opinion of the clean images in the labels; 0 = people's alone, as "
+        "for SD 1.5 in the paper; the paper's SDXL model uses it alone, as hard labels",
+    )
     guidance_scale: Real = Field(5.0, ge=0, description="of the one-step predictions; 1 = off. Paper: 5")
 
 
@@ -67,9 +72,7 @@ class ScoredPairs:
 # ---------------------------------------------------------------- pure functions
 
 
-def preference_criterion(
-    scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None) -> Tensor:
     """KL(label || softmax of the two scores), weighted mean, nats.
 
     For hard labels the negative log-likelihood of the choice, ln 2 at equal scores; a tie (0.5) costs 0 when
@@ -155,6 +158,16 @@ class SPMObjective:
             batch.cond.repeat(2),
         )
         return self.base.backbone.decode_latents(torch.where((t == 0)[:, None, None, None], x_0, predicted))
+
+    @torch.no_grad()
+    def opinion(self, batch: Pairs) -> Tensor:
+        """Probability (B,) that the model, as it stands, prefers image 0 where both are clean (t = 0)."""
+        clean = torch.zeros(len(batch.prompts), dtype=torch.long, device=batch.latents_0.device)
+        seen = self.seen(batch, clean, torch.zeros_like(batch.latents_0))
+        self.model.eval()
+        scores_0, scores_1 = self.module(seen.pixel_values, seen.input_ids, seen.t)
+        self.model.train()
+        return torch.sigmoid(scores_0 - scores_1)
 
     def loss(self, minibatch: ScoredPairs) -> tuple[Tensor, Metrics]:
         m = minibatch

@@ -35,9 +35,7 @@ WIDTHS = (1024, 128, 64, 16, 1)
 class Config(Block):
     """Where the CLIP and its aesthetic head are, and how images are shown to them."""
 
-    path: str = Field(
-        description="CLIP folder or Hub id; the published head needs openai/clip-vit-large-patch14"
-    )
+    path: str = Field(description="CLIP folder or Hub id; the published head needs openai/clip-vit-large-patch14")
     head: str = Field(description="head weights, .safetensors or .pth: a file or hf://owner/repository/file")
     revision: str | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
     head_revision: str | None = Field(None, description="Hub commit of the head; null for a local file")

@@ -50,9 +50,7 @@ class Config(Block):
         ".json of the same stem beside it gives the architecture if it is not ViT-H/14"
     )
     revision: str | None = Field(None, description="Hub commit of the weights; null for a local file")
-    tokenizer: str = Field(
-        description="folder or Hub id; laion/CLIP-ViT-H-14-laion2B-s32B-b79K for published weights"
-    )
+    tokenizer: str = Field(description="folder or Hub id; laion/CLIP-ViT-H-14-laion2B-s32B-b79K for published weights")
     tokenizer_revision: str | None = Field(None, description="Hub commit of the tokenizer")
     hidden_act: str = Field("gelu", description="activation the model must have")
     preprocess: Literal["hps", "square"] = Field("hps", description="hps: as published; square: AlignProp's")
@@ -112,9 +110,7 @@ def key_map(vision_layers: int, text_layers: int) -> dict[str, tuple[str, ...]]:
             block, layer = f"{tower}transformer.resblocks.{n}", f"{ours}.encoder.layers.{n}"
             pairs |= {f"{block}.{a}": f"{layer}.{b}" for a, b in _BLOCK.items()}
             for kind in ("weight", "bias"):
-                names[f"{block}.attn.in_proj_{kind}"] = tuple(
-                    f"{layer}.self_attn.{x}_proj.{kind}" for x in "qkv"
-                )
+                names[f"{block}.attn.in_proj_{kind}"] = tuple(f"{layer}.self_attn.{x}_proj.{kind}" for x in "qkv")
     return names | {f"{a}.{kind}": (f"{b}.{kind}",) for a, b in pairs.items() for kind in ("weight", "bias")}
 
 
@@ -255,9 +251,7 @@ def hps_pixels(images: Tensor, size: int, antialias: bool = True) -> Tensor:
     scale = size / max(images.shape[-2:])
     height, width = (round(side * scale) for side in images.shape[-2:])
     if scale != 1:
-        images = F.interpolate(
-            images, (height, width), mode="bicubic", align_corners=False, antialias=antialias
-        )
+        images = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
     top, left = (size - height) // 2, (size - width) // 2
     return normalise(F.pad(images, (left, size - width - left, top, size - height - top)))
 

@@ -48,9 +48,7 @@ class Config(Block):
         max_length=2,
         description="mean scores outside are an error; (17, 25) for the published weights",
     )
-    license: str = Field(
-        "MIT (authors' repository; the Hub card names none)", description="licence of the weights"
-    )
+    license: str = Field("MIT (authors' repository; the Hub card names none)", description="licence of the weights")
 
 
 class Scorer:
@@ -76,7 +74,5 @@ class Scorer:
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     model = load_model(config.path, config.revision, config.hidden_act)
-    tokenizer = (
-        load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(config.path, config.revision)
-    )
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(config.path, config.revision)
     return Scorer(model.to(device), tokenizer, config)

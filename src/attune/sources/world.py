@@ -28,9 +28,15 @@ class Config(Block):
 def prepare(config: Config, seed: int, paint: Painter) -> Prepared:
     """Prompts of all three splits and labelled pairs for training and validation."""
     rng = np.random.default_rng(seed)
-    wanted = {"train": config.train_prompts, "validation": config.validation_prompts, "test": config.test_prompts}
+    wanted = {
+        "train": config.train_prompts,
+        "validation": config.validation_prompts,
+        "test": config.test_prompts,
+    }
     prompts = pd.concat([draw_prompts(split, n, rng) for split, n in wanted.items()], ignore_index=True)
-    in_pairs = pd.concat([prompts[prompts.split == "train"].head(config.pair_prompts), prompts[prompts.split == "validation"]])
+    in_pairs = pd.concat(
+        [prompts[prompts.split == "train"].head(config.pair_prompts), prompts[prompts.split == "validation"]]
+    )
     repeated = in_pairs.prompt.repeat(config.images_per_prompt).tolist()
     images = paint(repeated, list(range(config.images_per_prompt)) * len(in_pairs), "preference pairs")
     utility = oracle.scores(images.astype(np.float32) / 255, repeated).reshape(len(in_pairs), -1)
@@ -54,9 +60,7 @@ def draw_prompts(split: str, n: int, rng: np.random.Generator) -> pd.DataFrame:
     return pd.DataFrame({"prompt": drawn[:n], "split": split})
 
 
-def label_pairs(
-    prompts: list[str], utility: np.ndarray, temperature: float, rng: np.random.Generator
-) -> pd.DataFrame:
+def label_pairs(prompts: list[str], utility: np.ndarray, temperature: float, rng: np.random.Generator) -> pd.DataFrame:
     """All pairs of each prompt's m images, (P, m) utilities, with a noisy choice each."""
     m = utility.shape[1]
     first, second = np.triu_indices(m, k=1)

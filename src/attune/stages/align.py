@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+
 from attune.config import Profile
 from attune.stages.common import (
     MODELS,
@@ -31,7 +32,7 @@ def main() -> None:
         run.artifact(MODELS / name)
 
 
-def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], list[str]]:  # noqa: ANN001
+def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], list[str]]:
     """Trains the adapter and saves it; returns a row of metrics per step, and the scorers the method has seen."""
     from attune.assembly import build_method, load_policy
     from attune.data.prepared import PreparedData
@@ -40,7 +41,7 @@ def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], lis
     policy = load_policy(profile)
     policy.add_adapter(profile.lora.rank, profile.seed, profile.lora.targets)
     method = build_method(name, profile, policy, PREFERENCE)
-    data = PreparedData.read(PREPARED, "train")
+    data = PreparedData.read(PREPARED, "train", policy.device)
     config = method.config
     n, draw = (
         (len(data.pairs), data.pair_batch) if method.consumes == "pairs" else (len(data.prompts), data.prompt_batch)
@@ -65,7 +66,7 @@ def align(name: str, profile: Profile, run) -> tuple[list[dict[str, float]], lis
     return history, list(getattr(method, "trained_on", ()))
 
 
-def preview(policy, profile: Profile, run):  # noqa: ANN001, ANN201
+def preview(policy, profile: Profile, run):
     """A callback that paints the same few validation prompts and logs them as one grid, with a step slider."""
     import pandas as pd
 

@@ -27,7 +27,7 @@ def main() -> None:
             run.note(trained_by.read_text().strip() or None, means)
 
 
-def evaluate(name: str, profile: Profile):  # noqa: ANN201
+def evaluate(name: str, profile: Profile):
     """Scores data/generated/<name> and writes reports/scores/<name>.parquet and reports/features/<name>.npy."""
     import numpy as np
     import pandas as pd

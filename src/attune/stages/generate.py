@@ -18,7 +18,7 @@ def main() -> None:
         run.summary({"images": len(images)})
 
 
-def generate(name: str, profile: Profile):  # noqa: ANN201
+def generate(name: str, profile: Profile):
     """Paints test prompts and writes PNGs, their index and the protocol so far."""
     import pandas as pd
     from PIL import Image
@@ -41,7 +41,12 @@ def generate(name: str, profile: Profile):  # noqa: ANN201
     )
     index["file"] = [f"{row:05d}.png" for row in range(len(index))]
     images = paint(
-        policy, index.prompt.tolist(), index.ordinal.tolist(), settings.sampling, profile.seed, f"generate {name}"
+        policy,
+        index.prompt.tolist(),
+        index.ordinal.tolist(),
+        settings.sampling,
+        profile.seed,
+        f"generate {name}",
     )
     folder = GENERATED / name
     folder.mkdir(parents=True, exist_ok=True)

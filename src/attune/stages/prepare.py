@@ -12,12 +12,16 @@ def main() -> None:
         prepared = prepare(profile)
         labels = prepared.pairs.label_0
         run.summary(
-            {"prompts": len(prepared.prompts), "pairs": len(labels), "tie_share": float((labels == 0.5).mean())}
+            {
+                "prompts": len(prepared.prompts),
+                "pairs": len(labels),
+                "tie_share": float((labels == 0.5).mean()),
+            }
         )
         run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(labels))
 
 
-def prepare(profile: Profile):  # noqa: ANN201 - the type would import torch
+def prepare(profile: Profile):
     """Asks the source, paints with the base model if the source wants that, and writes data/prepared."""
     from attune.assembly import load_policy
     from attune.data.prepared import write_prepared

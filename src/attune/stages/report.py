@@ -30,7 +30,12 @@ def report(names: list[str], profile: Profile) -> Mapping:
     tables, protocol = read_comparable({name: REPORTS / "scores" / f"{name}.parquet" for name in names})
     images = {name: read_images(name, tables[name].file) for name in names}
     summary = summarise(
-        tables, protocol, base=BASE, trained_on=trained_on(names), extras=extras(names, tables, images), seed=profile.seed
+        tables,
+        protocol,
+        base=BASE,
+        trained_on=trained_on(names),
+        extras=extras(names, tables, images),
+        seed=profile.seed,
     )
     write_report(REPORTS, summary, figures(names, summary, tables, images))
     return summary
@@ -44,7 +49,7 @@ def trained_on(names: list[str]) -> dict[str, list[str]]:
     return {name: json.loads(path.read_text()).get("trained_on", []) for name, path in records.items()}
 
 
-def read_images(name: str, files):  # noqa: ANN001, ANN201
+def read_images(name: str, files):
     """The generated images of a model, uint8 (n, H, W, 3)."""
     import numpy as np
     from PIL import Image
@@ -52,7 +57,7 @@ def read_images(name: str, files):  # noqa: ANN001, ANN201
     return np.stack([np.asarray(Image.open(GENERATED / name / file).convert("RGB")) for file in files])
 
 
-def extras(names, tables, images) -> dict:  # noqa: ANN001
+def extras(names, tables, images) -> dict:
     """Signs of reward hacking: diversity, image indices and drift from base."""
     import numpy as np
 
@@ -67,7 +72,7 @@ def extras(names, tables, images) -> dict:  # noqa: ANN001
     return result
 
 
-def figures(names, summary, tables, images) -> list:  # noqa: ANN001
+def figures(names, summary, tables, images) -> list:
     """All pictures of the report, written to reports/figures."""
     import json
 
@@ -102,7 +107,7 @@ def figures(names, summary, tables, images) -> list:  # noqa: ANN001
     return pictures
 
 
-def summary_scorer(tables) -> str:  # noqa: ANN001
+def summary_scorer(tables) -> str:
     """The first scorer column: the headline."""
     from attune.evaluation.protocol import score_columns
 

@@ -26,6 +26,9 @@ def main() -> None:
 
 def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains and saves the model; returns its curve and its held-out accuracy by timestep."""
+    import torch
+    from tqdm import tqdm
+
     from attune.assembly import load_policy
     from attune.data.prepared import PreparedData
     from attune.preference.model import from_clip, save
@@ -33,10 +36,16 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     from attune.training.loop import epoch_rows, train
 
     config = Config.model_validate(profile.preference)
-    data = PreparedData.read(PREPARED, "train", keep_ties=True)
+    policy = load_policy(profile)
+    data = PreparedData.read(PREPARED, "train", policy.device, keep_ties=True)
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(data.pairs))
     model, tokenizer = from_clip(config.clip, config.revision)
-    objective = SPMObjective(config, model, tokenizer, load_policy(profile))
+    objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
+    if config.own_opinion > 0:
+        chunks = [range(i, min(i + 64, len(data.pairs))) for i in range(0, len(data.pairs), 64)]
+        opinion = torch.cat([objective.opinion(data.pair_batch(c)) for c in tqdm(chunks, desc="own opinion")])
+        people = data.pairs.label_0
+        data.pairs["label_0"] = people + config.own_opinion * (opinion.cpu().numpy() - people)
     with resumable(project_root(), profile, "train_preference", config.model_dump(), [PREPARED]) as checkpoint:
         history = train(
             objective,
@@ -67,11 +76,11 @@ def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, lis
 
     untimed, _ = from_clip(objective.config.clip, objective.config.revision)
     models = {"spm": objective.model.eval(), "untimed": untimed.eval()}
-    data = PreparedData.read(PREPARED, "validation")
+    data = PreparedData.read(PREPARED, "validation", objective.base.device)
     known = "utility_0" in data.pairs
     truth = data.pairs.utility_0 - data.pairs.utility_1 if known else data.pairs.label_0 - 0.5
     batch = data.pair_batch(range(len(data.pairs)))
-    noise = torch.randn(batch.latents_0.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(batch.latents_0.shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
     curves = {name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models}
     for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
         seen = objective.seen(batch, torch.full((len(truth),), t), noise)

@@ -76,7 +76,11 @@ def train(
     if checkpoint is not None:
         progress = Progress(**checkpoint.restore(parameters, optimizer, default=progress.state_dict()))
     bar = tqdm(
-        range(progress.batch, config.batches), desc=title, initial=progress.batch, total=config.batches, unit="batch"
+        range(progress.batch, config.batches),
+        desc=title,
+        initial=progress.batch,
+        total=config.batches,
+        unit="batch",
     )
     waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:

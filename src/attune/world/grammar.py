@@ -82,8 +82,7 @@ def all_scenes() -> tuple[Scene, ...]:
     """Every scene of the grammar, in a fixed order."""
     ones = [Scene("one", (c,), (s,), b, size=z) for c, s, z, b in product(COLOURS, SHAPES, SIZES, BACKGROUNDS)]
     counts = [
-        Scene("count", (c,), (s,), b, count=n)
-        for c, s, n, b in product(COLOURS, SHAPES, COUNTS.values(), BACKGROUNDS)
+        Scene("count", (c,), (s,), b, count=n) for c, s, n, b in product(COLOURS, SHAPES, COUNTS.values(), BACKGROUNDS)
     ]
     relations = [
         Scene("relation", (c1, c2), (s1, s2), b, count=2, relation=r)

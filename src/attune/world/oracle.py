@@ -68,7 +68,7 @@ def judge(images: np.ndarray, prompts: Sequence[str]) -> list[Verdict]:
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-    if len(images) and not (0 <= images.min() and images.max() <= 1):
+    if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"oracle images must lie in [0, 1], found {images.min():.3f} to {images.max():.3f}")
     return [_judge_one(image, parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]
 

@@ -13,7 +13,11 @@ import numpy as np
 from attune.world.grammar import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, Scene
 
 IMAGE_SIZE = 32
-RADII = {"small": 5.2, "medium": 8.0, "large": 11.0}  # pixels of a 32 px image; the radius of the circle of equal area
+RADII = {
+    "small": 5.2,
+    "medium": 8.0,
+    "large": 11.0,
+}  # pixels of a 32 px image; the radius of the circle of equal area
 GROUP_RADIUS = 5.2  # pixels; each object of a count or a relation
 _MOST_OBJECTS = 3
 _ABSENT = -1.0  # radius of an object slot a scene does not use
@@ -91,7 +95,12 @@ def _place(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[floa
     spare = _MOST_OBJECTS - n
     shapes = [SHAPES.index(s) for s in (scene.shapes * n)[:n]]
     colours = [COLOURS[c] for c in (scene.colours * n)[:n]]
-    return shapes + [0] * spare, radii + [_ABSENT] * spare, centres + [(0, 0)] * spare, colours + [(0, 0, 0)] * spare
+    return (
+        shapes + [0] * spare,
+        radii + [_ABSENT] * spare,
+        centres + [(0, 0)] * spare,
+        colours + [(0, 0, 0)] * spare,
+    )
 
 
 def _scatter(count: int, rng: np.random.Generator) -> list[tuple]:

@@ -30,9 +30,7 @@ def assert_close(actual: Tensor, expected: Tensor, rel: float = 1e-5, absolute: 
     assert actual.shape == expected.shape
     error = float((actual.detach() - expected).abs().max())
     largest = float(expected.abs().max())
-    print(
-        f"error {error:.1e}, relative {error / max(largest, 1e-30):.1e}, allowed {rel:.0e} / {absolute:.0e}"
-    )
+    print(f"error {error:.1e}, relative {error / max(largest, 1e-30):.1e}, allowed {rel:.0e} / {absolute:.0e}")
     assert error <= max(rel * largest, absolute)
 
 
