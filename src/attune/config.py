@@ -136,6 +136,8 @@ def load(path: Path | str = "params.yaml") -> tuple[Params, Profile]:
         plugin_config("methods", name, block, f"{where}.methods.{name}")
     for name, block in profile.scorers.items():
         plugin_config("rewards", name, block, f"{where}.scorers.{name}")
+    if profile.data.get("test_prompts", profile.generate.prompts) < profile.generate.prompts:
+        raise ConfigError(f"{where}.generate.prompts: {profile.generate.prompts} is more than data.test_prompts")
     for name in params.run_methods:
         if name not in profile.methods:
             raise ConfigError(f"run_methods.{name}: {where}.methods has no block of that name")

@@ -97,6 +97,7 @@ WRONG = {
     "negative learning rate": (f"{TINY}.preference.lr", -1e-4, "greater than 0 (given -0.0001)"),
     "clip above one": (f"{TINY}.methods.spo.clip", 1.5, "less than 1 (given 1.5)"),
     "eta above one": (f"{TINY}.generate.sampling.eta", 2, "less than or equal to 1 (given 2"),
+    "more held-out prompts than there are": (f"{TINY}.generate.prompts", 241, "241 is more than data.test_prompts"),
     "no prompts": (f"{TINY}.data.test_prompts", 1, "greater than or equal to 2 (given 1)"),
     "an unknown dtype": (
         f"{TINY}.model.dtype",

@@ -20,40 +20,49 @@ def main() -> None:
 
 def generate(name: str, profile: Profile):
     """Paints test prompts and writes PNGs, their index and the protocol so far."""
-    import pandas as pd
     from PIL import Image
 
     from attune.assembly import load_policy
-    from attune.evaluation.protocol import Protocol, hash_prompts
     from attune.painting import paint
+
+    index = held_out_index(profile)
+    policy = load_policy(profile)
+    if name != BASE:
+        policy.add_adapter(profile.lora.rank, profile.seed, profile.lora.targets)
+        policy.load(MODELS / name)
+    prompts, ordinals = index.prompt.tolist(), index.ordinal.tolist()
+    images = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, f"generate {name}")
+    folder = GENERATED / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, image in zip(index.file, images, strict=True):
+        Image.fromarray(image).save(folder / file)
+    index.to_parquet(folder / "index.parquet", index=False)
+    protocol = protocol_so_far(profile, index.prompt.unique().tolist(), images.shape[1])
+    (folder / "protocol.json").write_text(json.dumps(protocol.to_dict(), indent=2) + "\n")
+    return images
+
+
+def held_out_index(profile: Profile):
+    """A row per image to paint: prompt, ordinal, file."""
+    import pandas as pd
 
     settings = profile.generate
     table = pd.read_parquet(PREPARED / "prompts.parquet")
     prompts = table.prompt[table.split == "test"].head(settings.prompts).tolist()
     if len(prompts) < settings.prompts:
         raise SystemExit(f"generate.prompts: {settings.prompts} wanted, the test split has {len(prompts)}")
-    policy = load_policy(profile)
-    if name != BASE:
-        policy.add_adapter(profile.lora.rank, profile.seed, profile.lora.targets)
-        policy.load(MODELS / name)
-    index = pd.DataFrame({"prompt": prompts}).merge(
-        pd.DataFrame({"ordinal": range(settings.images_per_prompt)}), how="cross"
-    )
+    ordinals = pd.DataFrame({"ordinal": range(settings.images_per_prompt)})
+    index = pd.DataFrame({"prompt": prompts}).merge(ordinals, how="cross")
     index["file"] = [f"{row:05d}.png" for row in range(len(index))]
-    images = paint(
-        policy,
-        index.prompt.tolist(),
-        index.ordinal.tolist(),
-        settings.sampling,
-        profile.seed,
-        f"generate {name}",
-    )
-    folder = GENERATED / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, image in zip(index.file, images, strict=True):
-        Image.fromarray(image).save(folder / file)
-    index.to_parquet(folder / "index.parquet", index=False)
-    protocol = Protocol(
+    return index
+
+
+def protocol_so_far(profile: Profile, prompts: list[str], resolution: int):
+    """How these images were made; evaluate adds who scored them."""
+    from attune.evaluation.protocol import Protocol, hash_prompts
+
+    settings = profile.generate
+    return Protocol(
         prompt_set_sha=hash_prompts(prompts),
         n_prompts=len(prompts),
         images_per_prompt=settings.images_per_prompt,
@@ -61,13 +70,11 @@ def generate(name: str, profile: Profile):
         steps=settings.sampling.steps,
         eta=settings.sampling.eta,
         guidance_scale=settings.sampling.guidance_scale,
-        resolution=images.shape[1],
+        resolution=resolution,
         dtype=profile.model.dtype,
         seed=profile.seed,
         scorers=(),
     )
-    (folder / "protocol.json").write_text(json.dumps(protocol.to_dict(), indent=2) + "\n")
-    return images
 
 
 if __name__ == "__main__":
