@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # before the libraries below are imported: they read these once
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -21,10 +21,11 @@ from attune import plugins
 from attune.config import Profile, plugin_config
 from attune.interfaces import Backbone, Objective, Reward, StepReward
 
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
+
 transformers.logging.set_verbosity_error()  # diffusers' import below warns about torchvision otherwise
 transformers.utils.logging.disable_progress_bar()
-
-from attune.diffusion.policy import Policy  # noqa: E402
 
 
 def device() -> torch.device:
@@ -41,6 +42,8 @@ def load_backbone(profile: Profile) -> Backbone:
 
 def load_policy(profile: Profile) -> Policy:
     """The base model as a policy without an adapter yet."""
+    from attune.diffusion.policy import Policy  # diffusers takes seconds to import, and scoring does without
+
     backbone = load_backbone(profile)
     return Policy(backbone, backbone.encode_prompts([""]))
 

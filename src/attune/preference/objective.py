@@ -149,6 +149,8 @@ class SPMObjective:
         and predict at 0 as elsewhere, yet score finished images at 0.)
         """
         x_0, t = torch.cat([batch.latents_0, batch.latents_1]), t.repeat(2)
+        if not t.any():
+            return self.base.backbone.decode_latents(x_0)
         predicted = one_step_latents(
             self._guided,
             self.base.backbone.alphas_cumprod,
@@ -160,14 +162,13 @@ class SPMObjective:
         return self.base.backbone.decode_latents(torch.where((t == 0)[:, None, None, None], x_0, predicted))
 
     @torch.no_grad()
-    def opinion(self, batch: Pairs) -> Tensor:
-        """Probability (B,) that the model, as it stands, prefers image 0 where both are clean (t = 0)."""
-        clean = torch.zeros(len(batch.prompts), dtype=torch.long, device=batch.latents_0.device)
-        seen = self.seen(batch, clean, torch.zeros_like(batch.latents_0))
-        self.model.eval()
-        scores_0, scores_1 = self.module(seen.pixel_values, seen.input_ids, seen.t)
-        self.model.train()
-        return torch.sigmoid(scores_0 - scores_1)
+    def clean_scores(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of clean images by the model as it stands, at t = 0; latents (B, C, h, w), scaled."""
+        clip = self.model.model
+        pixels = training_pixels(self.base.backbone.decode_latents(latents).float(), image_size(clip))
+        ids = tokenise(self.tokenizer, prompts, clip.config.text_config.max_position_embeddings)
+        t = torch.zeros(len(prompts), dtype=torch.long, device=clip.device)
+        return self.model(pixels[None].to(clip.device), ids.to(clip.device), t)[0]
 
     def loss(self, minibatch: ScoredPairs) -> tuple[Tensor, Metrics]:
         m = minibatch

@@ -9,6 +9,9 @@ from attune.stages.common import PREFERENCE, PREPARED, REPORTS, project_root, re
 from attune.stages.history import write_history
 
 if TYPE_CHECKING:  # at run time these wait until params.yaml has been checked
+    import numpy as np
+
+    from attune.data.prepared import PreparedData
     from attune.preference.objective import SPMObjective
     from attune.tracking import Run
 
@@ -26,9 +29,6 @@ def main() -> None:
 
 def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains and saves the model; returns its curve and its held-out accuracy by timestep."""
-    import torch
-    from tqdm import tqdm
-
     from attune.assembly import load_policy
     from attune.data.prepared import PreparedData
     from attune.preference.model import from_clip, save
@@ -42,10 +42,8 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     model, tokenizer = from_clip(config.clip, config.revision)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
     if config.own_opinion > 0:
-        chunks = [range(i, min(i + 64, len(data.pairs))) for i in range(0, len(data.pairs), 64)]
-        opinion = torch.cat([objective.opinion(data.pair_batch(c)) for c in tqdm(chunks, desc="own opinion")])
-        people = data.pairs.label_0
-        data.pairs["label_0"] = people + config.own_opinion * (opinion.cpu().numpy() - people)
+        people, own = data.pairs.label_0, own_opinion(objective, data)
+        data.pairs["label_0"] = people + config.own_opinion * (own - people)
     with resumable(project_root(), profile, "train_preference", config.model_dump(), [PREPARED]) as checkpoint:
         history = train(
             objective,
@@ -59,6 +57,27 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
         )
         save(model, tokenizer, PREFERENCE)
     return history, accuracy_by_t(objective, profile.seed)
+
+
+def own_opinion(objective: SPMObjective, data: PreparedData) -> np.ndarray:
+    """Probability that the untrained model prefers image 0 of each pair, both clean; each image is scored once."""
+    import numpy as np
+    import pandas as pd
+    import torch
+    from tqdm import tqdm
+
+    sides = [data.pairs[["prompt", side]].rename(columns={side: "image"}) for side in ("image_0", "image_1")]
+    images = pd.concat(sides).drop_duplicates().reset_index(drop=True)
+    parts = [images.iloc[start : start + 64] for start in range(0, len(images), 64)]
+    objective.model.eval()
+    scores = [
+        objective.clean_scores(data.latents[torch.tensor(part.image.to_numpy())], part.prompt.tolist())
+        for part in tqdm(parts, desc="own opinion", unit="batch")
+    ]
+    objective.model.train()
+    score = images.assign(score=torch.cat(scores).cpu().numpy()).set_index(["prompt", "image"]).score
+    first, second = (score[pd.MultiIndex.from_frame(side)].to_numpy() for side in sides)
+    return 1 / (1 + np.exp(second - first))
 
 
 def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, list[float]]]:
@@ -79,15 +98,20 @@ def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, lis
     data = PreparedData.read(PREPARED, "validation", objective.base.device)
     known = "utility_0" in data.pairs
     truth = data.pairs.utility_0 - data.pairs.utility_1 if known else data.pairs.label_0 - 0.5
-    batch = data.pair_batch(range(len(data.pairs)))
-    noise = torch.randn(batch.latents_0.shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
+    shape = (len(truth), *data.latents.shape[1:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
+    parts = [range(start, min(start + 32, len(truth))) for start in range(0, len(truth), 32)]
     curves = {name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models}
     for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
-        seen = objective.seen(batch, torch.full((len(truth),), t), noise)
-        for name, model in models.items():
-            with torch.no_grad():
-                scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
-            right = ((scores_0 - scores_1).cpu().numpy() * truth.to_numpy() > 0).astype(float)
+        gaps: dict[str, list[float]] = {name: [] for name in models}
+        for rows in parts:
+            seen = objective.seen(data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop])
+            for name, model in models.items():
+                with torch.no_grad():
+                    scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
+                gaps[name] += (scores_0 - scores_1).tolist()
+        for name, gap in gaps.items():
+            right = (gap * truth.to_numpy() > 0).astype(float)
             curves[name]["accuracy"].append(float(right.mean()))
             curves[name]["ci95"].append([float(x) for x in bootstrap_mean_ci(right, seed=seed)])
     return curves
