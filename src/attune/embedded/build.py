@@ -7,6 +7,7 @@ other hardware gives other bits but the same quality.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 
-from attune.backbones import sd
 from attune.config import Sampling
-from attune.diffusion.policy import Policy
 from attune.embedded import base, scorers
-from attune.embedded.card import GUIDANCE, base_figures, write_card
+from attune.embedded.card import GUIDANCE, base_figures, base_policy, write_card
 from attune.embedded.vae import train_vae
 from attune.painting import paint
 from attune.rewards import hpsv2
@@ -41,10 +40,11 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     vae = cached("vae", lambda: train_vae(VAE_STEPS, batch_size=16, seed=SEED), AutoencoderKL)
     tokenizer = base.build_tokenizer()
-    if not (OUT / "base" / "model_index.json").exists():
+    if not (WORK / "base").exists():  # in OUT lies the family that is being replaced
         training = base.BaseTraining(base.web_data(vae, tokenizer, 65_536, SEED + 1), tokenizer, SEED)
         base.train_base(training, BASE_STEPS, 96, WORK / "base.pt")
-        base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(OUT / "base")
+        base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(WORK / "base")
+    shutil.copytree(WORK / "base", OUT / "base", dirs_exist_ok=True)
     painter = base_painter(OUT / "base")
     test = pool(painter, "test", TEST_RENDERED, 150)
     figures = {}
@@ -81,8 +81,7 @@ def save_scorer(name: str, model: nn.Module, head: nn.Module | None, folder: Pat
 
 def base_painter(folder: Path) -> scorers.Painter:
     """Paints with the base in 12 steps: scorers learn from pictures unlike those they will be asked about."""
-    backbone = sd.load(str(folder), None, torch.float32, torch.device("cpu"))
-    policy = Policy(backbone, backbone.encode_prompts([""]))
+    policy = base_policy(folder)
     sampling = Sampling(steps=12, eta=0, guidance_scale=2, batch_size=64)
 
     def painter(prompts: Sequence[str], seed: int) -> np.ndarray:

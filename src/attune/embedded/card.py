@@ -19,10 +19,15 @@ PROMPTS = 240
 GUIDANCE = (1.0, 2.0)  # profile tiny samples without guidance: half the cost, and more left to align
 
 
+def base_policy(folder: Path) -> Policy:
+    """The base as saved, in float32 on the CPU."""
+    backbone = sd.load(str(folder), None, torch.float32, torch.device("cpu"))
+    return Policy(backbone, backbone.encode_prompts([""]))
+
+
 def base_figures(folder: Path, guidance_scale: float) -> dict[str, float]:
     """Mean of every oracle field over images of test prompts, DDIM in 20 steps."""
-    backbone = sd.load(str(folder), None, torch.float32, torch.device("cpu"))
-    policy = Policy(backbone, backbone.encode_prompts([""]))
+    policy = base_policy(folder)
     prompts = draw_prompts("test", PROMPTS, np.random.default_rng(0)).prompt.tolist()
     sampling = Sampling(steps=20, eta=0, guidance_scale=guidance_scale, batch_size=60)
     images = paint(policy, prompts, [0] * PROMPTS, sampling, 0, "base figures")
