@@ -27,6 +27,7 @@ SRC = ROOT / "src"
 LAYERS = (
     "stages",
     "(search)",
+    "aligning",
     "assembly | embedded | tracking",
     "painting",
     "methods | rewards | preference",
@@ -36,7 +37,7 @@ LAYERS = (
     "diffusion.adapters | diffusion.process | diffusion.losses | weights",
     "interfaces",
     "config",
-    "plugins | hashing | blocks",
+    "plugins | hashing | blocks | places",
 )
 # importer -> imported, in spite of the layers
 UPWARDS = {"plugins -> config": "a lazy import, for ConfigError alone"}
@@ -61,7 +62,7 @@ OWNERS = {
 PURE = {"diffusion.process": {"torch"}, "diffusion.losses": {"torch"}}  # all else they need is the stdlib
 TORCH_FREE = ("config", "plugins", "hashing", "tracking", "world", "evaluation")
 HEAVY = {"torch", "transformers", "diffusers", "peft", "accelerate", "mlflow", "optuna"}
-ENVIRONMENT = ("stages.common", "assembly", "tracking", "search")  # may read os.environ
+ENVIRONMENT = ("stages.common", "assembly", "places", "tracking", "search")  # may read os.environ
 NAMES_THE_FILE = ("config", "stages", "tracking")  # may say "params.yaml"; only config opens it
 READS_PARAMS = ("stages", "search")  # may call config.load and config.read_params
 
@@ -69,9 +70,8 @@ READS_PARAMS = ("stages", "search")  # may call config.load and config.read_para
 VIEW_ONLY = {"attune.tracking"}
 # Imports inside functions that only some stages run; () = its result goes to the tracking UI alone.
 TAKEN_BY = {
-    ("attune.stages.common", "attune.training.checkpoint"): ("train_preference", "align"),
     ("attune.assembly", "attune.preference.model"): ("align",),
-    ("attune.stages.align", "attune.evaluation.figures"): (),
+    ("attune.aligning", "attune.evaluation.figures"): (),
 }
 # Sections of the profile that a stage reads and DVC need not watch for it.
 UNWATCHED = {

@@ -108,6 +108,17 @@ class TrainingConfig(Block):
         return optimizer
 
 
+class HeldOut(Block):
+    """A score taken while a method trains, on validation prompts painted as `generate` says."""
+
+    scorer: str = Field(description="a name in scorers; one the method does not train on tells more")
+    prompts: int = Field(ge=2, description="validation prompts, one image each")
+    every: int = Field(ge=1, description="batches from one score to the next; the first is taken before training")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many scores without a new best, and keep the best; null = go on"
+    )
+
+
 class MethodConfig(TrainingConfig):
     """What every method decides about the policy it trains."""
 
@@ -118,6 +129,7 @@ class MethodConfig(TrainingConfig):
         description="an adapter, or whole denoiser, to go on from, which is then the reference as well: a file or "
         "folder, say models/spin_1, or a hub id with @commit; null = the base model",
     )
+    held_out: HeldOut | None = Field(None, description="watch a scorer while training, and stop early; null = do not")
 
 
 class AIFeedback(Block):

@@ -66,11 +66,7 @@ def _check_together(params: Params, profile: Profile, where: str) -> None:
     """What no block can know by itself."""
     if profile.data.get("test_prompts", profile.generate.prompts) < profile.generate.prompts:
         raise ConfigError(f"{where}.generate.prompts: {profile.generate.prompts} is more than data.test_prompts")
-    asked = {f"{where}.data.score_with": profile.data.get("score_with", [])}
-    asked |= {f"{where}.methods.{name}.rewards": block.get("rewards", []) for name, block in profile.methods.items()}
-    for key, names in asked.items():
-        if unknown := [name for name in names if name not in profile.scorers]:
-            raise ConfigError(f"{key}: {unknown[0]!r} is not in scorers: {', '.join(profile.scorers)}")
+    _check_scorers(profile, where)
     for name, run in params.run_methods.items():
         if name in NOT_RUNS:
             raise ConfigError(f"run_methods.{name}: the name is taken")
@@ -80,6 +76,17 @@ def _check_together(params: Params, profile: Profile, where: str) -> None:
     for name in params.evaluate.extra:
         if name == "base" or name in profile.methods:
             raise ConfigError(f"evaluate.extra.{name}: the name is taken")
+
+
+def _check_scorers(profile: Profile, where: str) -> None:
+    """Every scorer that is asked for by name must have a block."""
+    asked = {f"{where}.data.score_with": profile.data.get("score_with", [])}
+    for name, block in profile.methods.items():
+        asked[f"{where}.methods.{name}.rewards"] = block.get("rewards", [])
+        asked[f"{where}.methods.{name}.held_out.scorer"] = [(block.get("held_out") or {}).get("scorer")]
+    for key, names in asked.items():
+        if unknown := [name for name in names if name is not None and name not in profile.scorers]:
+            raise ConfigError(f"{key}: {unknown[0]!r} is not in scorers: {', '.join(profile.scorers)}")
 
 
 def _check_start(name: str, run: Run, start: str | None, params: Params, where: str) -> None:

@@ -17,7 +17,7 @@ from attune.diffusion.policy import fingerprint
 from attune.methods import dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
-from attune.training.loop import batch_generator, epoch_rows, train
+from attune.training.loop import View, Watch, batch_generator, epoch_rows, train
 
 OWN = {
     "sft": {},
@@ -60,7 +60,8 @@ class Line:
 
     def train(self, batches, **config):
         plain = {"lr": 0.1, "batch_size": 1, "weight_decay": 0.0}
-        history = train(self, self, lambda b, generator: b, TrainingConfig(batches=batches, **(plain | config)), seed=0)
+        config = TrainingConfig(batches=batches, **(plain | config))
+        history, _ = train(self, self, lambda b, generator: b, config, seed=0)
         return history, self.module.weight.item()
 
 
@@ -134,16 +135,8 @@ def test_what_is_logged_is_the_history():
     logged, shown = [], []
     line = Line([1.0, 2.0])
     config = TrainingConfig(lr=0.1, batches=4, batch_size=1)
-    history = train(
-        line,
-        line,
-        lambda b, generator: b,
-        config,
-        seed=0,
-        log=lambda row, step: logged.append({**row, "step": step}),
-        preview=shown.append,
-        preview_every=2,
-    )
+    view = View("a line", lambda row, step: logged.append({**row, "step": step}), shown.append, 2)
+    history, _ = train(line, line, lambda b, generator: b, config, seed=0, view=view)
     assert [{k: v for k, v in row.items() if k != "batch"} for row in history] == logged
     assert [row["batch"] for row in history] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {"loss", "x", "grad_norm", "lr", "step"} == set(logged[0])
@@ -445,6 +438,73 @@ def test_resuming_is_exact_under_every_option(new_policy, data, tmp_path, name):
     checkpoint = Checkpoint(tmp_path, "align@x", "key", every_seconds=0)
     assert tiny.run(method("dpo", again, **options), data, checkpoint=checkpoint) == history
     assert equal(policy.parameters(), again.parameters())
+
+
+# ---------------------------------------------------------------- a held-out score
+
+
+def watching(scores, told, **options):
+    given = iter(scores)
+    return Watch(lambda: next(given), told=lambda batch, step, score: told.append((batch, step, score)), **options)
+
+
+def test_patience_ends_training_and_keeps_the_best():
+    """Scores .1 before training, then .3, .2, .25 every 2 batches: two without a new best end it after 6 batches.
+
+    The best was taken after 2 batches, where AdamW at rate .1 has brought the weight to -0.2.
+    """
+    line, told = Line([1.0]), []
+    config = TrainingConfig(lr=0.1, batches=20, batch_size=1, weight_decay=0.0)
+    watch = watching([0.1, 0.3, 0.2, 0.25], told, every=2, patience=2)
+    history, scores = train(line, line, lambda b, generator: b, config, seed=0, watch=watch)
+    assert len(history) == 6
+    assert told == [(0, 0, 0.1), (2, 2, 0.3), (4, 4, 0.2), (6, 6, 0.25)]
+    assert [tuple(row.values()) for row in scores] == told
+    assert line.module.weight.item() == pytest.approx(-0.2, abs=1e-6)
+
+
+def test_without_patience_a_falling_score_changes_nothing():
+    line, told = Line([1.0]), []
+    config = TrainingConfig(lr=0.1, batches=5, batch_size=1, weight_decay=0.0)
+    train(line, line, lambda b, generator: b, config, seed=0, watch=watching([3.0, 2.0, 1.0], told, every=2))
+    assert [batch for batch, _, _ in told] == [0, 2, 4]
+    assert line.module.weight.item() == Line([1.0]).train(5)[1]
+
+
+def test_the_last_batch_is_scored_where_its_turn_comes():
+    line, told = Line([1.0]), []
+    config = TrainingConfig(lr=0.1, batches=4, batch_size=1, weight_decay=0.0)
+    train(line, line, lambda b, generator: b, config, seed=0, watch=watching([0, 1, 2], told, every=2, patience=9))
+    assert [batch for batch, _, _ in told] == [0, 2, 4]
+    assert line.module.weight.item() == pytest.approx(-0.4, abs=1e-6)  # the last is the best
+
+
+def test_a_score_that_is_no_number_stops_training():
+    line = Line([1.0])
+    config = TrainingConfig(lr=0.1, batches=4, batch_size=1)
+    with pytest.raises(NonFiniteError, match="after batch 2"):
+        train(line, line, lambda b, generator: b, config, seed=0, watch=watching([0.0, math.nan], [], every=2))
+
+
+def test_a_resumed_training_stops_where_it_would_have(tmp_path):
+    """The scores so far and the best weights are in the checkpoint: interrupted after 5 of 6 batches."""
+    config = TrainingConfig(lr=0.1, batches=20, batch_size=1, weight_decay=0.0)
+    curve = {0: 0.1, 2: 0.3, 4: 0.2, 6: 0.25}
+
+    def run(line, batches, checkpoint=None, taken=()):
+        watch = watching([score for batch, score in curve.items() if batch not in taken], [], every=2, patience=2)
+        return train(line, line, batches, config, seed=0, checkpoint=checkpoint, watch=watch)
+
+    whole, cut, again = Line([1.0]), Line([1.0]), Line([1.0])
+    expected = run(whole, lambda b, generator: b)
+    checkpoint = Checkpoint(tmp_path, "a", "k", every_seconds=0)
+    with pytest.raises(Interrupted):
+        run(cut, interrupted(lambda b, generator: b, 5), checkpoint)
+    del checkpoint
+    gc.collect()
+    checkpoint = Checkpoint(tmp_path, "a", "k", every_seconds=0)
+    assert run(again, lambda b, generator: b, checkpoint, taken=(0, 2, 4)) == expected
+    assert torch.equal(whole.module.weight, again.module.weight)
 
 
 def test_the_loss_scale_is_resumed(tmp_path):

@@ -1,4 +1,4 @@
-"""What every stage shares: checked parameters, an MLflow run, and where things lie."""
+"""What every stage shares: checked parameters and an MLflow run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attune import tracking
 from attune.blocks import Profile
 from attune.config import ConfigError, load
-from attune.hashing import digest, values_sha
+from attune.places import RUNS
 
-if TYPE_CHECKING:
-    from attune.training.checkpoint import Checkpoint
-
-PREPARED = Path("data/prepared")
-GENERATED = Path("data/generated")
-MODELS = Path("models")
-PREFERENCE = MODELS / "preference"
-REPORTS = Path("reports")
-RUNS = Path(".checkpoints/runs")  # neither in git nor in DVC: run ids mean something in one tracking store only
 BASE = "base"
 
 
@@ -48,30 +38,11 @@ def stage(name: str, *sections: str, **tags: str) -> Iterator[tuple[Profile, tra
         yield profile, run
 
 
-@contextmanager
-def resumable(
-    root: Path, profile: Profile, name: str, settings: Mapping[str, Any], inputs: list[Path]
-) -> Iterator[Checkpoint]:
-    """A checkpoint that only a run with the same parameters and inputs finds again; removed on success."""
-    from attune.training.checkpoint import Checkpoint
-
-    digests = {str(path): digest(path) for path in inputs}
-    key = values_sha([profile.seed, profile.model.model_dump(), settings, digests])
-    checkpoint = Checkpoint(root / ".checkpoints", name, key)
-    yield checkpoint
-    checkpoint.discard()
-
-
 def remember_run(name: str, run_id: str | None) -> None:
     """Notes which tracking run trained a method, so that evaluation can put its scores on the same row."""
     if run_id:
         RUNS.mkdir(parents=True, exist_ok=True)
         (RUNS / name).write_text(run_id + "\n")
-
-
-def project_root() -> Path:
-    """Where shared state lives: the repository, also inside DVC's temporary experiment folders."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
 def _lookup(values: Mapping[str, Any], dotted: str) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attune.blocks import Profile
 from attune.config import plugin_config
-from attune.stages.common import GENERATED, REPORTS, RUNS, stage
+from attune.places import GENERATED, REPORTS, RUNS
+from attune.stages.common import stage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,8 @@ import argparse
 import json
 
 from attune.blocks import Profile
-from attune.stages.common import BASE, GENERATED, MODELS, PREPARED, stage
+from attune.places import GENERATED, MODELS, PREPARED
+from attune.stages.common import BASE, stage
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from attune import plugins
 from attune.blocks import Profile
-from attune.stages.common import PREPARED, REPORTS, stage
+from attune.places import PREPARED, REPORTS
+from attune.stages.common import stage
 
 QUARANTINE = Path("data/quarantine.csv")
 

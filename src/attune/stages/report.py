@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attune.blocks import Profile
-from attune.stages.common import BASE, GENERATED, MODELS, REPORTS, stage
+from attune.places import GENERATED, MODELS, REPORTS
+from attune.stages.common import BASE, stage
 
 GRID_PROMPTS = 10
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attune.blocks import Profile
-from attune.stages.common import PREFERENCE, PREPARED, REPORTS, project_root, resumable, stage
+from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
+from attune.stages.common import stage
 from attune.stages.history import write_history
 
 if TYPE_CHECKING:  # at run time these wait until params.yaml has been checked
@@ -32,7 +33,8 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     from attune.preference.labels import with_ai_feedback
     from attune.preference.model import save
     from attune.preference.objective import Config, SPMObjective, starting_model
-    from attune.training.loop import epoch_rows, train
+    from attune.training.checkpoint import resumable
+    from attune.training.loop import View, epoch_rows, train
 
     config = Config.model_validate(profile.preference)
     policy = load_policy(profile)
@@ -41,16 +43,16 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(data.pairs))
     model, tokenizer = starting_model(config)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
-    with resumable(project_root(), profile, "train_preference", config.model_dump(), [PREPARED]) as checkpoint:
-        history = train(
+    values = [profile.seed, profile.model.model_dump(), config.model_dump()]
+    with resumable(project_root(), "train_preference", values, [PREPARED]) as checkpoint:
+        history, _ = train(
             objective,
             objective,
             lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, profile.seed)),
             config,
             seed=profile.seed,
-            title="train preference",
-            log=run.log,
             checkpoint=checkpoint,
+            view=View("train preference", run.log),
         )
         save(model, tokenizer, PREFERENCE)
     return history, accuracy_by_t(objective, profile.seed)

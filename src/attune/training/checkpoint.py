@@ -9,12 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+
+from attune.hashing import digest, values_sha
 
 
 class Checkpoint:
@@ -69,3 +73,15 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable(root: Path, stage: str, values: Sequence[Any], inputs: Sequence[Path]) -> Iterator[Checkpoint]:
+    """A checkpoint that only a run with the same values and the same content of `inputs` finds again.
+
+    Removed on success.
+    """
+    digests = {str(path): digest(path) for path in inputs}
+    checkpoint = Checkpoint(root / ".checkpoints", stage, values_sha([*values, digests]))
+    yield checkpoint
+    checkpoint.discard()

@@ -9,6 +9,7 @@ for the next batch.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from attune.blocks import TrainingConfig
 from attune.interfaces import Log, Objective
 from attune.training.checkpoint import Checkpoint
+from attune.training.guard import NonFiniteError
 from attune.training.update import Trained, Update, learning_rate
 
 Batches = Callable[[int, torch.Generator], Any]
@@ -29,12 +31,57 @@ Batches = Callable[[int, torch.Generator], Any]
 
 @dataclass
 class Progress:
-    """How far training is; the part of a checkpoint that is not weights."""
+    """How far training is; the part of a checkpoint that is not weights in training."""
 
     batch: int = 0
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)  # empty unless the loss is scaled
+    scores: list[dict[str, float]] = field(default_factory=list)  # held-out: batch (done), step, score
+    best: list[Tensor] = field(default_factory=list)  # weights at the best score; empty unless they may be wanted
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A held-out score taken before training and every so many batches, which may end the training early.
+
+    With `patience`, training ends when that many scores in a row have brought no new best, and the weights of
+    the best are what it leaves, were they the ones it started with.
+    """
+
+    score: Callable[[], float]
+    every: int  # batches
+    patience: int | None = None  # scores; None: train to the end and keep the last weights
+    told: Callable[[int, int, float], None] = lambda batch, step, score: None  # may raise, to end it otherwise
+
+    def look(self, progress: Progress, parameters: list[Tensor]) -> None:
+        """Takes the score if one is due and not yet taken."""
+        if progress.batch % self.every or (progress.scores and progress.scores[-1]["batch"] == progress.batch):
+            return
+        score = self.score()
+        if not math.isfinite(score):
+            raise NonFiniteError(f"the held-out score is {score} after batch {progress.batch}")
+        if self.patience is not None and all(score > past["score"] for past in progress.scores):
+            progress.best = [weight.detach().to("cpu", copy=True) for weight in parameters]
+        progress.scores.append({"batch": progress.batch, "step": progress.step, "score": score})
+        self.told(progress.batch, progress.step, score)
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether patience is at its end."""
+        if self.patience is None or not progress.scores:
+            return False
+        best = max(range(len(progress.scores)), key=lambda i: progress.scores[i]["score"])
+        return len(progress.scores) - 1 - best >= self.patience
+
+
+@dataclass(frozen=True)
+class View:
+    """Who looks on: nothing here changes what is trained."""
+
+    title: str = "train"
+    log: Log = lambda metrics, step: None
+    preview: Callable[[int], None] | None = None  # told the optimizer step
+    preview_every: int = 1  # batches
 
 
 def train(
@@ -44,28 +91,27 @@ def train(
     config: TrainingConfig,
     *,
     seed: int,
-    title: str = "train",
-    log: Log = lambda metrics, step: None,
     checkpoint: Checkpoint | None = None,
-    preview: Callable[[int], None] | None = None,
-    preview_every: int = 0,
-) -> list[dict[str, float]]:
-    """Runs `config.batches` batches; returns one row of metrics per optimizer step.
+    watch: Watch | None = None,
+    view: View = View(),
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Runs `config.batches` batches, or fewer where `watch` ends them.
+
+    Returns:
+        One row of metrics per optimizer step, and the held-out scores.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is intact.
     """
     update = Update(trained, config)
     progress = resume(update, checkpoint)
-    bar = tqdm(
-        range(progress.batch, config.batches),
-        desc=title,
-        initial=progress.batch,
-        total=config.batches,
-        unit="batch",
-    )
+    bar = tqdm(range(progress.batch, config.batches), view.title, config.batches, initial=progress.batch, unit="batch")
     waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:
+        if watch is not None:
+            watch.look(progress, update.parameters)
+            if watch.is_over(progress):
+                break
         generator, last = batch_generator(seed, b), b + 1 == config.batches
         minibatches = chain(waiting, objective.minibatches(batches(b, generator), generator))
         waiting = []
@@ -76,15 +122,27 @@ def train(
             progress.step += 1
             row = update(objective, group, progress.step, learning_rate(config, progress.history, b))
             progress.history.append({"step": progress.step, "batch": b, **row})
-            log(row, progress.step)
+            view.log(row, progress.step)
             bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in row}, refresh=False)
         progress.batch = b + 1
         if checkpoint is not None and not waiting:
             progress.scaler = update.scaler.state_dict()
             checkpoint.maybe_save(update.parameters, update.optimizer, vars(progress), last=last)
-        if preview is not None and preview_every and (b + 1) % preview_every == 0:
-            preview(progress.step)
-    return progress.history
+        if view.preview is not None and progress.batch % view.preview_every == 0:
+            view.preview(progress.step)
+    return finish(progress, update.parameters, watch)
+
+
+def finish(
+    progress: Progress, parameters: list[Tensor], watch: Watch | None
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The last held-out score, and the best weights instead of the last where patience asks for them."""
+    if watch is not None:
+        watch.look(progress, parameters)
+    with torch.no_grad():
+        for weight, best in zip(parameters, progress.best, strict=False):  # best is of all of them, or empty
+            weight.copy_(best)
+    return progress.history, progress.scores
 
 
 def resume(update: Update, checkpoint: Checkpoint | None) -> Progress:

@@ -1,0 +1,158 @@
+"""One run of a method, from prepared data to a saved model: what the stage align and every trial of a search do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from attune.assembly import build_method, load_learner, load_scorer
+from attune.blocks import HeldOut, MethodConfig, Profile
+from attune.config import plugin_config
+from attune.data.prepared import PreparedData
+from attune.diffusion.policy import Policy
+from attune.evaluation.protocol import scorer_identity
+from attune.hashing import values_sha
+from attune.interfaces import Objective, Reward
+from attune.painting import paint
+from attune.places import PREFERENCE, PREPARED
+from attune.preference.labels import with_ai_feedback
+from attune.training.checkpoint import resumable
+from attune.training.loop import Batches, View, Watch, epoch_rows, train
+
+if TYPE_CHECKING:
+    from attune.tracking import Run
+
+PREVIEW_PROMPTS = 6
+PREVIEWS = 5  # image grids per training
+
+
+def align(
+    name: str,
+    uses: str,
+    profile: Profile,
+    run: Run,
+    folder: Path,
+    *,
+    checkpoints: Path | None = None,
+    report: Callable[[int, float], None] = lambda batch, score: None,
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Trains the policy and saves it in `folder`; returns a row of metrics per step, and facts for the report.
+
+    Args:
+        name: the block of `profile.methods` with the run's settings.
+        uses: the method, a file of attune/methods.
+        run: where curves, scores and previews go.
+        checkpoints: the repository's root, for a run that is to be resumable; None for one that is not.
+        report: told every held-out score as it is taken, with the batches done; may raise to end the training.
+    """
+    policy = load_learner(name, profile, uses)
+    method = build_method(name, profile, policy, PREFERENCE, uses)
+    config: MethodConfig = method.config
+    seed = seed_of(profile.seed, config.start)
+    n, batches = training_batches(method, policy.device, seed)
+    run.dataset(PREPARED / "pairs.parquet", "preference pairs", n)
+    settings = {uses: dict(profile.methods[name]), "rewards": rewards_seen(config, profile)}
+    needs = [PREPARED, *([PREFERENCE] if hasattr(method, "judge") else [])]
+    if config.start is not None and Path(config.start).exists():  # one from the hub is named with its commit
+        needs.append(Path(config.start))
+    values = [profile.seed, profile.model.model_dump(), settings]
+    keeping = resumable(checkpoints, f"align@{name}", values, needs) if checkpoints else nullcontext()
+    with keeping as checkpoint:
+        history, scores = train(
+            method,
+            policy,
+            batches,
+            config,
+            seed=seed,
+            checkpoint=checkpoint,
+            watch=watched(config.held_out, policy, profile, run, report) if config.held_out else None,
+            view=View(f"align {name}", run.log, preview(policy, profile, run), max(1, config.batches // PREVIEWS)),
+        )
+        policy.save(folder)
+    return history, {
+        "trained_on": list(getattr(method, "trained_on", ())),
+        "start": config.start,
+        **({"held_out": {"scorer": config.held_out.scorer, "scores": scores}} if config.held_out else {}),
+    }
+
+
+def training_batches(method: Objective, device: torch.device, seed: int) -> tuple[int, Batches]:
+    """How many rows a method learns from, pairs or prompts, and batch number b of them."""
+    data = PreparedData.read(PREPARED, "train", device, keep_ties=True)
+    data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
+    pairs = method.consumes == "pairs"
+    n, draw = (len(data.pairs), data.pair_batch) if pairs else (len(data.prompts), data.prompt_batch)
+    return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
+
+
+def seed_of(seed: int, start: str | None) -> int:
+    """The seed of a training: what goes on must not see the batches and the noise again that it started with."""
+    return seed if start is None else int(values_sha([seed, start]), 16)
+
+
+def rewards_seen(config: MethodConfig, profile: Profile) -> list[tuple[str, str, str]]:
+    """Weights and settings of the scorers asked while a method trains: its checkpoints are of these alone."""
+    names = [*getattr(config, "rewards", ()), *([config.held_out.scorer] if config.held_out else [])]
+    blocks = {name: plugin_config("rewards", name, profile.scorers[name], f"scorers.{name}") for name in names}
+    return [scorer_identity(name, block) for name, block in blocks.items()]
+
+
+def watched(
+    held_out: HeldOut, policy: Policy, profile: Profile, run: Run, report: Callable[[int, float], None]
+) -> Watch:
+    """The held-out score of a training: the mean over validation prompts, logged and reported as it is taken."""
+    scorer, prompts = load_scorer(held_out.scorer, profile), validation_prompts(held_out.prompts)
+
+    def score() -> float:
+        return float(held_out_scores(policy, profile, scorer, prompts).mean())
+
+    def told(batch: int, step: int, value: float) -> None:
+        run.log({f"held_out/{held_out.scorer}": value}, step)
+        report(batch, value)
+
+    return Watch(score, held_out.every, held_out.patience, told)
+
+
+def held_out_scores(policy: Policy, profile: Profile, scorer: Reward, prompts: list[str]) -> np.ndarray:
+    """Scores (n,) of one image per prompt, painted as `generate` says, with the noise that every policy gets."""
+    images = paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+    scores = []
+    for start in range(0, len(prompts), profile.generate.sampling.batch_size):
+        rows = slice(start, start + profile.generate.sampling.batch_size)
+        pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            scores.append(scorer(pixels, prompts[rows]).double().cpu().numpy())
+    return np.concatenate(scores)
+
+
+def validation_prompts(n: int) -> list[str]:
+    """The first n prompts that are neither trained on nor reported on; fewer, where there are fewer."""
+    table = pd.read_parquet(PREPARED / "prompts.parquet")
+    return table.prompt[table.split == "validation"].head(n).tolist()
+
+
+def preview(policy: Policy, profile: Profile, run: Run) -> Callable[[int], None] | None:
+    """A callback that paints the same few validation prompts and logs them as one grid, with a step slider.
+
+    None if there are no validation prompts.
+    """
+    from attune.evaluation.figures import image_grid  # matplotlib, for the tracking UI alone
+
+    prompts = validation_prompts(PREVIEW_PROMPTS)
+    if not prompts:
+        return None
+    ordinals = [0] * len(prompts)
+    with policy.reference():
+        before = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
+
+    def show(step: int) -> None:
+        now = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
+        run.image("samples", image_grid({"reference": before, "policy": now}, prompts), step)
+
+    return show
