@@ -10,39 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
-ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("src", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "models/embedded", "data/raw/README.md")
+from copies import ROOT, repro_in_copy
 
 
 def run_seed(seed: int, work: Path) -> dict:
     """Runs the pipeline with one seed; returns its summary and the seconds it took."""
     home = work / f"seed{seed}"
-    for name in NEEDED:
-        target = home / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, target)
-    yaml = YAML()
-    params = yaml.load(home / "params.yaml")
-    params["profiles"][params["profile"]]["seed"] = seed
-    yaml.dump(params, home / "params.yaml")
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    env |= {"ATTUNE_TRACKING": "off", "DVC_NO_ANALYTICS": "1"}
     started = time.monotonic()
-    with (work / f"seed{seed}.log").open("w") as log:
-        for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "repro"]):
-            subprocess.run(command, cwd=home, env=env, stdout=log, stderr=log, check=True)
+    repro_in_copy(home, {"profiles.${profile}.seed": seed})
     summary = json.loads((home / "reports" / "summary.json").read_text())
     accuracy = json.loads((home / "reports" / "train" / "preference.json").read_text())["accuracy_by_t"]
     return {

@@ -279,3 +279,19 @@ def test_half_precision_is_near_and_keeps_float32_weights(spm):
     assert half.loss(minibatch)[0].item() == pytest.approx(full.loss(minibatch)[0].item(), abs=0.1)
     assert half.loss(minibatch)[0] != full.loss(minibatch)[0]
     assert {weight.dtype for weight in half.parameters()} == {torch.float32}
+
+
+def test_without_step_awareness_the_trained_model_does_not_know_t(objective):
+    """Its additions stay neutral: after a step the weights have moved, and every t gives the same score."""
+    config = objective.config.model_copy(update={"step_aware": False})
+    blind = SPMObjective(config, objective.model, objective.tokenizer, objective.base)
+    assert len(blind.parameters()) == len(list(blind.model.parameters())) - len(blind.model.additions())
+    before = blind.parameters()[0].detach().clone()
+    seen = only_minibatch(blind, pairs())
+    loss, _ = blind.loss(seen)
+    loss.backward()
+    torch.optim.SGD(blind.parameters(), lr=0.1).step()
+    assert not torch.equal(before, blind.parameters()[0])
+    assert all(weight.grad is None for weight in blind.model.additions())
+    early, late = (blind.model(seen.pixel_values, seen.input_ids, torch.full_like(seen.t, t)) for t in (1, 99))
+    assert torch.equal(early, late)

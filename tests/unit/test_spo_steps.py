@@ -232,3 +232,33 @@ def test_both_sides_share_one_forward_where_they_share_x_t(policy, batch, inner_
 def test_a_rollout_without_candidates_is_refused():
     with pytest.raises(ValidationError, match="plain_steps must be less than steps"):
         config(plain_steps=5)
+
+
+# ---------------------------------------------------------------- which candidate goes on
+
+
+def brightest(images, prompts, t):
+    return 100 * images.mean((1, 2, 3))
+
+
+def final_brightness(policy, batch, continuation):
+    """Mean brightness of what the rollout ends in: the last step's chosen and rejected candidates."""
+    method = Method(config(continuation=continuation, candidates=4, steps=8, plain_steps=1), policy, brightest)
+    pairs = rollout(method, batch)
+    last = pairs.t == pairs.t.min()
+    latents = torch.cat([pairs.chosen[last], pairs.rejected[last]])
+    return policy.backbone.decode_latents(latents).mean().item()
+
+
+def test_going_on_from_the_best_leads_to_what_the_judge_likes(policy, batch):
+    """With a judge of brightness the three continuations end in that order, and a random one in between."""
+    ends = [final_brightness(policy, batch, name) for name in ("rejected", "random", "chosen")]
+    assert ends[0] < ends[1] < ends[2]
+
+
+def test_no_random_number_is_drawn_where_chance_has_no_say(policy, batch):
+    def never(k, n):
+        raise AssertionError
+
+    method = Method(config(continuation="chosen"), policy, tiny.brightness)
+    method.rollout(batch, normal(torch.Generator().manual_seed(0)), never)

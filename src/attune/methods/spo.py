@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +41,9 @@ class Config(MethodConfig):
     inner_steps: int = Field(0, ge=0, description="steps each candidate runs on before it is judged; 3 for SDXL")
     guidance_scale: Real = Field(ge=0, description="guidance in rollout and loss; 5 in the paper")
     minibatch_size: int = Field(ge=1, description="step pairs per minibatch")
+    continuation: Literal["random", "chosen", "rejected"] = Field(
+        "random", description="the candidate a rollout goes on from; the others are the paper's ablation"
+    )
 
     @model_validator(mode="after")
     def _candidates_are_drawn(self) -> Config:
@@ -120,8 +124,10 @@ class Method:
             noise_pred = self.predict(x, t, batch.cond)
             if branches and group:  # the candidates made so far are judged here, and one of them goes on
                 a_t = process.at(self.schedule, t.expand(len(x)), x)
-                kept += self.judged(batch, group, process.predict_x0(x, noise_pred, a_t), t)
-                survivor = choose(c.candidates, n) * n + torch.arange(n)
+                pairs, best, worst = self.judged(batch, group, process.predict_x0(x, noise_pred, a_t), t)
+                goes_on = {"random": lambda: choose(c.candidates, n), "chosen": best.cpu, "rejected": worst.cpu}
+                survivor = goes_on[c.continuation]() * n + torch.arange(n)
+                kept += pairs
                 x, noise_pred, group = x[survivor], noise_pred[survivor], []
             mean, std = self.transition(x, noise_pred, t)
             if branches:
@@ -130,11 +136,14 @@ class Method:
             if i >= c.plain_steps:
                 group.append((x, t, x_prev))
             x = x_prev
-        kept += self.judged(batch, group, x, torch.zeros_like(t))
-        return StepPairs.cat(kept)
+        pairs, _, _ = self.judged(batch, group, x, torch.zeros_like(t))
+        return StepPairs.cat(kept + pairs)
 
-    def judged(self, batch: PromptBatch, group: list, x_0: Tensor, t: Tensor) -> list[StepPairs]:
-        """The pairs of every step of a group of candidates, decided by how their x_0 look at time t."""
+    def judged(self, batch: PromptBatch, group: list, x_0: Tensor, t: Tensor) -> tuple[list[StepPairs], Tensor, Tensor]:
+        """The pairs of every step of a group of candidates, decided by how their x_0 look at time t.
+
+        With them, for each prompt, which candidate was best and which worst (B,).
+        """
         k, n = self.config.candidates, len(batch.prompts)
         images = map(self.policy.backbone.decode_latents, x_0.chunk(k))  # one candidate at a time: pixels are large
         scores = torch.stack([self.judge(candidate, batch.prompts, t.expand(n)) for candidate in images])
@@ -147,7 +156,7 @@ class Method:
             start = [rows] if shared else [rows, rows] if len(x_t) == n else [chosen, rejected]
             t_rows = step_t.expand(len(rows))
             pairs.append(StepPairs(x_t[torch.cat(start)], x_prev[chosen], x_prev[rejected], t_rows, batch.cond[rows]))
-        return pairs
+        return pairs, best, worst
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Guided epsilon for rows of x_t that may be k candidates of each prompt."""

@@ -108,6 +108,10 @@ class StepAwareCLIP(nn.Module):
             linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator, device="cpu"))
             linear.bias.zero_()
 
+    def additions(self) -> list[nn.Parameter]:
+        """What a CLIP does not have. While these are neutral, the model does not know the timestep."""
+        return [weight for name, weight in self.named_parameters() if any(part in name for part in _ADDED)]
+
     def image_features(self, pixel_values: Tensor, t: Tensor) -> Tensor:
         """Projected features (B, D), not normalised, of pixel values (B, 3, S, S) predicted at t (B,)."""
         vision = self.model.vision_model

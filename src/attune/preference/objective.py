@@ -47,6 +47,7 @@ class Config(TrainingConfig):
     )
     weights_revision: str | None = Field(None, description="Hub commit of the weights; null for a local file")
     batches: int = Field(ge=0, description="batches of pairs; 0 = do not train")
+    step_aware: bool = Field(True, description="false: the timestep stays unknown, which is the paper's ablation")
     ai_feedback: AIFeedback | None = Field(
         None,
         description="null = people's labels alone, as for SD 1.5 in the paper; its SDXL model uses PickScore's alone",
@@ -132,12 +133,14 @@ class SPMObjective:
     def __init__(self, config: Config, model: StepAwareCLIP, tokenizer: CLIPTokenizer, base: Policy) -> None:
         self.config, self.tokenizer, self.base = config, tokenizer, base
         self.model = model.train().requires_grad_(True)
+        for weight in [] if config.step_aware else model.additions():
+            weight.requires_grad_(False)
         self.model.checkpointing = config.gradient_checkpointing
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
 
     def parameters(self) -> list[Tensor]:
         """What training may change: vision and text tower, projections and temperature."""
-        return list(self.model.parameters())
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[ScoredPairs]:
         yield self.seen(batch, *batch.draw_noise(self.base.backbone.alphas_cumprod, generator))
