@@ -134,6 +134,13 @@ class AIFeedback(Block):
     temperature: Real = Field(1.0, gt=0, description="score difference counted as 1; PickScore 1, cosines about 0.01")
 
 
+Preprocess = Annotated[
+    Literal["pil", "tensor", "square"],
+    Field(description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's"),
+]
+"""How a scorer that is a plain CLIP is shown images: a key of `clip.PREPARATIONS`."""
+
+
 class ScorerConfig(Block):
     """What every scorer's block has in common.
 

@@ -25,6 +25,7 @@ from attune.weights import refusal
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, used by every CLIP here
 STD = (0.26862954, 0.26130258, 0.27577711)
 Crop = Callable[[Tensor, int], Tensor]
+Prepare = Callable[[Tensor, int], Tensor]  # images and S to pixel values
 
 
 # ---------------------------------------------------------------- loading
@@ -107,6 +108,11 @@ def image_features(model: CLIPModel, pixel_values: Tensor, normalise: bool = Tru
     """Projected image features (B, D), of unit length unless told otherwise; differentiable."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
     return F.normalize(features, dim=-1) if normalise else features
+
+
+def prepared_features(model: CLIPModel, prepare: Prepare, images: Tensor) -> Tensor:
+    """Unit features (B, D), on the model's device, of images as `prepare` shows them to it."""
+    return image_features(model, prepare(images.to(model.device).float(), image_size(model)))
 
 
 class TextFeatures:
