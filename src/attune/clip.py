@@ -97,17 +97,16 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], context_length: i
     ).input_ids
 
 
-def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str], normalise: bool = True) -> Tensor:
-    """Projected text features (B, D), of unit length unless told otherwise."""
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Projected text features (B, D), of unit length."""
     ids = tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings)
-    features = model.get_text_features(input_ids=ids.to(model.device)).pooler_output
-    return F.normalize(features, dim=-1) if normalise else features
+    return F.normalize(model.get_text_features(input_ids=ids.to(model.device)).pooler_output, dim=-1)
 
 
-def image_features(model: CLIPModel, pixel_values: Tensor, normalise: bool = True) -> Tensor:
+def image_features(model: CLIPModel, pixel_values: Tensor, unit: bool = True) -> Tensor:
     """Projected image features (B, D), of unit length unless told otherwise; differentiable."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
-    return F.normalize(features, dim=-1) if normalise else features
+    return F.normalize(features, dim=-1) if unit else features
 
 
 def prepared_features(model: CLIPModel, prepare: Prepare, images: Tensor) -> Tensor:

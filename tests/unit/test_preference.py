@@ -46,7 +46,7 @@ def test_starts_as_the_clip_it_came_from_bit_for_bit(spm, images, t):
     plain = CLIPModel.from_pretrained(tokenizer.name_or_path).eval()
     pixels = inference_pixels(images, 16)
     with torch.no_grad():
-        expected = image_features(plain, pixels, normalise=False)
+        expected = image_features(plain, pixels, unit=False)
         assert (model.image_features(pixels, at(t)) - expected).abs().max() == 0
         assert torch.equal(text_features(model.model, tokenizer, PROMPTS), text_features(plain, tokenizer, PROMPTS))
 
