@@ -67,6 +67,7 @@ def _check_together(params: Params, profile: Profile, where: str) -> None:
     if profile.data.get("test_prompts", profile.generate.prompts) < profile.generate.prompts:
         raise ConfigError(f"{where}.generate.prompts: {profile.generate.prompts} is more than data.test_prompts")
     _check_scorers(profile, where)
+    _check_feedback(profile, where)
     for name, run in params.run_methods.items():
         if name in NOT_RUNS:
             raise ConfigError(f"run_methods.{name}: the name is taken")
@@ -87,6 +88,18 @@ def _check_scorers(profile: Profile, where: str) -> None:
     for key, names in asked.items():
         if unknown := [name for name in names if name is not None and name not in profile.scorers]:
             raise ConfigError(f"{key}: {unknown[0]!r} is not in scorers: {', '.join(profile.scorers)}")
+
+
+def _check_feedback(profile: Profile, where: str) -> None:
+    """A scorer can label pairs only if the prepare stage writes its scores beside them."""
+    scored = profile.data.get("score_with", [])
+    blocks = {"preference": profile.preference}
+    blocks |= {f"methods.{name}": block for name, block in profile.methods.items()}
+    for key, block in blocks.items():
+        feedback = block.get("ai_feedback")
+        if feedback is not None and feedback["scorer"] not in scored:
+            asked = f"{where}.{key}.ai_feedback.scorer"
+            raise ConfigError(f"{asked}: {feedback['scorer']!r} is not in data.score_with: {scored}")
 
 
 def _check_start(name: str, run: Run, start: str | None, params: Params, where: str) -> None:

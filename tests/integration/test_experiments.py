@@ -31,7 +31,7 @@ def home(project, tmp_path_factory) -> Project:
     folder = tmp_path_factory.mktemp("home") / "attune"
     project.run("git", "clone", "--quiet", ".", str(folder))
     made = replace(project, folder=folder, loaded=tmp_path_factory.mktemp("loaded"))
-    for name in ("dvc.lock", *project.run("git", "ls-files", "--others", "--exclude-standard", "reports").split()):
+    for name in project.run("git", "ls-files", "--others", "--exclude-standard").split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((project.folder / name).read_bytes())
     for key in ("user.name", "user.email"):
