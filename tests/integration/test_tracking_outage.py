@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,10 +48,20 @@ def short_pauses(monkeypatch):
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory) -> Path:
-    """A folder whose database has its tables: they take seconds."""
+    """A server's folder, whose database has its tables: they take seconds."""
+    from mlflow import MlflowClient
+
     folder = tmp_path_factory.mktemp("server")
+    MlflowClient(tracking_uri=f"sqlite:///{folder}/server.db").search_experiments()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """A root with a store of its own, that is no server's."""
+    folder = tmp_path_factory.mktemp("local")
     stores.prepare()
-    stores.connect("sqlite:///server.db", folder)
+    stores.connect(stores.DEFAULT, folder)
     return folder
 
 
@@ -229,24 +240,18 @@ def test_the_next_run_sends_what_the_last_has_left(tmp_path, short_pauses):
     assert _left(tmp_path) == []
 
 
-def test_sent_twice_is_stored_once(tmp_path, database):
+def test_sent_twice_is_stored_once(tmp_path, local):
     """A spool whose progress is forgotten is sent all over again: the same run, points, images and data sets."""
-    spool = spools.create(database)
-    with tracking.run("align", {"seed": 1}, tags={}, uri="sqlite:///server.db", root=database) as run:
+    uri = f"sqlite:///{local}/mlflow.db"
+    with tracking.run("align", {"seed": 1}, tags={}, root=local) as run:
         _train(run, range(1100))
         run.image("samples/grid", _grey(), 3)
         run.dataset(Path(__file__), "pairs", 7)
-        records = (
-            database / spools.SPOOLS / _uid(f"sqlite:///{database}/server.db", run.run_id) / spools.RECORDS
-        ).read_bytes()
-    uid = _uid(f"sqlite:///{database}/server.db", run.run_id)
-    spool.close()
-    again = database / spools.SPOOLS / uid
-    spool.folder.rename(again)
-    (again / spools.RECORDS).write_bytes(records)  # without its end: as if killed, and nothing noted as sent
-    (again / "files").mkdir()
-    assert tracking.replay(database) == {uid: None}
-    uri = f"sqlite:///{database}/server.db"
+        uid = _uid(uri, run.run_id)
+        shutil.copytree(local / spools.SPOOLS / uid, tmp_path / uid)
+    (tmp_path / uid / spools.STATE).unlink()
+    (tmp_path / uid).rename(local / spools.SPOOLS / uid)  # as if killed before its end, with nothing noted as sent
+    assert tracking.replay(local) == {uid: None}
     (found,) = _runs(uri, f"tags.`attune.uid` = '{uid}'")
     assert found.info.status == "KILLED"
     assert _points(uri, run.run_id, "loss") == [(step, 1 / (step + 1)) for step in range(1100)]
@@ -282,16 +287,16 @@ def test_only_rank_0_tracks(tmp_path, monkeypatch):
     assert (run.run_id, list(tmp_path.iterdir())) == (None, [])
 
 
-def test_a_torn_line_costs_that_line_alone(tmp_path, database):
+def test_a_torn_line_costs_that_line_alone(tmp_path, local):
     """A process killed in the middle of a write, and a disk that was full for a while."""
-    spool = spools.create(database)
+    spool = spools.create(local)
     tags = {"kind": "stage", "dvc.stage": "x"}
-    spool.append("open", uid=spool.uid, uri="sqlite:///server.db", name="x", tags=tags, resume=None)
+    spool.append("open", uid=spool.uid, uri=stores.DEFAULT, name="x", tags=tags, resume=None)
     os.write(spool._file, b'{"op": "log", "time": 1, "st\n')
     spool.append("log", step=2, metrics={"loss": 0.5})
     os.write(spool._file, b'{"op": "log", "ti')
     spool.close()
-    assert tracking.replay(database) == {spool.uid: None}
-    uri = f"sqlite:///{database}/server.db"
+    assert tracking.replay(local) == {spool.uid: None}
+    uri = f"sqlite:///{local}/mlflow.db"
     (found,) = _runs(uri, f"tags.`attune.uid` = '{spool.uid}'")
     assert (found.info.status, _points(uri, found.info.run_id, "loss")) == ("KILLED", [(2, 0.5)])
