@@ -90,7 +90,8 @@ class Spool:
         last = _parse(whole.rstrip(b"\n").rpartition(b"\n")[2])
         if last.get("op") != "end":
             os.truncate(self._file, len(whole))
-            self.append("end", status="KILLED", at=last.get("time", now_ms()))
+            kind = self.opening().get("tags", {}).get("kind")
+            self.append("end", status="KILLED", at=last.get("time", now_ms()), kind=kind)
 
     def close(self) -> None:
         os.close(self._file)
