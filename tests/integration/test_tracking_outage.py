@@ -300,3 +300,31 @@ def test_a_torn_line_costs_that_line_alone(tmp_path, local):
     uri = f"sqlite:///{local}/mlflow.db"
     (found,) = _runs(uri, f"tags.`attune.uid` = '{spool.uid}'")
     assert (found.info.status, _points(uri, found.info.run_id, "loss")) == ("KILLED", [(2, 0.5)])
+
+
+def test_one_that_cannot_be_sent_keeps_no_other(tmp_path, short_pauses):
+    """Its artifacts' folder is a file, which is no fault of the content: it waits, and the runs after it arrive."""
+    (tmp_path / "mlruns").write_text("in the way")
+    with tracking.run("stuck", {}, tags={}, root=tmp_path) as stuck:
+        stuck.artifact(Path(__file__))
+        stuck.log({"loss": 0.5}, 0)
+    with tracking.run("free", {}, tags={}, root=tmp_path) as free:
+        free.log({"loss": 0.25}, 0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert [path.parent.name for path in _left(tmp_path)] == [_uid(uri, stuck.run_id)]
+    assert _points(uri, free.run_id, "loss") == [(0, 0.25)]
+    (tmp_path / "mlruns").unlink()
+    assert set(tracking.replay(tmp_path).values()) == {None}
+    assert _points(uri, stuck.run_id, "loss") == [(0, 0.5)]
+    assert _files(uri, stuck.run_id) == [Path(__file__).name]
+
+
+def test_a_run_deleted_in_the_ui_is_let_go(local, short_pauses, caplog):
+    from mlflow import MlflowClient
+
+    with tracking.run("align", {}, tags={}, root=local) as run:
+        MlflowClient(tracking_uri=f"sqlite:///{local}/mlflow.db").delete_run(run.run_id)
+        _train(run, range(300))
+        run.log({"loss": 1.0}, 2**70)
+    assert _left(local) == []
+    assert len({record.getMessage() for record in caplog.records if record.name == "attune.tracking"}) == 3

@@ -28,7 +28,7 @@ from attune.tracking.labels import Tree, columns, flatten, own_tags, pipeline, p
 __all__ = ["OFF", "Run", "bury", "columns", "flatten", "replay", "run", "sweep", "trial"]
 
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
-WAKE_POINTS, THUMBNAIL = 200, (256, 256)
+WAKE_POINTS, TAG_CHARS, THUMBNAIL = 200, 5000, (256, 256)
 P = ParamSpec("P")
 
 
@@ -179,8 +179,7 @@ class Run:
     @_safe
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a point at `step` to each curve; NaN and inf go to the curve `nonfinite`."""
-        self._step = int(step)
-        points = _points(metrics)
+        self._step, points = _whole(step), _points(metrics)
         self._spool.append("log", step=self._step, metrics=points)
         self._points += len(points)
         if self._points >= WAKE_POINTS:
@@ -231,6 +230,7 @@ class Run:
         """Begins the spool and its sender, which gets a while to find the store before the body starts."""
         stores.prepare()
         spool = spools.create(root)
+        tags = {key: text[:TAG_CHARS] for key, text in tags.items()}
         spool.append("open", uid=spool.uid, uri=uri, name=name, tags=tags, resume=place.get("resume"))
         spool.append("params", params=columns(params))
         if place.get("above"):
@@ -245,6 +245,13 @@ class Run:
             self._spool.append("tags", tags={"trial.state": state})
         self._spool.append("end", status=status, kind=kind)
         self._sender.finish()
+
+
+def _whole(step: int) -> int:
+    """A step that every database can hold; one that it cannot would be tried again for ever."""
+    if not -(2**63) <= int(step) < 2**63:
+        raise ValueError(f"step {step} does not fit into 64 bits")
+    return int(step)
 
 
 def _points(metrics: Mapping[str, float]) -> dict[str, float]:

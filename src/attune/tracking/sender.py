@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ class Sender(threading.Thread):
         try:
             if self._store is None:
                 store = stores.connect(self.uri, self.root)
-                _reopen(store, self.spool)
+                with suppress(Pending):  # goes on with a run that is among those left
+                    _reopen(store, self.spool)
                 self.attempted.set()
                 send_left(store, self.uri)
+                _reopen(store, self.spool)
                 self._store, self._pause = store, RETRY_SECONDS[0]
             for _ in send(self._store, self.spool, self._warn):
                 self._progress = time.monotonic()
@@ -115,7 +118,7 @@ def send(store: Store, spool: Spool, refused: Any) -> Iterator[None]:
 def send_left(store: Store, uri: str) -> dict[str, Exception | None]:
     """Sends what ended or killed processes left behind for this store, oldest first.
 
-    One that still waits for another stays; the store's own troubles end the round.
+    What goes wrong with one does not keep the others, as long as the store answers.
 
     Returns:
         uid -> None, or why it could not be sent.
@@ -133,7 +136,9 @@ def send_left(store: Store, uri: str) -> dict[str, Exception | None]:
                     pass
                 sent = True
                 done[spool.uid] = None
-        except Pending as error:
+        except Exception as error:
+            if not stores.answers(store):
+                raise
             done[spool.uid] = error
         finally:
             if not sent:
@@ -191,7 +196,7 @@ def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], refu
     except Exception as error:
         if not stores.is_refusal(error):
             raise
-        if len(batch) == 1:
+        if len(batch) == 1 or stores.is_deleted(store, spool.run_id):
             refused(str(batch[0].get("op")), error)
             return
         for record in batch:  # one bad point must not cost its neighbours

@@ -160,8 +160,22 @@ def is_refusal(error: Exception) -> bool:
     """Whether what was given is at fault, and not the store: an unknown run, a bad value, a missing file."""
     if isinstance(error, json.JSONDecodeError):  # something else than a tracking server has answered
         return False
-    wrong = isinstance(error, TypeError | ValueError | FileNotFoundError)
+    wrong = isinstance(error, TypeError | ValueError | LookupError | AttributeError | FileNotFoundError)
     return wrong or getattr(error, "error_code", "") in REFUSALS
+
+
+def is_deleted(store: Store, run_id: str) -> bool:
+    """Whether somebody has deleted the run in the UI: it then refuses all, whatever it is."""
+    return store.client.get_run(run_id).info.lifecycle_stage == "deleted"
+
+
+def answers(store: Store) -> bool:
+    """Whether the store is there."""
+    try:
+        store.client.get_experiment(store.experiment)
+    except Exception:
+        return False
+    return True
 
 
 def _find(store: Store, uid: str) -> str | None:
@@ -183,7 +197,6 @@ def _resumed(store: Store, opening: Mapping[str, Any]) -> str | None:
         raise
     for key in ("host", "pid", "pid.created"):
         store.client.set_tag(run_id, key, opening["tags"][key])
-    store.client.set_tag(run_id, "attune.spool", opening["uid"])
     return run_id
 
 
