@@ -27,6 +27,7 @@ check: $(READY)  ## style, import layers and the fast tests
 	python -m pytest -m "not integration and not pipeline"
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
+	@echo "trainings and trials by beta, lr and scores: http://localhost:5000/#/experiments/1/runs?viewStateShareKey=attune"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
 champion: $(READY)  ## register the best run of the report, if it beats the champion

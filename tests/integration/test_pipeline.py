@@ -540,7 +540,7 @@ def test_a_new_method_is_one_file_and_one_block(project):
     assert len(adapters) == 2
     trained = next(r for r in reversed(tracked_runs(project)) if r.data.tags["dvc.stage"] == "align@tilted")
     assert (trained.data.tags["method"], trained.data.tags["uses"]) == ("tilted", "tilt")
-    assert trained.data.params["strength"] == "2.0"
+    assert trained.data.params["strength"] == "2"
     assert trained.data.params["start"] == "models/dpo"
     assert {"loss", "grain", *SCORERS} <= set(trained.data.metrics)
     assert list(json.loads(project.read("reports/summary.json"))["methods"]) == ["base", *METHODS, "tilted"]

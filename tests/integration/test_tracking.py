@@ -120,7 +120,7 @@ def test_all_of_a_run_arrives(root, monkeypatch, caplog, tmp_path):
     expected |= {"git.commit": commit, "git.dirty": "true", "params.sha": values_sha(params)}
     assert expected.items() <= found.data.tags.items()
     assert len(found.data.params) == 124
-    assert found.data.params["method.beta"] == "10.0"
+    assert found.data.params["method.beta"] == "10"
     assert found.data.params["method.none"] == "null"
     assert found.data.params["long"] == "x" * 500
     assert found.data.params["odd_key"] == "{}"

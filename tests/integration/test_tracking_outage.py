@@ -211,7 +211,7 @@ def test_a_server_away_for_the_whole_run_gets_it_by_replay(tmp_path, database, a
             assert done.returncode == 0, done.stderr
             assert f"{sent} runs sent, 0 wait" in done.stderr
         (found,) = _runs(address, f"tags.`attune.uid` = '{training.run_id}'")
-        assert (found.info.status, found.data.params["beta"]) == ("FINISHED", "10.0")
+        assert (found.info.status, found.data.params["beta"]) == ("FINISHED", "10")
         assert begun - 1 <= found.info.start_time <= found.info.end_time <= ended + 1  # its own times, not the replay's
         assert found.data.metrics["oracle"] == 0.7
         assert _points(address, found.info.run_id, "margin") == [(step, step) for step in range(20)]

@@ -82,7 +82,7 @@ def test_every_end_of_a_trial_is_told_apart(root):
             "trial 4": ("KILLED", "killed"),
         }
         assert {run.data.tags["kind"] for run in trials.values()} == {"trial"}
-        assert trials["trial 2"].data.params == {"beta": "2.0", "lr": "0.0001"}
+        assert trials["trial 2"].data.params == {"beta": "2", "lr": "0.0001"}
         assert trials["trial 2"].data.metrics == {"score": 1.0, "oracle": 0.5}
         assert trials["trial 4"].data.metrics == {"score": 0.25}  # logged just before it was killed
     found = _client(root).get_run(parent.run_id)
@@ -121,7 +121,26 @@ def test_trials_find_a_parent_that_had_no_store(root, tmp_path, monkeypatch):
 def test_a_stage_and_a_trial_fill_the_same_columns():
     """`methods.spo.beta` of whatever profile is `beta`; two methods in one tree keep their names apart."""
     stage = {"seed": 0, "model": {"path": "x"}, "methods": {"spo": {"beta": 10.0, "lora": {"rank": 8}}}}
-    assert tracking.columns(stage) == {"seed": "0", "model.path": "x", "beta": "10.0", "lora.rank": "8"}
-    assert tracking.columns({"profiles.tiny.methods.spo.beta": 10.0, "lr": 1e-4}) == {"beta": "10.0", "lr": "0.0001"}
+    assert tracking.columns(stage) == {"seed": "0", "model.path": "x", "beta": "10", "lora.rank": "8"}
+    assert tracking.columns({"profiles.tiny.methods.spo.beta": 10.0, "lr": 1e-4}) == {"beta": "10", "lr": "0.0001"}
     both = {"methods": {"spo": {"beta": 10.0}, "dpo": {"beta": 500.0, "snr": 1}}}
-    assert tracking.columns(both) == {"methods.spo.beta": "10.0", "methods.dpo.beta": "500.0", "snr": "1"}
+    assert tracking.columns(both) == {"methods.spo.beta": "10", "methods.dpo.beta": "500", "snr": "1"}
+
+
+def test_trainings_and_trials_are_the_rows_of_one_view(root):
+    """Of a stage that tunes, one that does not, a sweep and a trial, the view's filter finds the first and the last."""
+    import json
+
+    with tracking.run("align", {"methods": {"spo": {"beta": 10}}}, tags={}, root=root):
+        pass
+    with tracking.run("evaluate", {"scorers": {}}, tags={}, root=root):
+        pass
+    with tracking.sweep("view", {}, tags={}, root=root) as parent:
+        _try(root, parent.run_id, 7, None)
+    experiment = _client(root).get_experiment_by_name("attune")
+    view = json.loads(experiment.tags["mlflow.sharedViewState.attune"])
+    found = _client(root).search_runs([experiment.experiment_id], view["searchFilter"])
+    names = {run.info.run_name for run in found}
+    assert {"align", "trial 7"} <= names
+    assert not {"evaluate", "view"} & names
+    assert {"params.`beta`", "params.`lr`", "metrics.`oracle`"} <= set(view["selectedColumns"])

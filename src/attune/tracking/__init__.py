@@ -87,7 +87,9 @@ def trial(
     Args:
         parent: `run_id` of the sweep's run, of whatever process.
     """
-    tags = own_tags(name, params) | {"kind": "trial"} | {key: str(value) for key, value in tags.items()}
+    tags = (
+        own_tags(name, params) | {"kind": "trial", "tuned": "true"} | {key: str(value) for key, value in tags.items()}
+    )
     with _tracked(name, params, tags, uri, root, above=parent) as tracked:
         yield tracked
 

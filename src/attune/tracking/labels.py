@@ -27,7 +27,8 @@ def own_tags(stage: str, params: Tree) -> dict[str, str]:
     """Tags of a run: what ran, on which code and parameters, as which process of which host."""
     commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--", *CODE)
     env = os.environ.get
-    known = {"kind": "stage", "dvc.stage": env("DVC_STAGE", stage), "dvc.exp": env("DVC_EXP_NAME")}
+    tuned = "true" if any(map(BLOCK.match, flatten(params))) else None  # a row that is to be compared by its settings
+    known = {"tuned": tuned, "kind": "stage", "dvc.stage": env("DVC_STAGE", stage), "dvc.exp": env("DVC_EXP_NAME")}
     known |= {"git.commit": commit, "git.dirty": {None: None, "": "false"}.get(changes, "true")}
     known |= {"params.sha": values_sha(params), "mlflow.user": env("USER"), **process()}
     known |= {"mlflow.source.git.commit": commit, "mlflow.source.name": known["dvc.stage"]}
@@ -69,12 +70,13 @@ def columns(params: Tree) -> dict[str, str]:
 
 
 def flatten(params: Tree, prefix: str = "") -> dict[str, str]:
-    """Nested parameters as {"a.b": text}: strings as they are, the rest as JSON (null, true, [1, 2])."""
+    """Nested parameters as {"a.b": text}: strings as they are, the rest as JSON (null, true, [1, 2]); 10.0 is 10."""
     flat: dict[str, str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
+            value = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
 

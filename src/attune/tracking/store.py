@@ -22,6 +22,12 @@ from attune.tracking.labels import HOST, alive
 
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
+# A shared view of the UI, `?viewStateShareKey=attune`: trainings and trials in one table by what was set and scored.
+SHOWN = ("tags.`method`", "tags.`trial.state`", "params.`beta`", "params.`lr`", "metrics.`score`")
+SHOWN += tuple(f"metrics.`{s}`" for s in ("oracle", "pickscore", "hpsv2", "aesthetic", "imagereward", "clipscore"))
+VIEW = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
+VIEW |= {"orderByKey": "attributes.start_time", "orderByAsc": False}
+TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
 DEFAULT = "sqlite:///mlflow.db"
 # Unless told otherwise MLflow phones home, and retries for minutes before it admits that a server is away.
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -79,9 +85,11 @@ def connect(uri: str, root: Path) -> Store:
         if found is None:
             # A server knows where its artifacts go; else MLflow would take the creator's cwd.
             location = None if place.startswith("http") else str(root / "mlruns")
-            store = Store(client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=KIND), root)
+            store = Store(client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TAGS), root)
         else:
             store = Store(client, found.experiment_id, root)
+            for key in [key for key, text in TAGS.items() if found.tags.get(key) != text]:
+                client.set_experiment_tag(store.experiment, key, TAGS[key])
         bury(store)
     return store
 
