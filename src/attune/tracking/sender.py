@@ -21,7 +21,7 @@ LEFT = "the store has not got all of this run; the next run sends the rest, or `
 FLUSH_SECONDS = 5.0
 RETRY_SECONDS = (2.0, 30.0)  # first and longest pause before a store that is away is asked again
 START_SECONDS = 10.0  # how long a run waits for its store at its start...
-DRAIN_SECONDS = 15.0  # ...and at its end, from the last sign that it takes what it is sent
+DRAIN_SECONDS = 60.0  # ...and at its end, from the last sign that it takes what it is sent; an answer has 10 s
 
 
 class Sender(threading.Thread):
