@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -328,3 +329,29 @@ def test_a_run_deleted_in_the_ui_is_let_go(local, short_pauses, caplog):
         run.log({"loss": 1.0}, 2**70)
     assert _left(local) == []
     assert len({record.getMessage() for record in caplog.records if record.name == "attune.tracking"}) == 3
+
+
+def test_a_store_that_has_lost_the_run_gets_it_again(tmp_path, short_pauses):
+    """Its tables are emptied in mid-training, as by a server that is set up anew or from an old backup."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with tracking.run("align", {"seed": 1}, tags={}, root=tmp_path) as run:
+        first = run.run_id
+        run.log({"loss": 1.0}, 0)
+        _wait_for(lambda: _points(uri, first, "loss"))
+        with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
+            for table in ("latest_metrics", "metrics", "params", "tags", "runs"):
+                db.execute(f"delete from {table}")
+            db.commit()
+        run.log({"loss": 0.5}, 1)
+    (found,) = _runs(uri)
+    assert found.info.run_id == run.run_id != first
+    assert (found.info.status, found.data.params) == ("FINISHED", {"seed": "1"})
+    assert _points(uri, run.run_id, "loss") == [(0, 1.0), (1, 0.5)]
+    assert _left(tmp_path) == []
+
+
+def _wait_for(happened) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)

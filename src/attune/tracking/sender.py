@@ -41,7 +41,8 @@ class Sender(threading.Thread):
     def run(self) -> None:
         while True:
             ending = self._ending.is_set()  # asked before sending: so all there is has been seen
-            there = self._attempt()
+            known = self._store is not None
+            there = self._attempt() or (known and self._attempt())  # stale connections and lost runs need a new start
             self.attempted.set()
             if not self.spool.folder.exists():
                 return
@@ -196,7 +197,7 @@ def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], refu
     except Exception as error:
         if not stores.is_refusal(error):
             raise
-        if len(batch) == 1 or stores.is_deleted(store, spool.run_id):
+        if stores.is_deleted(store, spool.run_id) or len(batch) == 1:
             refused(str(batch[0].get("op")), error)
             return
         for record in batch:  # one bad point must not cost its neighbours

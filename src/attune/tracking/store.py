@@ -173,7 +173,10 @@ def is_refusal(error: Exception) -> bool:
 
 
 def is_deleted(store: Store, run_id: str) -> bool:
-    """Whether somebody has deleted the run in the UI: it then refuses all, whatever it is."""
+    """Whether somebody has deleted the run in the UI: it then refuses all, whatever it is.
+
+    Raises: MlflowException, where the store has lost the run; it is then opened anew.
+    """
     return store.client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
