@@ -47,7 +47,7 @@ def build(preference, monkeypatch):
     def build(name, policy):
         block = {**next(iter(blocks("short", name).values())), "batches": 3, "batch_size": 2}
         profile = check(Profile, {**PROFILES["short"], "methods": {name: block}}, "short")
-        return build_method(name, profile, policy, preference)
+        return build_method(name, profile, policy, preference, name)
 
     return build
 

@@ -28,6 +28,7 @@ from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics
 from attune.preference.model import StepAwareCLIP, from_clip, load, training_pixels
 from attune.preference.noising import one_step_latents
+from attune.sharing import Share
 from attune.weights import find_file
 
 
@@ -68,6 +69,8 @@ class Pairs(Protocol):
 
     def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
 
+    def __getitem__(self, rows: slice) -> Pairs: ...
+
 
 @dataclass(frozen=True)
 class ScoredPairs:
@@ -78,6 +81,16 @@ class ScoredPairs:
     t: Tensor
     label_0: Tensor
     weight: Tensor
+    total: Tensor | None = None  # what weights are divided by, for B rows of a larger minibatch; None = their sum
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, rows: slice) -> ScoredPairs:
+        t = self.t[rows]
+        total = (self.weight.sum() if self.total is None else self.total) * (len(t) / len(self))
+        columns = (self.input_ids[rows], t, self.label_0[rows], self.weight[rows])
+        return ScoredPairs(self.pixel_values[:, rows], *columns, total)
 
 
 def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
@@ -91,7 +104,9 @@ def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
 # ---------------------------------------------------------------- pure functions
 
 
-def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None) -> Tensor:
+def preference_criterion(
+    scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
     """KL(label || softmax of the two scores), weighted mean, nats.
 
     For hard labels the negative log-likelihood of the choice, ln 2 at equal scores; a tie (0.5) costs 0 when
@@ -102,6 +117,7 @@ def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, we
         label_0: (B,) probability that image 0 is preferred: 1, 0 or 0.5.
         weight: (B,) weights, normalised here to sum to 1; 1 / pairs of the prompt, so that a prompt with many
             pairs does not count more. None: equal.
+        total: scalar to divide the weights by instead of their sum.
 
     Returns: scalar.
     """
@@ -109,7 +125,7 @@ def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, we
     log_p = F.log_softmax(torch.stack([scores_0, scores_1]), dim=0)
     divergence = (torch.xlogy(label, label) - label * log_p).sum(0)
     weight = torch.ones_like(divergence) if weight is None else weight.to(divergence.dtype)
-    return (weight / weight.sum() * divergence).sum()
+    return (weight / (weight.sum() if total is None else total) * divergence).sum()
 
 
 def accuracy(scores_0: Tensor, scores_1: Tensor, label_0: Tensor) -> Tensor:
@@ -137,13 +153,22 @@ class SPMObjective:
             weight.requires_grad_(False)
         self.model.checkpointing = config.gradient_checkpointing
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
+        self.share = Share()  # of the training this process takes part in
 
     def parameters(self) -> list[Tensor]:
         """What training may change: vision and text tower, projections and temperature."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[ScoredPairs]:
-        yield self.seen(batch, *batch.draw_noise(self.base.backbone.alphas_cumprod, generator))
+        share, n = self.share, len(batch.prompts)
+        t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
+        if share.world == 1:
+            yield self.seen(batch, t, noise)
+        else:  # the base's predictions are what costs
+            rows = share.rows(n)
+            ours = self.seen(batch[rows], t[rows], noise[rows])[: share.count(n)]
+            columns = map(share.gather, (ours.input_ids, ours.t, ours.label_0, ours.weight))
+            yield ScoredPairs(share.gather(ours.pixel_values.transpose(0, 1)).transpose(0, 1), *columns)
 
     def seen(self, batch: Pairs, t: Tensor, noise: Tensor) -> ScoredPairs:
         """The pairs as the model sees them through noise (B, C, h, w) at timesteps t (B,)."""
@@ -178,12 +203,12 @@ class SPMObjective:
         half = torch.autocast(m.t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         with half:
             scores_0, scores_1 = self.module(m.pixel_values, m.input_ids, m.t).float()
-        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight)
+        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight, m.total)
         margin = (2 * m.label_0 - 1) * (scores_0 - scores_1)
         return loss, {
             "loss": loss,
             "margin": margin.mean(),
-            "accuracy": accuracy(scores_0, scores_1, m.label_0),
+            "accuracy": accuracy(*map(self.share.gather, (scores_0, scores_1, m.label_0))),
             "gap": (scores_0 - scores_1).abs().mean(),
         }
 
