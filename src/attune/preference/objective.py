@@ -164,19 +164,26 @@ class SPMObjective:
         t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
         if share.world == 1:
             yield self.seen(batch, t, noise)
-        else:  # the base's predictions are what costs
+        else:  # each process looks at its own pairs: the base's predictions are what costs
             rows = share.rows(n)
-            ours = self.seen(batch[rows], t[rows], noise[rows])[: share.count(n)]
-            columns = map(share.gather, (ours.input_ids, ours.t, ours.label_0, ours.weight))
-            yield ScoredPairs(share.gather(ours.pixel_values.transpose(0, 1)).transpose(0, 1), *columns)
+            ours = self.pixels(batch[rows], t[rows], noise[rows])[:, : share.count(n)]
+            yield self.with_pixels(batch, t, share.gather(ours.transpose(0, 1)).transpose(0, 1))
 
     def seen(self, batch: Pairs, t: Tensor, noise: Tensor) -> ScoredPairs:
         """The pairs as the model sees them through noise (B, C, h, w) at timesteps t (B,)."""
+        return self.with_pixels(batch, t, self.pixels(batch, t, noise))
+
+    def pixels(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
+        """Pixel values (2, B, 3, S, S) of both images of each pair, seen through noise."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
-        pixels = training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1))
+        return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)
+
+    def with_pixels(self, batch: Pairs, t: Tensor, pixels: Tensor) -> ScoredPairs:
+        """What else the model is told and learns from."""
+        clip = self.model.model
         ids = tokenise(self.tokenizer, batch.prompts, clip.config.text_config.max_position_embeddings)
-        return ScoredPairs(*(x.to(clip.device) for x in (pixels, ids, t, batch.label_0, batch.weight)))
+        return ScoredPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
     def one_step_images(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
