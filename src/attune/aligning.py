@@ -79,7 +79,7 @@ def align(
             watch=watched(config.held_out, policy, profile, run, report) if config.held_out else None,
             view=View(f"align {name}", run.log, preview(policy, profile, run), max(1, config.batches // PREVIEWS)),
         )
-        if first:
+        if policy.share.first:
             policy.save(folder)
     return history, {
         "trained_on": list(getattr(method, "trained_on", ())),

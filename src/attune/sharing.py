@@ -6,6 +6,8 @@ computes with its own rows alone. With one process every row is its own, and not
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,23 +107,32 @@ class Share:
     def in_company(self) -> Iterator[None]:
         """Around all that needs the other processes: says plainly when one of them is gone.
 
+        Where one ends, the launcher tells the others to stop (SIGTERM), unless they have noticed before.
+
         Raises:
-            LostProcessError: one is, whatever the libraries call that.
+            LostProcessError: one is gone, whatever the libraries call that.
+            SystemExit: we were told to stop.
         """
+        if self.world == 1:
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._told_to_stop)
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not _means_a_lost_process(error):
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             what = str(error).strip().splitlines()[0]
-            raise LostProcessError(
-                f"process {self.rank} cannot go on: another of the {self.world} processes of this training is gone. "
-                f"Started again, the training goes on from its last checkpoint. ({what})"
-            ) from None
+            raise LostProcessError(f"{self._lost('another is gone')} ({what})") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
+    def _told_to_stop(self, *_: Any) -> None:
+        sys.exit(self._lost("told to stop, which happens when another has ended"))
 
-def _means_a_lost_process(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    def _lost(self, why: str) -> str:
+        us = f"process {self.rank} of the {self.world} that train together"
+        return f"{us} cannot go on: {why}. Started again, the training goes on from its last checkpoint."
 
 
 def _carrier() -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ def stage(name: str, *sections: str, **tags: str) -> Iterator[tuple[Profile, tra
     Mistakes in params.yaml end the process with one message and no traceback, before torch is imported.
     """
     params, profile = _checked_params()
-    if "RANK" in os.environ:
-        signal.signal(signal.SIGTERM, _told_to_stop)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     os.environ.setdefault("OMP_NUM_THREADS", str(profile.threads))
     values = {section: _lookup(profile.model_dump(), section) for section in ("seed", *sections)}
@@ -70,14 +67,6 @@ _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTU
 def is_first() -> bool:
     """Whether this process is the one that writes; the only one, unless several train together."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _told_to_stop(*_: Any) -> None:
-    rank, world = os.environ["RANK"], os.environ.get("WORLD_SIZE")
-    sys.exit(
-        f"process {rank} of {world} was told to stop; if nobody did, another process of this training has ended first. "
-        "Started again, the training goes on from its last checkpoint."
-    )
 
 
 def _checked_params() -> tuple[Params, Profile]:

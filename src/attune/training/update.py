@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -56,7 +57,8 @@ class Update:
                 f"{self.accelerator.num_processes}: each would train alone; docs/several_gpus.md says how to start them"
             )
         optimizer = build_optimizer(self.parameters, config)
-        trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
+            trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trained))
 
     def __call__(self, objective: Objective, group: Sequence[Any], step: int, lr: float) -> dict[str, float]:
