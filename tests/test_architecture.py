@@ -32,12 +32,12 @@ LAYERS = (
     "painting",
     "methods | rewards | preference",
     "backbones | data | training | evaluation",
-    "sources | diffusion.sampling | clip",
+    "sources | diffusion.sampling | diffusion.noised | clip",
     "diffusion.policy | world",
     "diffusion.adapters | diffusion.process | diffusion.losses | weights",
     "interfaces",
     "config",
-    "plugins | hashing | blocks | places",
+    "plugins | hashing | blocks | places | sharing",
 )
 # importer -> imported, in spite of the layers
 UPWARDS = {"plugins -> config": "a lazy import, for ConfigError alone"}

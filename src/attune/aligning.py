@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ def align(
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains the policy and saves it in `folder`; returns a row of metrics per step, and facts for the report.
 
+    Of several processes that train it together, the first saves it.
+
     Args:
         name: the block of `profile.methods` with the run's settings.
         uses: the method, a file of attune/methods.
@@ -62,7 +65,9 @@ def align(
     if config.start is not None and Path(config.start).exists():  # one from the hub is named with its commit
         needs.append(Path(config.start))
     values = [profile.seed, profile.model.model_dump(), settings]
-    keeping = resumable(checkpoints, f"align@{name}", values, needs) if checkpoints else nullcontext()
+    keeping = (
+        resumable(checkpoints, f"align@{name}", values, needs, policy.share.first) if checkpoints else nullcontext()
+    )
     with keeping as checkpoint:
         history, scores = train(
             method,
@@ -74,7 +79,8 @@ def align(
             watch=watched(config.held_out, policy, profile, run, report) if config.held_out else None,
             view=View(f"align {name}", run.log, preview(policy, profile, run), max(1, config.batches // PREVIEWS)),
         )
-        policy.save(folder)
+        if policy.share.first:
+            policy.save(folder)
     return history, {
         "trained_on": list(getattr(method, "trained_on", ())),
         "start": config.start,
@@ -147,12 +153,16 @@ def preview(policy: Policy, profile: Profile, run: Run) -> Callable[[int], None]
     prompts = validation_prompts(PREVIEW_PROMPTS)
     if not prompts:
         return None
-    ordinals = [0] * len(prompts)
-    with policy.reference():
-        before = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
+
+    def images() -> np.ndarray:
+        return paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+
+    @cache  # not before it is shown: of several processes only one ever shows anything
+    def before() -> np.ndarray:
+        with policy.reference():
+            return images()
 
     def show(step: int) -> None:
-        now = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, None)
-        run.image("samples", image_grid({"reference": before, "policy": now}, prompts), step)
+        run.image("samples", image_grid({"reference": before(), "policy": images()}, prompts), step)
 
     return show

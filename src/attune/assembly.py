@@ -21,6 +21,7 @@ from attune import plugins
 from attune.blocks import MethodConfig, Model, Profile
 from attune.config import plugin_config
 from attune.interfaces import Backbone, Objective, Reward, StepReward
+from attune.sharing import Share
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -30,8 +31,18 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one; of several, this process's own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if own >= there:
+        raise RuntimeError(f"process {own} of this machine has no GPU of its own: the machine has {there}")
+    return torch.device("cuda", own) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+
+
+def share() -> Share:
+    """This process's part of a training, as the launcher says (torchrun, accelerate)."""
+    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def load_backbone(model: Model) -> Backbone:
@@ -44,7 +55,7 @@ def load_policy(profile: Profile) -> Policy:
     return _policy(load_backbone(profile.model))
 
 
-def load_learner(name: str, profile: Profile, method: str | None = None) -> Policy:
+def load_learner(name: str, profile: Profile, method: str) -> Policy:
     """A policy that a run may train, an adapter of it or all its weights: fresh, or as it was left at `start`."""
     config = method_config(name, profile, method)
     if config.lora is not None:
@@ -61,6 +72,7 @@ def load_learner(name: str, profile: Profile, method: str | None = None) -> Poli
         policy.go_on(config.start, config.lora)
     if config.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
+    policy.share = share()
     return policy
 
 
@@ -70,14 +82,14 @@ def _policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:
     return Policy(backbone, backbone.encode_prompts([""]), autocast)
 
 
-def method_config(name: str, profile: Profile, method: str | None = None) -> MethodConfig:
-    """A run's block, as its method's Config; `method` is that method's file, where the run has another name."""
-    return plugins.load("methods", method or name).Config.model_validate(profile.methods[name])
+def method_config(name: str, profile: Profile, method: str) -> MethodConfig:
+    """A run's block, as the Config of its method, a file of attune/methods."""
+    return plugins.load("methods", method).Config.model_validate(profile.methods[name])
 
 
-def build_method(name: str, profile: Profile, policy: Policy, preference: Path, method: str | None = None) -> Objective:
+def build_method(name: str, profile: Profile, policy: Policy, preference: Path, method: str) -> Objective:
     """A run's method, handed what its constructor names: `judge`, the step-aware preference model, or `rewards`."""
-    module = plugins.load("methods", method or name)
+    module = plugins.load("methods", method)
     config = method_config(name, profile, method)
     provided: Mapping[str, Callable[[], Any]] = {
         "judge": lambda: load_judge(preference),
@@ -86,7 +98,7 @@ def build_method(name: str, profile: Profile, policy: Policy, preference: Path, 
     wanted = list(inspect.signature(module.Method).parameters)[2:]
     unknown = [parameter for parameter in wanted if parameter not in provided]
     if unknown:
-        raise TypeError(f"methods/{method or name}.py: Method wants {unknown[0]!r}; on offer: {', '.join(provided)}")
+        raise TypeError(f"methods/{method}.py: Method wants {unknown[0]!r}; on offer: {', '.join(provided)}")
     return module.Method(config, policy, **{parameter: provided[parameter]() for parameter in wanted})
 
 

@@ -93,6 +93,10 @@ class Objective(Protocol):
 
         All randomness comes from `generator`, which the loop seeds by (seed, batch index): that is what makes
         a resumed run equal an uninterrupted one bit for bit.
+
+        A minibatch has a length and takes a slice of rows, `minibatch[2:4]`: several processes share it. The
+        rows' mean of `loss` and of each metric is that of the whole; what is computed of all rows at once is
+        computed of `trained.share.gather`.
         """
         ...
 

@@ -2,7 +2,9 @@
 
 import inspect
 import math
+from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def build(preference, monkeypatch):
     def build(name, policy):
         block = {**next(iter(blocks("short", name).values())), "batches": 3, "batch_size": 2}
         profile = check(Profile, {**PROFILES["short"], "methods": {name: block}}, "short")
-        return build_method(name, profile, policy, preference)
+        return build_method(name, profile, policy, preference, name)
 
     return build
 
@@ -101,6 +103,38 @@ def losses(method, data):
     generator = batch_generator(0, 0)
     minibatches = method.minibatches(tiny.batches(data, method)(0, generator), generator)
     return [method.loss(minibatch) for minibatch in minibatches]
+
+
+def of_parts(method, parts):
+    """The losses of parts of one minibatch, each told by the others what is computed of all rows at once."""
+    heard = []
+    method.policy.share = SimpleNamespace(gather=lambda rows: heard.append(rows.detach()) or rows)
+    for part in parts:
+        method.loss(part)
+    calls = len(heard) // len(parts)
+    answers = cycle([torch.cat(heard[i::calls]) for i in range(calls)])
+    method.policy.share = SimpleNamespace(gather=lambda rows: next(answers))
+    return [method.loss(part) for part in parts]
+
+
+def test_processes_can_share_its_minibatches(name, new_policy, data, build):
+    """Loss and metrics of a minibatch are the means over its rows, be they computed here or there."""
+    method, generator = build(name, new_policy(moved=0.1)), batch_generator(0, 0)
+    draw = data.pair_batch if method.consumes == "pairs" else data.prompt_batch
+    minibatches = list(method.minibatches(draw([0, 3, 5]), generator))
+    assert max(len(minibatch) for minibatch in minibatches) >= 3
+    for minibatch in minibatches:
+        n = len(minibatch)
+        whole, metrics = method.loss(minibatch)
+        parts = [minibatch[:1], minibatch[1:]] if n > 1 else [minibatch[:]]
+        assert sum(map(len, parts)) == n
+        share, ends = method.policy.share, of_parts(method, parts)
+        method.policy.share = share
+        mean = sum(len(part) * loss for part, (loss, _) in zip(parts, ends, strict=True)) / n
+        assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
+        for key, value in metrics.items():
+            mean = sum(len(part) * float(found[key]) for part, (_, found) in zip(parts, ends, strict=True)) / n
+            assert mean == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
 
 
 def test_a_preference_loss_starts_at_ln_2(name, policy, data, build):

@@ -7,6 +7,7 @@ from golden.reading import tensors
 
 from attune.diffusion import process
 from attune.diffusion.losses import denoising_error, preference_loss
+from attune.diffusion.noised import Noised
 from attune.methods import dpo
 
 pytestmark = pytest.mark.parity
@@ -49,7 +50,7 @@ def test_training_step(table, request, model):
     policy.denoiser.requires_grad_(True)
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), case["model_pred"])
     config = dpo.Config(lora=None, lr=1e-8, batches=1, batch_size=3, beta=5000)
-    loss, metrics = dpo.Method(config, policy).loss(dpo.NoisedPairs(x_0, t, noise, cond))
+    loss, metrics = dpo.Method(config, policy).loss(Noised(x_0, t, noise, cond, sides=2))
     loss.backward()
     # beta = 5000 turns errors of 1e-7 into errors of 1e-3
     table.close(name, "loss", loss, case["loss"], absolute=5e-3)

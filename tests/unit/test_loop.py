@@ -13,6 +13,7 @@ from torch import nn
 
 import tiny
 from attune.blocks import TrainingConfig
+from attune.diffusion.noised import Noised
 from attune.diffusion.policy import fingerprint
 from attune.methods import dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
@@ -219,8 +220,8 @@ class Fed:
 def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
     t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
-    rows = sft.Noised(whole.chosen, t, noise, whole.cond)
-    half = [sft.Noised(rows.x_0[s], rows.t[s], rows.noise[s], rows.cond[s]) for s in (slice(0, 3), slice(3, 6))]
+    rows = Noised(whole.chosen, t, noise, whole.cond)
+    half = [rows[:3], rows[3:]]
     ends = []
     for minibatches in ([rows], half):
         policy = new_policy(moved=0.1)

@@ -18,6 +18,9 @@ class PromptBatch:
     prompts: Sequence[str]
     cond: Conditioning
 
+    def __getitem__(self, rows: slice) -> PromptBatch:
+        return PromptBatch(self.prompts[rows], self.cond[rows])
+
 
 @dataclass(frozen=True)
 class PairBatch:
@@ -29,6 +32,10 @@ class PairBatch:
     latents_1: Tensor
     label_0: Tensor  # (B,) probability that image 0 is the better: 1 or 0 of people, 0.5 for a tie, soft of a scorer
     weight: Tensor  # (B,) 1 / number of pairs that share the prompt
+
+    def __getitem__(self, rows: slice) -> PairBatch:
+        columns = (self.prompts, self.cond, self.latents_0, self.latents_1, self.label_0, self.weight)
+        return PairBatch(*(column[rows] for column in columns))
 
     @property
     def chosen(self) -> Tensor:

@@ -23,6 +23,7 @@ from attune.blocks import Lora
 from attune.diffusion import adapters
 from attune.diffusion.adapters import ADAPTER_FILE as ADAPTER_FILE
 from attune.interfaces import Backbone, Conditioning
+from attune.sharing import Share
 
 
 class Policy:
@@ -39,6 +40,7 @@ class Policy:
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.frozen_copy: nn.Module | None = None  # the reference, where it is not the denoiser without its adapter
+        self.share = Share()  # of the training this process takes part in
 
     def add_adapter(self, rank: int, seed: int, targets: str | Sequence[str] = "attention") -> None:
         """Adds a trainable LoRA: Gaussian A, zero B, alpha = rank, kept in float32.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -36,18 +37,11 @@ def on(device: torch.device, draw: Normal) -> Normal:
 
 @torch.no_grad()
 def sample(policy: Policy, cond: Conditioning, draw: Normal, steps: int, eta: float, guidance_scale: float) -> Tensor:
-    """Latents (B, C, h, w) for B rows of conditioning, DDIM from pure noise."""
-    schedule, draw = policy.backbone.alphas_cumprod, on(policy.device, draw)
+    """Latents (B, C, h, w) for B rows of conditioning, DDIM from pure noise; with eta 0 no more noise is drawn."""
+    sampler, draw = Sampler(policy, steps, eta, guidance_scale), on(policy.device, draw)
     x_t = draw((len(cond), *policy.backbone.latent_shape))
-    for t in process.ddim_timesteps(len(schedule), steps):
-        rows = t.expand(len(cond))
-        noise_pred = policy.predict_noise(x_t, rows, cond, guidance_scale)
-        t_prev = process.previous_timestep(rows, len(schedule), steps)
-        mean, std = process.ddim_step(
-            x_t, noise_pred, process.at(schedule, rows, x_t), process.at(schedule, t_prev, x_t), eta
-        )
-        x_t = mean + std * draw(tuple(mean.shape)) if eta > 0 else mean
-    return x_t
+    noise = (draw(tuple(x_t.shape)) for _ in range(steps)) if eta > 0 else repeat(None, steps)
+    return sampler.walk(x_t, sampler.timesteps, cond, noise)
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,10 @@ class Unfinished:
 
     def __len__(self) -> int:
         return len(self.noise)
+
+    def of(self, rows: slice) -> Unfinished:
+        """The run of those images alone."""
+        return Unfinished(self.x_t[rows], self.noise[:, rows], self.cond[rows])
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,13 @@ class Sampler:
         """All but the last `left` (1..steps) steps from pure noise; draws in the order of `sample` with eta > 0."""
         draw = on(self.policy.device, draw)
         x_t = draw((len(cond), *self.policy.backbone.latent_shape))
-        for t in self.timesteps[: self.steps - left]:
-            x_t = self._step(x_t, t, cond, draw(tuple(x_t.shape)))
+        done = self.steps - left
+        x_t = self.walk(x_t, self.timesteps[:done], cond, (draw(tuple(x_t.shape)) for _ in range(done)))
         return Unfinished(x_t, torch.stack([draw(tuple(x_t.shape)) for _ in range(left)]), cond)
 
     def finish(self, run: Unfinished) -> Tensor:
         """The final latents (B, C, h, w)."""
-        x_t = run.x_t
-        for t, noise in zip(self.timesteps[-len(run) :], run.noise, strict=True):
-            x_t = self._remembered(self._step, x_t, t, run.cond, noise)
-        return x_t
+        return self.walk(run.x_t, self.timesteps[-len(run) :], run.cond, run.noise)
 
     def estimate(self, run: Unfinished) -> Tensor:
         """The clean latents (B, C, h, w) that the next prediction alone implies."""
@@ -106,11 +101,17 @@ class Sampler:
         """x_t of the step after which `left` - 1 remain."""
         return process.add_noise(x_0, noise, self._a(self.timesteps[-left], x_0))
 
-    def _step(self, x_t: Tensor, t: Tensor, cond: Conditioning, noise: Tensor) -> Tensor:
+    def walk(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning, noise: Iterable[Tensor | None]) -> Tensor:
+        """Latents after a step at each of the timesteps, which adds its noise (B, C, h, w), if there is one."""
+        for t, fresh in zip(timesteps, noise, strict=True):
+            x_t = self._remembered(self._step, x_t, t, cond, fresh)
+        return x_t
+
+    def _step(self, x_t: Tensor, t: Tensor, cond: Conditioning, noise: Tensor | None) -> Tensor:
         t_prev = process.previous_timestep(t, len(self.policy.backbone.alphas_cumprod), self.steps)
         noise_pred = self._predict(x_t, t, cond)
         mean, std = process.ddim_step(x_t, noise_pred, self._a(t, x_t), self._a(t_prev, x_t), self.eta)
-        return mean + std * noise
+        return mean if noise is None else mean + std * noise
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         return self.policy.predict_noise(x_t, t.expand(len(x_t)), cond, self.guidance_scale)

@@ -94,6 +94,12 @@ class Rollout:
     run: sampling.Unfinished
     prompts: Sequence[str]
 
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> Rollout:
+        return Rollout(self.run.of(rows), self.prompts[rows])
+
 
 def first_with_gradient(cut: str, cut_at: Sequence[float], steps: int, generator: torch.Generator) -> int:
     """Index (0..steps - 1) of the first step with a gradient; K = steps - index, so 0 is the whole chain.
@@ -135,16 +141,24 @@ class Method:
     def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[Rollout]:
         c, draw = self.config, sampling.on(self.policy.device, sampling.normal(generator))
         left = c.steps - first_with_gradient(c.cut, c.cut_at, c.steps, generator)
-        run = self.sampler.begin(batch.cond, draw, left)
+        run = self.begin(batch.cond, draw, left)
         if c.renoised:
             run = self.with_renoised(run, draw)
         yield Rollout(run, list(batch.prompts) * (1 + c.renoised))
 
+    def begin(self, cond: Conditioning, draw: sampling.Normal, left: int) -> sampling.Unfinished:
+        """The part without a gradient, for all prompts: each process runs it for its own."""
+        share, n = self.policy.share, len(cond)
+        ours = self.sampler.begin(cond[share.rows(n)], share.draw(draw, n), left).of(slice(share.count(n)))
+        noise = share.gather(ours.noise.transpose(0, 1)).transpose(0, 1)
+        return sampling.Unfinished(share.gather(ours.x_t), noise, cond)
+
     @torch.no_grad()
     def with_renoised(self, run: sampling.Unfinished, draw: sampling.Normal) -> sampling.Unfinished:
         """The run with one step to go, and copies of its finished images one step of noise away (DRaFT-LV)."""
-        n = self.config.renoised
-        x_0 = self.sampler.finish(run).repeat(n, 1, 1, 1)
+        n, share, images = self.config.renoised, self.policy.share, len(run.x_t)
+        ours = self.sampler.finish(run.of(share.rows(images)))
+        x_0 = share.gather(ours[: share.count(images)]).repeat(n, 1, 1, 1)
         x_t = self.sampler.add_noise(x_0, draw(tuple(x_0.shape)), left=1)
         noise = torch.cat([run.noise, draw(tuple(x_0.shape))[None]], 1)
         return sampling.Unfinished(torch.cat([run.x_t, x_t]), noise, Conditioning.cat([run.cond, run.cond.repeat(n)]))

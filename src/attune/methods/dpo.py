@@ -13,7 +13,6 @@ Cost per step: one policy and one reference forward, and one backward, on 2 B im
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,18 +21,10 @@ from torch import Tensor
 
 from attune.blocks import AIFeedback, MethodConfig, Real
 from attune.data.batches import PairBatch
-from attune.diffusion import process
-from attune.diffusion.losses import (
-    denoising_error,
-    expected_loss,
-    hinge_loss,
-    implicit_reward,
-    ipo_loss,
-    preference_loss,
-    smoothed,
-)
+from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
+from attune.diffusion.noised import Noised, policy_and_reference_error
 from attune.diffusion.policy import Policy
-from attune.interfaces import Conditioning, Metrics
+from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
@@ -47,17 +38,6 @@ class Config(MethodConfig):
 LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
-@dataclass(frozen=True)
-class NoisedPairs:
-    """Chosen images, then rejected ones, (2B, ...), under one timestep and noise per pair."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    cond: Conditioning
-    p_chosen: Tensor | float = 1.0  # (B,) probability that the chosen image is the better one
-
-
 class Method:
     consumes = "pairs"
 
@@ -65,21 +45,16 @@ class Method:
         self.config, self.policy = config, policy
         self.trained_on = (config.ai_feedback.scorer,) if config.ai_feedback else ()  # gains there are not held out
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedPairs]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        x_0 = torch.cat([batch.chosen, batch.rejected])
-        yield NoisedPairs(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2), batch.p_chosen)
+        yield Noised.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen)
 
-    def loss(self, minibatch: NoisedPairs) -> tuple[Tensor, Metrics]:
-        m = minibatch
-        x_t = process.add_noise(m.x_0, m.noise, process.at(self.policy.backbone.alphas_cumprod, m.t, m.x_0))
-        error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
-        with self.policy.reference():
-            reference_error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+        error, reference_error = policy_and_reference_error(self.policy, minibatch)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
-        p_chosen = smoothed(m.p_chosen, self.config.label_smoothing)
+        p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
         loss = expected_loss(LOSSES[self.config.loss], margin, p_chosen).mean()
         return loss, {
             "loss": loss,

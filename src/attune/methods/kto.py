@@ -12,7 +12,6 @@ Cost per step: one policy and one reference forward, and one backward, on 2 B im
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,10 +21,9 @@ from torch import Tensor
 
 from attune.blocks import MethodConfig, Real
 from attune.data.batches import PairBatch
-from attune.diffusion import process
-from attune.diffusion.losses import denoising_error
+from attune.diffusion.noised import Noised, policy_and_reference_error
 from attune.diffusion.policy import Policy
-from attune.interfaces import Conditioning, Metrics
+from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
@@ -43,17 +41,6 @@ UTILITIES = {
     "loss_averse": F.logsigmoid,  # concave
     "risk_seeking": lambda x: -F.logsigmoid(-x),  # convex
 }
-
-
-@dataclass(frozen=True)
-class NoisedImages:
-    """Images (n, ...), each with its own timestep and noise, and whether people liked it."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    cond: Conditioning
-    liked: Tensor  # (n,) bool
 
 
 def reference_point(reward: Tensor) -> Tensor:
@@ -81,25 +68,22 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedImages]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator, per_pair=2)
         cond = self.policy.drop_captions(batch.cond.repeat(2), self.config.caption_dropout, generator)
-        liked = torch.arange(len(t), device=noise.device) < len(batch.prompts)
-        yield NoisedImages(torch.cat([batch.chosen, batch.rejected]), t, noise, cond, liked)
+        yield Noised(torch.cat([batch.chosen, batch.rejected]), t, noise, cond, sides=2)
 
-    def loss(self, minibatch: NoisedImages) -> tuple[Tensor, Metrics]:
-        m, c = minibatch, self.config
-        x_t = process.add_noise(m.x_0, m.noise, process.at(self.policy.backbone.alphas_cumprod, m.t, m.x_0))
-        error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
-        with self.policy.reference():
-            reference_error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+        c = self.config
+        error, reference_error = policy_and_reference_error(self.policy, minibatch)
         reward = c.beta * (reference_error - error)
-        z_ref = reference_point(reward)
-        loss = kto_loss(reward - z_ref, m.liked, c.utility, c.lambda_desirable, c.lambda_undesirable).mean()
+        liked = torch.arange(len(reward), device=reward.device) < len(minibatch)
+        z_ref = reference_point(self.policy.share.gather(reward))
+        loss = kto_loss(reward - z_ref, liked, c.utility, c.lambda_desirable, c.lambda_undesirable).mean()
         return loss, {
             "loss": loss,
             "z_ref": z_ref,
-            "accuracy": ((reward > z_ref) == m.liked).float().mean(),
-            "liked_reward": reward[m.liked].mean(),
-            "disliked_reward": reward[~m.liked].mean(),
+            "accuracy": ((reward > z_ref) == liked).float().mean(),
+            "liked_reward": reward[liked].mean(),
+            "disliked_reward": reward[~liked].mean(),
         }

@@ -12,7 +12,6 @@ Cost per step: one policy forward and one backward on 2 B images; no reference f
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -20,26 +19,16 @@ from torch import Tensor
 
 from attune.blocks import MethodConfig, Real
 from attune.data.batches import PairBatch
-from attune.diffusion import process
-from attune.diffusion.losses import denoising_error, preference_loss
+from attune.diffusion.losses import preference_loss
+from attune.diffusion.noised import Noised, policy_error
 from attune.diffusion.policy import Policy
-from attune.interfaces import Conditioning, Metrics
+from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
     beta: Real = Field(0.1, gt=0, description="weight of the margin's loss beside the denoising loss")
     snr: Real = Field(0.5, gt=0, description="constant in the place of the signal-to-noise ratio: scales the error")
     caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0")
-
-
-@dataclass(frozen=True)
-class NoisedPairs:
-    """Chosen images, then rejected ones, (2B, ...), under one timestep and noise per pair."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    cond: Conditioning
 
 
 def score(error: Tensor, snr: float) -> Tensor:
@@ -65,19 +54,16 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedPairs]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        x_0 = torch.cat([batch.chosen, batch.rejected])
-        yield NoisedPairs(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2))
+        yield Noised.pairs(batch.chosen, batch.rejected, t, noise, cond)
 
-    def loss(self, minibatch: NoisedPairs) -> tuple[Tensor, Metrics]:
-        m, schedule = minibatch, self.policy.backbone.alphas_cumprod
-        x_t = process.add_noise(m.x_0, m.noise, process.at(schedule, m.t, m.x_0))
-        error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+        error = policy_error(self.policy, minibatch)
         chosen_error, rejected_error = error.chunk(2)
         phi_chosen, phi_rejected = score(error, self.config.snr).chunk(2)
-        margin = len(schedule) * (phi_chosen - phi_rejected)
+        margin = len(self.policy.backbone.alphas_cumprod) * (phi_chosen - phi_rejected)
         loss = mapo_loss(chosen_error, margin, self.config.beta).mean()
         return loss, {
             "loss": loss,

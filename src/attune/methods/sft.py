@@ -7,7 +7,6 @@ guidance. Cost per step: one policy forward and backward on B images.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -15,24 +14,13 @@ from torch import Tensor
 
 from attune.blocks import MethodConfig, Real
 from attune.data.batches import PairBatch
-from attune.diffusion import process
-from attune.diffusion.losses import denoising_error
+from attune.diffusion.noised import Noised, policy_error
 from attune.diffusion.policy import Policy
-from attune.interfaces import Conditioning, Metrics
+from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
     caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; usual: 0.1")
-
-
-@dataclass(frozen=True)
-class Noised:
-    """Chosen latents pushed to timestep t by `noise`."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    cond: Conditioning
 
 
 class Method:
@@ -47,8 +35,5 @@ class Method:
         yield Noised(batch.chosen, t, noise, cond)
 
     def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
-        m = minibatch
-        a_t = process.at(self.policy.backbone.alphas_cumprod, m.t, m.x_0)
-        x_t = process.add_noise(m.x_0, m.noise, a_t)
-        loss = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise).mean()
+        loss = policy_error(self.policy, minibatch).mean()
         return loss, {"loss": loss}

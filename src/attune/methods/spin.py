@@ -15,7 +15,6 @@ forward, and one backward, on 2 B images.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -23,8 +22,9 @@ from torch import Tensor
 
 from attune.blocks import MethodConfig, Real
 from attune.data.batches import PairBatch
-from attune.diffusion import process, sampling
-from attune.diffusion.losses import denoising_error, implicit_reward, preference_loss
+from attune.diffusion import sampling
+from attune.diffusion.losses import implicit_reward, preference_loss
+from attune.diffusion.noised import Noised, policy_and_reference_error
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics
 
@@ -37,40 +37,28 @@ class Config(MethodConfig):
     guidance_scale: Real = Field(ge=0, description="of the opponent's images; 7.5 in the paper")
 
 
-@dataclass(frozen=True)
-class Game:
-    """Real images, then the opponent's, (2B, ...), under one timestep and noise per pair."""
-
-    x_0: Tensor
-    t: Tensor
-    noise: Tensor
-    cond: Conditioning
-
-
 class Method:
     consumes = "pairs"
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Game]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
         real, opponents = batch.chosen, self.paint(batch.cond, generator)
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield Game(torch.cat([real, opponents]), t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2))
+        yield Noised.pairs(real, opponents, t, noise, cond)
 
     def paint(self, cond: Conditioning, generator: torch.Generator) -> Tensor:
         """Latents (B, C, h, w) of the policy as it was at the start of this iteration."""
-        c, draw = self.config, sampling.normal(generator)
+        c, share, n = self.config, self.policy.share, len(cond)
+        draw = share.draw(sampling.normal(generator), n)
         with self.policy.reference():
-            return sampling.sample(self.policy, cond, draw, c.steps, c.eta, c.guidance_scale)
+            ours = sampling.sample(self.policy, cond[share.rows(n)], draw, c.steps, c.eta, c.guidance_scale)
+        return share.gather(ours[: share.count(n)])
 
-    def loss(self, minibatch: Game) -> tuple[Tensor, Metrics]:
-        m = minibatch
-        x_t = process.add_noise(m.x_0, m.noise, process.at(self.policy.backbone.alphas_cumprod, m.t, m.x_0))
-        error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
-        with self.policy.reference():
-            reference_error = denoising_error(self.policy.predict_noise(x_t, m.t, m.cond), m.noise)
+    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+        error, reference_error = policy_and_reference_error(self.policy, minibatch)
         real, opponent = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = real - opponent
         loss = preference_loss(margin).mean()

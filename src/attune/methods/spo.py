@@ -62,9 +62,12 @@ class StepPairs:
     t: Tensor  # (n,)
     cond: Conditioning
 
-    def __getitem__(self, rows: Tensor) -> StepPairs:
-        both = rows if len(self.x_t) == len(self.t) else torch.cat([rows, rows + len(self.t)])
-        return StepPairs(self.x_t[both], self.chosen[rows], self.rejected[rows], self.t[rows], self.cond[rows])
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, rows: Tensor | slice) -> StepPairs:
+        x_t = self.x_t[rows] if len(self.x_t) == len(self) else torch.cat([half[rows] for half in self.x_t.chunk(2)])
+        return StepPairs(x_t, self.chosen[rows], self.rejected[rows], self.t[rows], self.cond[rows])
 
     @staticmethod
     def cat(parts: list[StepPairs]) -> StepPairs:
@@ -105,11 +108,15 @@ class Method:
         self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
 
     def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[StepPairs]:
-        def choose(k: int, n: int) -> Tensor:
-            return torch.randint(k, (n,), generator=generator)
+        share, n = self.policy.share, len(batch.prompts)
 
-        pairs = self.rollout(batch, sampling.normal(generator), choose)
-        order = torch.randperm(len(pairs.t), generator=generator)
+        def choose(k: int, ours: int) -> Tensor:
+            return torch.randint(k, (n,), generator=generator)[share.rows(n)]
+
+        draw = share.draw(sampling.normal(generator), n)
+        pairs = self.rollout(batch[share.rows(n)], draw, choose)
+        pairs = pairs if share.world == 1 else self.gathered(pairs[: None if share.count(n) else 0])
+        order = torch.randperm(len(pairs), generator=generator)
         for rows in order.split(self.config.minibatch_size):
             if len(rows):  # the judge may have been sure of nothing
                 yield pairs[rows]
@@ -138,6 +145,15 @@ class Method:
             x = x_prev
         pairs, _, _ = self.judged(batch, group, x, torch.zeros_like(t))
         return StepPairs.cat(kept + pairs)
+
+    def gathered(self, ours: StepPairs) -> StepPairs:
+        """The pairs of all processes, in the order of one: by step, then by prompt."""
+        gather = self.policy.share.gather
+        halves = ours.x_t.tensor_split(2) if self.config.inner_steps else [ours.x_t]
+        columns = [torch.cat(list(map(gather, halves))), *map(gather, (ours.chosen, ours.rejected, ours.t))]
+        cond = Conditioning({name: gather(value) for name, value in ours.cond.tensors.items()})
+        pairs = StepPairs(*columns, cond)
+        return pairs[pairs.t.argsort(descending=True, stable=True)]
 
     def judged(self, batch: PromptBatch, group: list, x_0: Tensor, t: Tensor) -> tuple[list[StepPairs], Tensor, Tensor]:
         """The pairs of every step of a group of candidates, decided by how their x_0 look at time t.

@@ -28,6 +28,7 @@ from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics
 from attune.preference.model import StepAwareCLIP, from_clip, load, training_pixels
 from attune.preference.noising import one_step_latents
+from attune.sharing import Share
 from attune.weights import find_file
 
 
@@ -72,6 +73,8 @@ class Pairs(Protocol):
 
     def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
 
+    def __getitem__(self, rows: slice) -> Pairs: ...
+
 
 @dataclass(frozen=True)
 class ScoredPairs:
@@ -82,6 +85,16 @@ class ScoredPairs:
     t: Tensor
     label_0: Tensor
     weight: Tensor
+    total: Tensor | None = None  # what weights are divided by, for B rows of a larger minibatch; None = their sum
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, rows: slice) -> ScoredPairs:
+        t = self.t[rows]
+        total = (self.weight.sum() if self.total is None else self.total) * (len(t) / len(self))
+        columns = (self.input_ids[rows], t, self.label_0[rows], self.weight[rows])
+        return ScoredPairs(self.pixel_values[:, rows], *columns, total)
 
 
 def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
@@ -95,7 +108,9 @@ def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
 # ---------------------------------------------------------------- pure functions
 
 
-def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None) -> Tensor:
+def preference_criterion(
+    scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
     """KL(label || softmax of the two scores), weighted mean, nats.
 
     For hard labels the negative log-likelihood of the choice, ln 2 at equal scores; a tie (0.5) costs 0 when
@@ -106,6 +121,7 @@ def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, we
         label_0: (B,) probability that image 0 is preferred: 1, 0 or 0.5.
         weight: (B,) weights, normalised here to sum to 1; 1 / pairs of the prompt, so that a prompt with many
             pairs does not count more. None: equal.
+        total: scalar to divide the weights by instead of their sum.
 
     Returns: scalar.
     """
@@ -113,7 +129,7 @@ def preference_criterion(scores_0: Tensor, scores_1: Tensor, label_0: Tensor, we
     log_p = F.log_softmax(torch.stack([scores_0, scores_1]), dim=0)
     divergence = (torch.xlogy(label, label) - label * log_p).sum(0)
     weight = torch.ones_like(divergence) if weight is None else weight.to(divergence.dtype)
-    return (weight / weight.sum() * divergence).sum()
+    return (weight / (weight.sum() if total is None else total) * divergence).sum()
 
 
 def accuracy(scores_0: Tensor, scores_1: Tensor, label_0: Tensor) -> Tensor:
@@ -141,21 +157,37 @@ class SPMObjective:
             weight.requires_grad_(False)
         self.model.checkpointing = config.gradient_checkpointing
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
+        self.share = Share()  # of the training this process takes part in
 
     def parameters(self) -> list[Tensor]:
         """What training may change: vision and text tower, projections and temperature."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[ScoredPairs]:
-        yield self.seen(batch, *batch.draw_noise(self.base.backbone.alphas_cumprod, generator))
+        share, n = self.share, len(batch.prompts)
+        t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
+        if share.world == 1:
+            yield self.seen(batch, t, noise)
+        else:  # each process looks at its own pairs: the base's predictions are what costs
+            rows = share.rows(n)
+            ours = self.pixels(batch[rows], t[rows], noise[rows])[:, : share.count(n)]
+            yield self.with_pixels(batch, t, share.gather(ours.transpose(0, 1)).transpose(0, 1))
 
     def seen(self, batch: Pairs, t: Tensor, noise: Tensor) -> ScoredPairs:
         """The pairs as the model sees them through noise (B, C, h, w) at timesteps t (B,)."""
+        return self.with_pixels(batch, t, self.pixels(batch, t, noise))
+
+    def pixels(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
+        """Pixel values (2, B, 3, S, S) of both images of each pair, seen through noise."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
-        pixels = training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1))
+        return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)
+
+    def with_pixels(self, batch: Pairs, t: Tensor, pixels: Tensor) -> ScoredPairs:
+        """What else the model is told and learns from."""
+        clip = self.model.model
         ids = tokenise(self.tokenizer, batch.prompts, clip.config.text_config.max_position_embeddings)
-        return ScoredPairs(*(x.to(clip.device) for x in (pixels, ids, t, batch.label_0, batch.weight)))
+        return ScoredPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
     def one_step_images(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
@@ -182,12 +214,12 @@ class SPMObjective:
         half = torch.autocast(m.t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         with half:
             scores_0, scores_1 = self.module(m.pixel_values, m.input_ids, m.t).float()
-        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight)
+        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight, m.total)
         margin = (2 * m.label_0 - 1) * (scores_0 - scores_1)
         return loss, {
             "loss": loss,
             "margin": margin.mean(),
-            "accuracy": accuracy(scores_0, scores_1, m.label_0),
+            "accuracy": accuracy(*map(self.share.gather, (scores_0, scores_1, m.label_0))),
             "gap": (scores_0 - scores_1).abs().mean(),
         }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attune.blocks import Profile
 from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
-from attune.stages.common import stage
+from attune.stages.common import is_first, launch, stage
 from attune.stages.history import write_history
 
 if TYPE_CHECKING:  # at run time these wait until params.yaml has been checked
@@ -18,8 +18,11 @@ TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
 
 
 def main() -> None:
+    launch("attune.stages.train_preference")
     with stage("train_preference", "model", "preference") as (profile, run):
         history, accuracy = train_preference(profile, run)
+        if not is_first():
+            return
         write_history(REPORTS / "train" / "preference", history, {"accuracy_by_t": accuracy})
         for model, curve in accuracy.items():
             run.summary({f"accuracy/{model}_t{t}": a for t, a in zip(curve["t"], curve["accuracy"], strict=True)})
@@ -27,8 +30,11 @@ def main() -> None:
 
 
 def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains and saves the model; returns its curve and its held-out accuracy by timestep."""
-    from attune.assembly import load_policy
+    """Trains and saves the model; returns its curve and its held-out accuracy by timestep.
+
+    Of several processes that train it together, the first saves it, and it alone asks how accurate it is.
+    """
+    from attune.assembly import load_policy, share
     from attune.data.prepared import PreparedData
     from attune.preference.labels import with_ai_feedback
     from attune.preference.model import save
@@ -43,8 +49,9 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(data.pairs))
     model, tokenizer = starting_model(config)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
+    objective.share = share()
     values = [profile.seed, profile.model.model_dump(), config.model_dump()]
-    with resumable(project_root(), "train_preference", values, [PREPARED]) as checkpoint:
+    with resumable(project_root(), "train_preference", values, [PREPARED], objective.share.first) as checkpoint:
         history, _ = train(
             objective,
             objective,
@@ -54,8 +61,9 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
             checkpoint=checkpoint,
             view=View("train preference", run.log),
         )
-        save(model, tokenizer, PREFERENCE)
-    return history, accuracy_by_t(objective, profile.seed)
+        if objective.share.first:
+            save(model, tokenizer, PREFERENCE)
+    return history, accuracy_by_t(objective, profile.seed) if objective.share.first else {}
 
 
 def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, list[float]]]:

@@ -22,13 +22,18 @@ from attune.hashing import digest, values_sha
 
 
 class Checkpoint:
-    """One resumable run's folder, held under a lock so that an orphaned process cannot write beside us."""
+    """One resumable run's folder, held under a lock so that an orphaned process cannot write beside us.
 
-    def __init__(self, root: Path, stage: str, key: str, every_seconds: float = 60.0):
-        """`key` identifies the run: a hash of its parameters and inputs."""
+    Of several processes that train together one holds and `writes` it, and all of them read it.
+    """
+
+    def __init__(self, root: Path, stage: str, key: str, every_seconds: float = 60.0, writes: bool = True):
+        """`key` identifies the run: a hash of its parameters and inputs, and not of how many processes train."""
         self.folder = root / f"{stage.replace('@', '-')}-{key}"
         self.file = self.folder / "state.pt"
-        self.every_seconds, self._saved_at = every_seconds, time.monotonic()
+        self.every_seconds, self._saved_at, self._writes = every_seconds, time.monotonic(), writes
+        if not self._writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder.with_suffix(".lock"))
         try:
@@ -53,7 +58,7 @@ class Checkpoint:
         self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], last: bool
     ) -> None:
         """Saves if `every_seconds` have passed since the last time, or at the end."""
-        if not last and time.monotonic() - self._saved_at < self.every_seconds:
+        if not self._writes or (not last and time.monotonic() - self._saved_at < self.every_seconds):
             return
         state = {
             "parameters": [weight.detach() for weight in parameters],
@@ -70,18 +75,22 @@ class Checkpoint:
 
     def discard(self) -> None:
         """Removes the folder: the run succeeded and its outputs are in place."""
+        if not self._writes:
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
 @contextmanager
-def resumable(root: Path, stage: str, values: Sequence[Any], inputs: Sequence[Path]) -> Iterator[Checkpoint]:
+def resumable(
+    root: Path, stage: str, values: Sequence[Any], inputs: Sequence[Path], writes: bool = True
+) -> Iterator[Checkpoint]:
     """A checkpoint that only a run with the same values and the same content of `inputs` finds again.
 
     Removed on success.
     """
     digests = {str(path): digest(path) for path in inputs}
-    checkpoint = Checkpoint(root / ".checkpoints", stage, values_sha([*values, digests]))
+    checkpoint = Checkpoint(root / ".checkpoints", stage, values_sha([*values, digests]), writes=writes)
     yield checkpoint
     checkpoint.discard()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from attune.interfaces import Objective
 
@@ -18,6 +19,7 @@ def first_bad_module(objective: Objective, minibatch: Any) -> str:
     """Repeats the loss with hooks and names the first module with a non-finite weight or output."""
     trained = getattr(objective, "policy", None) or objective
     root: nn.Module = trained.module
+    root = root.module if isinstance(root, DistributedDataParallel) else root
     for name, weight in root.named_parameters():
         if not torch.isfinite(weight).all():
             return f"weight {name} is not finite"

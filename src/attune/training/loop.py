@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from attune.blocks import TrainingConfig
 from attune.interfaces import Log, Objective
+from attune.sharing import Share
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
 from attune.training.update import Trained, Update, learning_rate
@@ -54,17 +55,17 @@ class Watch:
     patience: int | None = None  # scores; None: train to the end and keep the last weights
     told: Callable[[int, int, float], None] = lambda batch, step, score: None  # may raise, to end it otherwise
 
-    def look(self, progress: Progress, parameters: list[Tensor]) -> None:
-        """Takes the score if one is due and not yet taken."""
+    def look(self, progress: Progress, parameters: list[Tensor], share: Share) -> None:
+        """Takes the score if one is due and not yet taken; the first process does, and all of them know."""
         if progress.batch % self.every or (progress.scores and progress.scores[-1]["batch"] == progress.batch):
             return
-        score = self.score()
+        score = share.from_first(self.score)
         if not math.isfinite(score):
             raise NonFiniteError(f"the held-out score is {score} after batch {progress.batch}")
         if self.patience is not None and all(score > past["score"] for past in progress.scores):
             progress.best = [weight.detach().to("cpu", copy=True) for weight in parameters]
         progress.scores.append({"batch": progress.batch, "step": progress.step, "score": score})
-        self.told(progress.batch, progress.step, score)
+        share.from_first(lambda: self.told(progress.batch, progress.step, score))
 
     def is_over(self, progress: Progress) -> bool:
         """Whether patience is at its end."""
@@ -97,19 +98,42 @@ def train(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Runs `config.batches` batches, or fewer where `watch` ends them.
 
+    Where several processes train together (`trained.share`), each calls this with the same arguments and returns
+    the same; `view` and the scores of `watch` are the first one's business.
+
     Returns:
         One row of metrics per optimizer step, and the held-out scores.
 
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is intact.
+        LostProcessError: another process is gone; the same.
     """
     update = Update(trained, config)
-    progress = resume(update, checkpoint)
-    bar = tqdm(range(progress.batch, config.batches), view.title, config.batches, initial=progress.batch, unit="batch")
+    with update.share.in_company():
+        progress = resume(update, checkpoint)
+        run(objective, update, batches, progress, seed=seed, checkpoint=checkpoint, watch=watch, view=view)
+        return finish(progress, update, watch)
+
+
+def run(
+    objective: Objective,
+    update: Update,
+    batches: Batches,
+    progress: Progress,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None,
+    watch: Watch | None,
+    view: View,
+) -> None:
+    """The batches that are left; `progress` is where it began, and becomes where it ended."""
+    config, first = update.config, update.share.first
+    left = range(progress.batch, config.batches)
+    bar = tqdm(left, view.title, config.batches, initial=progress.batch, unit="batch", disable=not first)
     waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:
         if watch is not None:
-            watch.look(progress, update.parameters)
+            watch.look(progress, update.parameters, update.share)
             if watch.is_over(progress):
                 break
         generator, last = batch_generator(seed, b), b + 1 == config.batches
@@ -122,25 +146,25 @@ def train(
             progress.step += 1
             row = update(objective, group, progress.step, learning_rate(config, progress.history, b))
             progress.history.append({"step": progress.step, "batch": b, **row})
-            view.log(row, progress.step)
+            if first:
+                view.log(row, progress.step)
             bar.set_postfix({k: f"{row[k]:.4g}" for k in ("loss", "margin", "accuracy") if k in row}, refresh=False)
         progress.batch = b + 1
         if checkpoint is not None and not waiting:
             progress.scaler = update.scaler.state_dict()
             checkpoint.maybe_save(update.parameters, update.optimizer, vars(progress), last=last)
-        if view.preview is not None and progress.batch % view.preview_every == 0:
+        if first and view.preview is not None and progress.batch % view.preview_every == 0:
             view.preview(progress.step)
-    return finish(progress, update.parameters, watch)
 
 
 def finish(
-    progress: Progress, parameters: list[Tensor], watch: Watch | None
+    progress: Progress, update: Update, watch: Watch | None
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The last held-out score, and the best weights instead of the last where patience asks for them."""
     if watch is not None:
-        watch.look(progress, parameters)
+        watch.look(progress, update.parameters, update.share)
     with torch.no_grad():
-        for weight, best in zip(parameters, progress.best, strict=False):  # best is of all of them, or empty
+        for weight, best in zip(update.parameters, progress.best, strict=False):  # best is of all of them, or empty
             weight.copy_(best)
     return progress.history, progress.scores
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from attune.blocks import TrainingConfig
 from attune.interfaces import Objective
+from attune.sharing import Share
 from attune.training.guard import NonFiniteError, first_bad_module
 
 
 class Trained(Protocol):
-    """What is trained: `module` is called (and replaced by its distributed wrapper), `parameters()` move."""
+    """What is trained: `module` is called (and replaced by its distributed wrapper), `parameters()` move.
+
+    `share` may be missing, where one process trains.
+    """
 
     module: nn.Module
+    share: Share
 
     def parameters(self) -> list[Tensor]: ...
 
@@ -26,18 +35,30 @@ class Trained(Protocol):
 class Update:
     """The optimizer of what is trained, and all that belongs to its steps.
 
+    Several processes (`trained.share`) take a step together: each computes the loss of its rows of every minibatch,
+    weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
+
     float16 has no gradients below 6e-8, so where the network computes in it the loss is scaled up before the
     backward pass and gradients down after it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2). Not by
     accelerate's autocast: networks are already loaded in their precision, and adapters stay in float32.
     """
 
     def __init__(self, trained: Trained, config: TrainingConfig):
-        self.config, self.parameters = config, trained.parameters()
+        self.config, self.trained, self.parameters = config, trained, trained.parameters()
+        self.share = getattr(trained, "share", Share())
         if config.compile:
             compile_in_place(trained)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        # no buffer ever changes here; and a rollout, where processes need not keep step, must not wait to send one
+        wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping])
+        if self.accelerator.num_processes != self.share.world:
+            raise RuntimeError(
+                f"{self.share.world} processes were started to train together, but accelerate knows of "
+                f"{self.accelerator.num_processes}: each would train alone; docs/several_gpus.md says how to start them"
+            )
         optimizer = build_optimizer(self.parameters, config)
-        trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
+            trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trained))
 
     def __call__(self, objective: Objective, group: Sequence[Any], step: int, lr: float) -> dict[str, float]:
@@ -49,7 +70,7 @@ class Update:
         rows, norm = self.gradient(objective, group, step)
         while not math.isfinite(norm):
             if self.scaler.get_scale() <= 1:  # 1 also where nothing is scaled
-                raise NonFiniteError(f"grad_norm is {norm} at step {step}: {first_bad_module(objective, group[-1])}")
+                raise NonFiniteError(f"grad_norm is {norm} at step {step}: {self.whats_wrong(objective, group[-1])}")
             self.scaler.update()  # halves the scale; the same group again, so that no data is lost
             self.optimizer.zero_grad()
             rows, norm = self.gradient(objective, group, step)
@@ -64,15 +85,46 @@ class Update:
     def gradient(self, objective: Objective, group: Sequence[Any], step: int) -> tuple[list[dict[str, float]], float]:
         """Leaves the clipped mean gradient on the parameters; returns each minibatch's metrics and the true norm."""
         rows = []
-        for minibatch in group:
-            loss, metrics = objective.loss(minibatch)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"loss is {loss.item()} at step {step}: {first_bad_module(objective, minibatch)}")
-            self.accelerator.backward(self.scaler.scale(loss / len(group)))
-            rows.append({k: v.item() if isinstance(v, Tensor) else float(v) for k, v in metrics.items()})
+        for i, minibatch in enumerate(group):
+            last = i + 1 == len(group)  # gradients add up in each process by itself, and are exchanged with the last
+            with nullcontext() if last else self.accelerator.no_sync(self.trained.module):
+                loss, whole, metrics = self.loss(objective, minibatch)
+                if not math.isfinite(whole):
+                    raise NonFiniteError(f"loss is {whole} at step {step}: {self.whats_wrong(objective, minibatch)}")
+                self.accelerator.backward(self.scaler.scale(loss / len(group)))
+                rows.append(metrics)
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         return rows, float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def loss(self, objective: Objective, minibatch: Any) -> tuple[Tensor, float, dict[str, float]]:
+        """The loss of our rows, weighted for the mean over processes; that of the whole minibatch; its metrics."""
+        n = len(minibatch) if self.share.world > 1 else 1
+        ours = self.share.count(n)
+        with self.rows_of(minibatch) as rows:
+            loss, metrics = objective.loss(rows)
+        values = [v.item() if isinstance(v, Tensor) else float(v) for v in (loss, *metrics.values())]
+        whole, *means = (total / n for total in self.share.total([ours * value for value in values]))
+        return loss * (ours * self.share.world / n), whole, dict(zip(metrics, means, strict=True))
+
+    @contextmanager
+    def rows_of(self, minibatch: Any) -> Iterator[Any]:
+        """Our rows of a minibatch; inside, what is trained knows whether they count."""
+        if self.share.world == 1:
+            yield minibatch
+            return
+        n = len(minibatch)
+        self.trained.share = replace(self.share, idle=self.share.count(n) == 0)
+        try:
+            yield minibatch[self.share.rows(n)]
+        finally:
+            self.trained.share = self.share
+
+    def whats_wrong(self, objective: Objective, minibatch: Any) -> str:
+        """Where numbers first stop being finite, and in which process."""
+        with self.rows_of(minibatch) as rows:
+            found = self.share.everyone(first_bad_module(objective, rows))
+        return found[0] if len(found) == 1 else "; ".join(f"process {i}: {what}" for i, what in enumerate(found))
 
 
 def learning_rate(config: TrainingConfig, history: Sequence[Mapping[str, float]], batch: int) -> float:

@@ -1,0 +1,185 @@
+"""The same trainings in one process or in several, on the tiny model: what each of them comes to.
+
+As a program, `torchrun ... tests/processes.py WHAT FOLDER`: every process writes what it has seen to FOLDER/<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tiny
+from attune import plugins
+from attune.assembly import build_method, share
+from attune.backbones.sd import load as load_sd
+from attune.blocks import Model, Params, Profile
+from attune.config import check, method_of, read_params
+from attune.data.batches import PairBatch
+from attune.data.prepared import PreparedData
+from attune.diffusion.policy import Policy
+from attune.interfaces import Backbone, Objective
+from attune.preference.model import from_clip, save
+from attune.preference.objective import Config, SPMObjective
+from attune.training.checkpoint import Checkpoint
+from attune.training.guard import NonFiniteError
+from attune.training.loop import Watch, epoch_rows, train
+
+ROOT = Path(__file__).parents[1]
+METHODS = plugins.available("methods")
+# 4 rows divide by two; of 3 one process has two; of 1 the first process has none
+SIZES = {"even": {"batch_size": 4}, "odd": {"batch_size": 3, "accumulation": 2}, "single": {"batch_size": 1}}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spo, inner steps": ("spo", {"inner_steps": 1, "steps": 6}),
+    "alignprop, checkpointed": ("alignprop", {"checkpointed": True, "accumulation": 2}),
+    "alignprop, renoised": ("alignprop", {"cut": "fixed", "cut_at": [0.75], "steps": 4, "renoised": 2}),
+    "dpo, gradient checkpointing": ("dpo", {"gradient_checkpointing": True}),
+    "alignprop, gradient checkpointing": ("alignprop", {"gradient_checkpointing": True}),
+    "dpo, every weight": ("dpo", {"lora": None, "lr": 1e-4}),
+}
+CASES = {f"{name}, {size}": (name, SIZES[size]) for name in [*METHODS, "spm"] for size in SIZES}
+CASES |= {label: (name, {"batch_size": 3} | changes) for label, (name, changes) in OPTIONS.items()}
+
+End = dict[str, Any]
+"""history: its rows; before, after: the trained weights, flat."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What trainings are made of."""
+
+    backbone: Backbone
+    data: PreparedData
+    clip: str
+    judge: Path
+
+
+@contextmanager
+def parts() -> Iterator[Parts]:
+    with chdir(ROOT), TemporaryDirectory() as folder:  # where the paths of params.yaml start
+        backbone = load_sd(Model(backbone="sd", path=tiny.write_pipeline(Path(folder, "sd"))), torch.device("cpu"))
+        clip = tiny.write_clip(Path(folder, "clip"))
+        save(*from_clip(clip), Path(folder, "judge"))
+        yield Parts(backbone, tiny.prepared(backbone), clip, Path(folder, "judge"))
+
+
+def ends() -> dict[str, End]:
+    """How every case ends, in this process."""
+    with parts() as made:
+        return {
+            label: (preference if name == "spm" else partial(alignment, name))(made, changes)
+            for label, (name, changes) in CASES.items()
+        }
+
+
+def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
+    """A method with the settings of the short profile, for four batches, and a policy that has moved."""
+    params = check(Params, read_params(ROOT / "params.yaml"))
+    short = params.profiles["short"]
+    block = next(block for run, block in short["methods"].items() if method_of(run, params) == name)
+    profile = check(Profile, {**short, "methods": {name: {**block, "batches": 4, **changes}}}, "short")
+    own = copy.copy(made.backbone)
+    own.denoiser = copy.deepcopy(made.backbone.denoiser)
+    policy = Policy(own, own.encode_prompts([""]))
+    policy.unfreeze() if "lora" in changes else policy.add_adapter(rank=2, seed=0)
+    if changes.get("gradient_checkpointing"):
+        policy.denoiser.enable_gradient_checkpointing()
+    tiny.move(policy, 0.02)
+    policy.share = share()
+    return build_method(name, profile, policy, made.judge, name)
+
+
+def alignment(name: str, made: Parts, changes: dict[str, Any], **options: Any) -> End:
+    built = method(name, made, changes)
+    before = flat(built.policy.parameters())
+    history = tiny.run(built, made.data, **options)
+    return {"history": history, "before": before, "after": flat(built.policy.parameters())}
+
+
+def preference(made: Parts, changes: dict[str, Any]) -> End:
+    """The preference model, on pairs with unequal weights and ties among them."""
+    config = Config(**({"clip": "-", "lr": 1e-4, "batches": 4} | changes))
+    base = Policy(made.backbone, made.backbone.encode_prompts([""]))
+    objective = SPMObjective(config, *from_clip(made.clip), base)
+    objective.share = share()
+    n = len(made.data.pairs)
+    columns = {"label_0": [[1.0, 0.5, 0.2][i % 3] for i in range(n)], "weight": [1 / (1 + i % 2) for i in range(n)]}
+    data = replace(made.data, pairs=made.data.pairs.assign(**columns))
+    # a key's bias shifts all attention logits alike: its gradient is rounding, of which AdamW makes full steps
+    moving = [weight for name, weight in objective.model.named_parameters() if "k_proj.bias" not in name]
+    before = flat(moving)
+
+    def batches(b: int, generator: torch.Generator) -> PairBatch:
+        return data.pair_batch(epoch_rows(n, config.batch_size, b, 0))
+
+    history, _ = train(objective, objective, batches, config, seed=0)
+    return {"history": history, "before": before, "after": flat(moving)}
+
+
+def flat(weights: list[Tensor]) -> Tensor:
+    return torch.cat([weight.detach().flatten().clone() for weight in weights])
+
+
+def interrupted(folder: Path, at: int | None = None) -> End:
+    """A training with a checkpoint in the folder; the last of several processes is killed before batch `at`."""
+    ours = share()
+    with parts() as made:
+        drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
+
+        def batches(b: int, generator: torch.Generator) -> PairBatch:
+            if b == at and ours.rank == ours.world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return drawn(b, generator)
+
+        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.first)
+        return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
+
+
+def errors() -> dict[str, str]:
+    """What this process says when numbers of the second one stop being numbers, or the first one ends a training."""
+    said = {}
+    with parts() as made:
+        spoilt = replace(made.data, latents=made.data.latents.clone())
+        rows = epoch_rows(len(spoilt.pairs), 2, 1, 0).tolist()  # of batch 1; the second is the second process's
+        spoilt.latents[spoilt.pairs.image_0[rows[1]]] = math.nan
+        try:
+            alignment("kto", replace(made, data=spoilt), {"batch_size": 2})
+        except NonFiniteError as error:
+            said["not finite"] = str(error)
+
+        def pruned(batch: int, step: int, score: float) -> None:
+            if batch == 2:
+                raise KeyError("pruned")
+
+        scores: list[float] = []
+        watch = Watch(lambda: scores.append(1.0) or len(scores), every=1, told=pruned)
+        try:
+            alignment("sft", made, {"batch_size": 2}, watch=watch)
+        except (KeyError, RuntimeError) as error:
+            said["ended"] = f"{type(error).__name__}: {error}"
+        said["scores asked for"] = str(len(scores))
+    return said
+
+
+WHATS = {
+    "ends": lambda folder: ends(),
+    "killed": lambda folder: interrupted(folder, at=3),
+    "errors": lambda folder: errors(),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    torch.save(WHATS[what](folder), folder / f"{share().rank}.pt")
