@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 import processes
+import tiny
+from attune.methods import sft
+from attune.sharing import Share
 
 pytestmark = pytest.mark.integration
 
@@ -109,3 +113,101 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     assert first["ended"] == "KeyError: 'pruned'"
     assert second["ended"] == "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
     assert (first["scores asked for"], second["scores asked for"]) == ("3", "0")
+
+
+# ---------------------------------------------------------------- the stages
+
+
+class Project:
+    """A folder in which stages run: params.yaml with the short profile, the embedded models, prepared data."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.write(batches=3)
+        (folder / "models").mkdir()
+        (folder / "models/embedded").symlink_to(ROOT / "models/embedded")
+        self.stage("prepare")
+
+    def write(self, batches: int) -> None:
+        yaml = YAML()
+        values = yaml.load(ROOT / "params.yaml")
+        values["profile"] = "short"
+        values["profiles"]["short"]["methods"]["sft"]["batches"] = batches
+        yaml.dump(values, self.folder / "params.yaml")
+
+    def stage(self, *words: str, **env: str) -> str:
+        return run(sys.executable, "-m", f"attune.stages.{words[0]}", *words[1:], cwd=self.folder, **env)
+
+    def left(self, name: str) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+        """The curve and the weights that a training left behind, which are removed."""
+        curve = pd.read_csv(self.folder / f"reports/train/{name}.csv")
+        (file,) = (self.folder / f"models/{name}").glob("*.safetensors")
+        tensors = load_file(file)
+        shutil.rmtree(self.folder / "reports")
+        shutil.rmtree(file.parent)
+        return curve, tensors
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    return Project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("sft", ("align", "--method", "sft")), ("preference", ("train_preference",))]
+)
+def test_a_stage_becomes_two_processes_and_leaves_what_it_leaves_alone(project, name, command):
+    project.stage(*command)
+    curve, weights = project.left(name)
+    said = project.stage(*command, ATTUNE_PROCESSES="2")
+    again, same = project.left(name)
+    assert said.count(f"0/{curve.batch.max() + 1} [") == 1, "one progress bar"
+    pd.testing.assert_frame_equal(again, curve, rtol=1e-4, atol=1e-5)
+    assert same.keys() == weights.keys()
+    apart = sum((same[key] - value).square().sum() for key, value in weights.items()).sqrt()
+    assert apart / sum(value.square().sum() for value in weights.values()).sqrt() < 1e-4
+    assert list((project.folder / ".checkpoints").iterdir()) == []
+
+
+def test_a_stage_that_loses_a_process_ends_in_seconds_and_says_so(project):
+    project.write(batches=100_000)
+    command = [sys.executable, "-m", "attune.stages.align", "--method", "sft"]
+    with subprocess.Popen(
+        command, cwd=project.folder, env=ENV | {"ATTUNE_PROCESSES": "2"}, stderr=subprocess.PIPE, text=True
+    ) as stage:
+        assert "batch/s" in next(line for line in iter(lambda: stage.stderr.read(200), "") if "batch/s" in line)
+        ranks = [child for child in psutil.Process(stage.pid).children() if "attune.stages.align" in child.cmdline()]
+        (second,) = (child for child in ranks if child.environ()["RANK"] == "1")
+        second.kill()
+        began = time.monotonic()
+        said = stage.stderr.read()
+        stage.wait()
+        took = time.monotonic() - began
+    project.write(batches=3)
+    assert len(ranks) == 2
+    assert stage.returncode != 0
+    assert took < 30, f"{took:.0f} s"
+    assert "process 0 of the 2 that train together cannot go on: " in said
+    assert not (project.folder / "models/sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"ATTUNE_PROCESSES": "two"}, "ATTUNE_PROCESSES: a number of processes is wanted, not 'two'"),
+        ({"ATTUNE_LAUNCH": "no-such-launcher --fast"}, "ATTUNE_LAUNCH: no-such-launcher: No such file or directory"),
+        ({"ATTUNE_LAUNCH": "accelerate launch --cpu --num_processes 2"}, "has started a single process"),
+    ],
+)
+def test_a_launcher_that_does_not_launch_is_an_error(project, env, said):
+    env = env | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "attune.stages.align", "--method", "sft"]
+    assert said in run(*command, cwd=project.folder, fails=True, **env)
+
+
+def test_processes_that_nobody_coordinates_are_an_error(policy, data):
+    """Two were started, as RANK and WORLD_SIZE say, but accelerate runs one: each would train alone and write."""
+    policy.share = Share(0, 2)
+    trained = sft.Method(sft.Config(lora=None, lr=1e-3, batches=1, batch_size=2), policy)
+    with pytest.raises(RuntimeError, match="2 processes were started to train together, but accelerate knows of 1"):
+        tiny.run(trained, data)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from attune.blocks import TrainingConfig
@@ -48,14 +48,7 @@ class Update:
         self.share = getattr(trained, "share", Share())
         if config.compile:
             compile_in_place(trained)
-        # no buffer ever changes here; and a rollout, where processes need not keep step, must not wait to send one
-        wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping])
-        if self.accelerator.num_processes != self.share.world:
-            raise RuntimeError(
-                f"{self.share.world} processes were started to train together, but accelerate knows of "
-                f"{self.accelerator.num_processes}: each would train alone; docs/several_gpus.md says how to start them"
-            )
+        self.accelerator = joined(self.share)
         optimizer = build_optimizer(self.parameters, config)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
             trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
@@ -125,6 +118,28 @@ class Update:
         with self.rows_of(minibatch) as rows:
             found = self.share.everyone(first_bad_module(objective, rows))
         return found[0] if len(found) == 1 else "; ".join(f"process {i}: {what}" for i, what in enumerate(found))
+
+
+def joined(share: Share) -> Accelerator:
+    """The processes of a training, met.
+
+    Raises:
+        RuntimeError: they are not as many as were started, or are to hold pieces of the weights.
+    """
+    # no buffer ever changes here; and a rollout, where processes need not keep step, must not wait to send one
+    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping])
+    if accelerator.num_processes != share.world:
+        raise RuntimeError(
+            f"{share.world} processes were started to train together, but accelerate knows of "
+            f"{accelerator.num_processes}: each would train alone; docs/several_gpus.md says how to start them"
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise RuntimeError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, where a process holds pieces of the "
+            "weights; here each holds all of them (docs/several_gpus.md)"
+        )
+    return accelerator
 
 
 def learning_rate(config: TrainingConfig, history: Sequence[Mapping[str, float]], batch: int) -> float:

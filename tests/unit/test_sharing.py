@@ -1,0 +1,37 @@
+"""Whose rows are whose."""
+
+import pytest
+import torch
+
+from attune.diffusion.sampling import normal
+from attune.sharing import Share
+
+
+def test_rows_lie_together_and_every_row_is_somebodys():
+    """5 of 2: 2 + 3. 7 of 3: 2 + 2 + 3. 1 of 2: the first has none, and computes with row 0 all the same."""
+    assert [Share(r, 2).rows(5) for r in range(2)] == [slice(0, 2), slice(2, 5)]
+    assert [Share(r, 3).rows(7) for r in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert [(Share(r, 2).count(1), Share(r, 2).rows(1)) for r in range(2)] == [(0, slice(0, 1)), (1, slice(0, 1))]
+    for n in range(20):
+        assert sum(Share(r, 6).count(n) for r in range(6)) == n
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_noise_is_what_one_process_would_have_drawn_for_the_row(k):
+    """k candidates of each of 5 prompts, candidate-major: row j * 5 + b is prompt b; and so again for the next draw."""
+    whole = normal(torch.Generator().manual_seed(0))
+    expected = [whole((k * 5, 2)).view(k, 5, 2) for _ in range(2)]
+    for share in (Share(0, 2), Share(1, 2)):
+        rows = share.rows(5)
+        draw = share.draw(normal(torch.Generator().manual_seed(0)), 5)
+        for noise in expected:
+            assert torch.equal(draw((k * share.count(5), 2)), noise[:, rows].flatten(0, 1))
+
+
+def test_one_process_is_left_alone():
+    share, rows = Share(), torch.ones(3, requires_grad=True)
+    draw = normal(torch.Generator())
+    assert share.gather(rows) is rows
+    assert share.draw(draw, 3) is draw
+    assert (share.rows(3), share.count(3), share.first) == (slice(0, 3), 3, True)
+    assert (share.everyone("x"), share.total([1.5]), share.from_first(lambda: 7)) == (["x"], [1.5], 7)
