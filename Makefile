@@ -7,7 +7,7 @@ export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help repro test pipeline check ui embedded clean
+.PHONY: help repro test pipeline check ui champion replay embedded clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,6 +28,12 @@ check: $(READY)  ## style, import layers and the fast tests
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+
+champion: $(READY)  ## register the best run of the report, if it beats the champion
+	python -m attune.stages.champion
+
+replay: $(READY)  ## send what a tracking store that was away has not got yet
+	python -m attune.stages.replay
 
 embedded: $(READY)  ## train the embedded family again (about an hour on one core)
 	python -m attune.embedded.build

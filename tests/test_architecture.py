@@ -67,7 +67,7 @@ NAMES_THE_FILE = ("config", "stages", "tracking")  # may say "params.yaml"; only
 READS_PARAMS = ("stages", "search")  # may call config.load and config.read_params
 
 # Not watched by DVC: it cannot change an output, and a tweak of it must not retrain anything.
-VIEW_ONLY = {"attune.tracking"}
+VIEW_ONLY = ("tracking",)
 # Imports inside functions that only some stages run; () = its result goes to the tracking UI alone.
 TAKEN_BY = {
     ("attune.assembly", "attune.preference.model"): ("align",),
@@ -406,7 +406,7 @@ def has_code(module: str) -> bool:
 def reached_by(name: str, stage: dict[str, Any], profile: dict[str, Any]) -> dict[Path, str]:
     """Files (relative to the repository) that can change the stage's outputs -> their module."""
     start = {f"attune.stages.{entry(stage)}"} | chosen(name, stage, profile)
-    modules = closure(start, entry(stage)) - VIEW_ONLY
+    modules = {m for m in closure(start, entry(stage)) if not within(m, VIEW_ONLY)}
     packages = {".".join(m.split(".")[:n]) for m in modules for n in range(1, m.count(".") + 1)}
     return {files()[m].relative_to(ROOT): m for m in modules | packages if has_code(m)}
 

@@ -336,7 +336,7 @@ def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
     assert run.data.metrics["grad_norm"] == pytest.approx(curve.grad_norm.iloc[-1], rel=1e-4)
     means = json.loads(project.read("reports/summary.json"))["methods"][method]["scores"]
     for scorer in SCORERS:
-        assert run.data.metrics[f"score/{scorer}"] == pytest.approx(means[scorer]["mean"])
+        assert run.data.metrics[scorer] == pytest.approx(means[scorer]["mean"])
     artifacts = [path.name for path in Path(run.info.artifact_uri.removeprefix("file://")).rglob("*")]
     assert ADAPTER in artifacts
 
@@ -542,7 +542,7 @@ def test_a_new_method_is_one_file_and_one_block(project):
     assert (trained.data.tags["method"], trained.data.tags["uses"]) == ("tilted", "tilt")
     assert trained.data.params["methods.tilted.strength"] == "2.0"
     assert trained.data.params["methods.tilted.start"] == "models/dpo"
-    assert {"loss", "grain", *(f"score/{scorer}" for scorer in SCORERS)} <= set(trained.data.metrics)
+    assert {"loss", "grain", *(scorer for scorer in SCORERS)} <= set(trained.data.metrics)
     assert list(json.loads(project.read("reports/summary.json"))["methods"]) == ["base", *METHODS, "tilted"]
     assert "tilted" in project.read("reports/report.md")
     assert "tilted" in project.read("reports/report.html")
