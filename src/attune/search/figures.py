@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,11 @@ def importances(study: optuna.Study, plan: Plan) -> list[dict[str, float]] | Non
     if len(plan.space) < 2:
         return None
     try:
-        found = [  # the method takes low values for better ones, whatever the study's direction
-            optuna.importance.get_param_importances(study, target=lambda trial, i=i: -trial.values[i])
-            for i in range(len(plan.objectives))
-        ]
+        with warnings.catch_warnings(action="ignore"):  # of low values, which are the better ones to this method
+            found = [
+                optuna.importance.get_param_importances(study, target=lambda trial, i=i: -trial.values[i])
+                for i in range(len(plan.objectives))
+            ]
     except (ValueError, RuntimeError):
         return None
     return found if all(found) and all(np.isfinite(list(shares.values())).all() for shares in found) else None
