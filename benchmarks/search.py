@@ -133,7 +133,7 @@ def document(found: dict[str, Any], profile: str) -> str:
     lines = [f"# What a search is worth (profile `{profile}`)", ""]
     lines += [
         "Made by `benchmarks/search.py`. The searches saw validation prompts and their own scorer. Scores are means",
-        "over the test prompts, differences have 95 % bootstrap intervals over prompts; CPU seconds are of all workers.",
+        "over the test prompts, differences have 95 % bootstrap intervals over prompts; CPU s: all workers.",
         "",
     ]
     for run, result in found.items():

@@ -8,6 +8,8 @@ key and the file. A method, scorer or data source brings its own `Config` (see `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -164,16 +166,23 @@ def _types(annotation: Any) -> set[type]:
 
 
 def rewrite(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
-    """Sets values in the file, by dotted key; comments, order and every other line stay as they are."""
-    yaml = _round_trip()
+    """Sets values in the file, by dotted key; comments, order and every other line stay as they are.
+
+    Raises:
+        ConfigError: a value is shared with another block by an anchor, which would change too; nothing is written.
+    """
+    yaml, wanted, written = _round_trip(), read_params(path), StringIO()
     values = yaml.load(Path(path))
     for dotted, value in changes.items():
         *blocks, last = dotted.split(".")
-        place = values
-        for block in blocks:
-            place = place[block]
-        place[last] = value
-    yaml.dump(values, Path(path))
+        reduce(lambda place, block: place[block], blocks, values)[last] = value
+        wanted = put(wanted, dotted, value)
+    yaml.dump(values, written)
+    if YAML(typ="safe").load(written.getvalue()) != wanted:
+        raise ConfigError(
+            f"{path}: {', '.join(changes)}: another block shares these by an anchor; write them out there"
+        )
+    Path(path).write_text(written.getvalue(), encoding="utf-8")
 
 
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:

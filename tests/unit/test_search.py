@@ -283,6 +283,16 @@ def test_apply_takes_only_what_was_found_for_this(searched, tmp_path):
         results.apply(tmp_path, "tiny", "spo")
 
 
+def test_apply_refuses_to_change_a_block_that_another_profile_shares(tmp_path):
+    """`b` inherits a's methods: a value written there would be a's as well."""
+    text = "profiles:\n  a: &a\n    methods: {dpo: {beta: 1}}\n  b:\n    <<: *a\n"
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"profiles\.b\.methods\.dpo\.beta: another block shares these"):
+        config.rewrite({"profiles.b.methods.dpo.beta": 2}, file)
+    assert file.read_text() == text
+
+
 def test_only_the_best_model_is_kept(tmp_path):
     for number, score in enumerate([0.2, 0.5, 0.3]):
         (tmp_path / str(number)).mkdir()
