@@ -7,11 +7,11 @@ export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help repro test pipeline check ui champion replay embedded clean
+.PHONY: help repro sweep sweep-apply test pipeline check ui champion replay embedded clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/
 	dvc repro
@@ -25,6 +25,12 @@ pipeline: $(READY)  ## the end-to-end test: a short `dvc repro` in a copy, twice
 check: $(READY)  ## style, import layers and the fast tests
 	ruff check . && ruff format --check .
 	python -m pytest -m "not integration and not pipeline"
+
+sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
+	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)
+
+sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params.yaml
+	python -m attune.stages.sweep --run $(METHOD) --apply
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
 	@echo "trainings and trials by beta, lr and scores: http://localhost:5000/#/experiments/1/runs?viewStateShareKey=attune"

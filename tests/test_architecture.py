@@ -26,7 +26,7 @@ SRC = ROOT / "src"
 # A name in brackets may be absent.
 LAYERS = (
     "stages",
-    "(search)",
+    "search",
     "aligning",
     "assembly | embedded | tracking",
     "painting",
@@ -256,7 +256,7 @@ def test_libraries_stay_with_their_owners():
     assert not wrong, "\n".join(wrong)
 
 
-NEED_NO_USER = {"dvc", "yaml", *(set() if "attune.search" in files() else {"optuna"})}
+NEED_NO_USER = {"dvc", "yaml"}
 
 
 @pytest.mark.parametrize("library", sorted(set(OWNERS) - NEED_NO_USER))
@@ -300,7 +300,7 @@ def strings(module: str) -> Iterator[str]:
 
 
 def test_only_config_reads_params_yaml():
-    knowing = [m for m in files() if any("params.yaml" in text for text in strings(m))]
+    knowing = [m for m in files() if any(re.search(r"\bparams\.yaml", text) for text in strings(m))]
     assert "attune.config" in knowing
     wrong = [m for m in knowing if not within(m, NAMES_THE_FILE)]
     assert not wrong, f"{wrong} know of params.yaml; they should be handed values"

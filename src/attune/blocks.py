@@ -266,6 +266,7 @@ class Profile(Block):
     methods: Mapping[str, Any]
     generate: Generate
     scorers: Mapping[str, Any]
+    search: Mapping[str, Any] = Field({}, description="a run -> how its settings are searched")
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -301,3 +302,23 @@ class Params(Block):
     evaluate: Evaluate
     tracking: str | None
     profiles: Mapping[str, Any]
+
+
+class Dimension(Block):
+    """A searched setting: from `low` to `high`, or one of `choices`."""
+
+    low: Real | None = None
+    high: Real | None = Field(None, description="may be drawn too")
+    log: bool = Field(False, description="drawn evenly in the logarithm")
+    choices: list[bool | int | float | str | None] | None = Field(None, min_length=1, description="a grid's points")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Dimension:
+        chosen = self.choices is not None
+        if (self.low is None) != chosen or (self.high is None) != chosen:
+            raise ValueError("either low and high, or choices")
+        if not chosen and self.low >= self.high:
+            raise ValueError("low must be less than high")
+        if self.log and (chosen or self.low <= 0):
+            raise ValueError("log is for a range above 0")
+        return self
