@@ -22,13 +22,13 @@ from torch import Tensor
 
 from attune.aligning import seed_of, training_batches
 from attune.assembly import build_method, load_learner, load_scorer
-from attune.blocks import Profile
 from attune.config import load
 from attune.diffusion.policy import Policy
 from attune.evaluation.diversity import diversity
 from attune.evaluation.statistics import bootstrap_mean_ci
 from attune.interfaces import Reward
 from attune.painting import paint
+from attune.params import Profile
 from attune.places import PREFERENCE, PREPARED
 from attune.training.loop import View, Watch, train
 

@@ -24,9 +24,9 @@ from optuna.trial import TrialState
 from attune import tracking
 from attune.aligning import align, held_out_scores
 from attune.assembly import load_policy, load_scorer
-from attune.blocks import Params, Profile
 from attune.config import load, method_of, read_params
 from attune.evaluation.statistics import Comparison, compare
+from attune.params import Params, Profile
 from attune.search.settings import Config
 from attune.search.space import settings
 from attune.search.sweep import sweep

@@ -25,12 +25,13 @@ import tiny
 from attune import plugins
 from attune.assembly import build_method, share
 from attune.backbones.sd import load as load_sd
-from attune.blocks import Model, Params, Profile
+from attune.blocks import Model
 from attune.config import check, method_of, read_params
 from attune.data.batches import PairBatch
 from attune.data.prepared import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
+from attune.params import Params, Profile
 from attune.preference.model import from_clip, save
 from attune.preference.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint

@@ -37,6 +37,7 @@ LAYERS = (
     "diffusion.adapters | diffusion.process | diffusion.losses | weights",
     "interfaces",
     "config",
+    "params",
     "plugins | hashing | blocks | places | sharing",
 )
 # importer -> imported, in spite of the layers

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from attune.assembly import build_method, load_learner, load_scorer
-from attune.blocks import HeldOut, MethodConfig, Profile
+from attune.blocks import HeldOut, MethodConfig
 from attune.config import plugin_config
 from attune.data.prepared import PreparedData
 from attune.diffusion.policy import Policy
@@ -21,6 +21,7 @@ from attune.evaluation.protocol import scorer_identity
 from attune.hashing import values_sha
 from attune.interfaces import Objective, Reward
 from attune.painting import paint
+from attune.params import Profile
 from attune.places import PREFERENCE, PREPARED
 from attune.preference.labels import with_ai_feedback
 from attune.training.checkpoint import resumable

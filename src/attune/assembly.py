@@ -18,9 +18,10 @@ import torch
 import transformers
 
 from attune import plugins
-from attune.blocks import MethodConfig, Model, Profile
+from attune.blocks import MethodConfig, Model
 from attune.config import plugin_config
 from attune.interfaces import Backbone, Objective, Reward, StepReward
+from attune.params import Profile
 from attune.sharing import Share
 
 if TYPE_CHECKING:

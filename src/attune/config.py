@@ -18,7 +18,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from attune import plugins
-from attune.blocks import Block, Params, Profile, Run
+from attune.blocks import Block
+from attune.params import Params, Profile, Run
 
 NOT_RUNS = ("base", "embedded", "preference")  # a run's name is a folder of models/ and a file of reports/train
 

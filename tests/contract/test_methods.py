@@ -12,9 +12,10 @@ import torch
 import tiny
 from attune import plugins
 from attune.assembly import build_method
-from attune.blocks import Params, Profile, TrainingConfig
+from attune.blocks import TrainingConfig
 from attune.config import check, method_of, plugin_config, read_params
 from attune.diffusion.policy import fingerprint
+from attune.params import Params, Profile
 from attune.preference.model import from_clip, save
 from attune.training.loop import batch_generator
 

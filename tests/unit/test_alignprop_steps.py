@@ -10,12 +10,12 @@ from ruamel.yaml import YAML
 import tiny
 from attune import config
 from attune.assembly import load_rewards
-from attune.blocks import Profile
 from attune.data.batches import PromptBatch
 from attune.diffusion import process
 from attune.diffusion.sampling import Sampler, normal, sample
 from attune.methods import alignprop
 from attune.methods.alignprop import first_with_gradient, reward_loss
+from attune.params import Profile
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "a dog", "two owls"]

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -289,15 +288,12 @@ def test_a_plug_in_is_a_plain_file_name(name):
 # --- a fresh process --------------------------------------------------------------------------------------
 
 
-def run_stage(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def run_stage(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`python -X importtime -m ...` in the folder; the modules it imports are listed on stderr."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "ATTUNE_"))}
     command = [sys.executable, "-X", "importtime", "-m", *words]
-    start = time.monotonic()
-    done = subprocess.run(
-        command, cwd=folder, env=clean | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
-    )
-    return done, time.monotonic() - start
+    env = clean | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def imported(stderr: str) -> set[str]:
@@ -320,7 +316,7 @@ STAGES = (
 def test_a_stage_stops_at_once_at_a_wrong_key(words, tmp_path, values):
     put(values, f"{TINY}.methods.dpo.betta", 1)
     write(tmp_path, values)
-    done, seconds = run_stage(tmp_path, *words)
+    done = run_stage(tmp_path, *words)
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 1
     assert done.stdout == ""
@@ -329,19 +325,18 @@ def test_a_stage_stops_at_once_at_a_wrong_key(words, tmp_path, values):
     packages = imported(done.stderr)
     assert {"attune", "pydantic", "ruamel"} <= packages
     assert not packages & {"torch", "transformers", "diffusers", "mlflow", "accelerate", "peft", "optuna"}
-    assert seconds < 5, "0.6 s on an idle core"
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"], "no mlflow.db, no half-made output"
 
 
 def test_without_params_yaml_a_stage_says_so(tmp_path):
-    done, _ = run_stage(tmp_path, "attune.stages.prepare")
+    done = run_stage(tmp_path, "attune.stages.prepare")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "params.yaml does not exist; run from the repository root" in done.stderr
 
 
 def test_help_loads_nothing_heavy(tmp_path):
-    done, _ = run_stage(tmp_path, "attune.stages.align", "--help")
+    done = run_stage(tmp_path, "attune.stages.align", "--help")
     assert done.returncode == 0
     assert "--method" in done.stdout
     assert "torch" not in imported(done.stderr)

@@ -11,8 +11,8 @@ import tiny
 from attune import config
 from attune.aligning import seed_of
 from attune.assembly import load_learner
-from attune.blocks import Profile
 from attune.config import ConfigError
+from attune.params import Profile
 from attune.stages.report import trained_on
 from attune.training.loop import epoch_rows
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from attune.blocks import Commit, Profile, Real, ScorerConfig, Sha256
+from attune.blocks import Commit, Real, ScorerConfig, Sha256
 from attune.config import ConfigError, plugin_config, read_params
 from attune.evaluation.protocol import Protocol, hash_prompts, read_scores, scorer_identity
 from attune.evaluation.report import to_markdown
+from attune.params import Profile
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.stages import evaluate, report
 from attune.world.grammar import all_scenes

@@ -11,9 +11,9 @@ from typing import Any
 import optuna
 
 from attune import plugins, tracking
-from attune.blocks import Params, Profile
 from attune.config import method_of
 from attune.hashing import digest, values_sha
+from attune.params import Params, Profile
 from attune.places import PREPARED, REPORTS, project_root
 from attune.search.figures import draw
 from attune.search.results import write

@@ -13,8 +13,8 @@ import optuna
 from filelock import FileLock
 
 from attune import plugins, tracking
-from attune.blocks import Profile
 from attune.config import ConfigError, check
+from attune.params import Profile
 from attune.search.settings import Config
 from attune.search.space import drawn, settings
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attune.blocks import Profile
 from attune.config import ConfigError, load
 from attune.hashing import digest
+from attune.params import Profile
 from attune.stages.common import MODELS, REPORTS, project_root
 from attune.tracking import registry
 

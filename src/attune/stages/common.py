@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from attune import tracking
-from attune.blocks import Params, Profile
 from attune.config import ConfigError, load
+from attune.params import Params, Profile
 from attune.places import RUNS
 
 BASE = "base"

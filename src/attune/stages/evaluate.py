@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attune.blocks import Profile
 from attune.config import plugin_config
+from attune.params import Profile
 from attune.places import GENERATED, REPORTS, RUNS
 from attune.stages.common import stage
 

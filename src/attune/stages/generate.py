@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from attune.blocks import Profile
+from attune.params import Profile
 from attune.places import GENERATED, MODELS, PREPARED
 from attune.stages.common import BASE, stage
 

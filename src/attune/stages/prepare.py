@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from attune import plugins
-from attune.blocks import Profile
+from attune.params import Profile
 from attune.places import PREPARED, REPORTS
 from attune.stages.common import stage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from attune.blocks import Profile
+from attune.params import Profile
 from attune.places import GENERATED, MODELS, REPORTS
 from attune.stages.common import BASE, stage
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attune.blocks import Profile
+from attune.params import Profile
 from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
 from attune.stages.common import is_first, launch, stage
 from attune.stages.history import write_history
