@@ -1,4 +1,7 @@
-"""All of params.yaml: what a profile decides, what `dvc repro` trains and compares. Plug-ins' blocks: `attune.blocks`."""
+"""All of params.yaml: what a profile decides, what `dvc repro` trains and compares.
+
+What plug-ins build their blocks from is in `attune.blocks`.
+"""
 
 from __future__ import annotations
 

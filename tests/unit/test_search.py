@@ -208,9 +208,10 @@ def test_the_score_before_training_says_nothing_of_a_trial():
 
 @pytest.fixture
 def searched() -> tuple[optuna.Study, Plan]:
-    """beta decides, lr does not; number 2 is pruned, number 3 has failed."""
+    """Sixteen trials of tiny's dpo; number 2 is pruned, number 3 has failed."""
     plan = Plan("tiny-dpo-0", "", {"beta": FloatDistribution(1, 100, log=True), "lr": FloatDistribution(0, 1)}, 9)
-    made = optuna.create_study(direction="maximize", study_name=plan.study)
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    made = optuna.create_study(direction="maximize", study_name=plan.study, sampler=sampler)
     rng = np.random.default_rng(0)
     for i in range(16):
         asked = made.ask({"beta": plan.space["beta"], "lr": plan.space["lr"]})
@@ -235,10 +236,20 @@ def test_the_table_has_a_row_per_trial(searched):
     assert np.isnan(table.score[3])
 
 
-def test_beta_is_more_important(searched):
-    """Of what decides between better and worse, and not, as the method's default has it, of what makes for worse."""
-    (shares,) = figures.importances(*searched)
-    assert shares["beta"] > 0.7
+def test_important_is_what_makes_for_the_better_trials():
+    """Scores differ by beta, but for one in five, far below, that are so by lr: they do not count.
+
+    Over six seeds beta's share was 0.92 to 0.95. Optuna's own default is about low values: 0.01 to 0.05.
+    """
+    plan = Plan("s", "", {"beta": FloatDistribution(1, 100, log=True), "lr": FloatDistribution(0, 1)}, 80)
+    made = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        asked = made.ask(plan.space)
+        beta, lr = asked.params["beta"], asked.params["lr"]
+        made.tell(asked, (-((np.log10(beta) - 1) ** 2) if lr > 0.2 else -10 - lr) + 0.01 * rng.normal())
+    (shares,) = figures.importances(made, plan)
+    assert shares["beta"] > 0.8
 
 
 def test_the_pictures_are_drawn(searched, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
@@ -63,6 +64,10 @@ def slices(trials: list[FrozenTrial], plan: Plan) -> Figure:
                 axes.set_xlim(-0.5, len(distribution.choices) - 0.5)
             elif distribution.log:
                 axes.set_xscale("log")
+                axes.set_xlim(distribution.low / 1.1, distribution.high * 1.1)  # the whole range, drawn from or not
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
             _points(axes, values, trials, plan, i)
             axes.set(xlabel=key, ylabel=plan.objectives[i])
     _legend(figure, panels)
