@@ -7,11 +7,11 @@ export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help repro test pipeline check ui embedded clean
+.PHONY: help repro sweep sweep-apply test pipeline check ui champion replay embedded clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/
 	dvc repro
@@ -26,8 +26,21 @@ check: $(READY)  ## style, import layers and the fast tests
 	ruff check . && ruff format --check .
 	python -m pytest -m "not integration and not pipeline"
 
+sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
+	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)
+
+sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params.yaml
+	python -m attune.stages.sweep --run $(METHOD) --apply
+
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
+	@echo "trainings and trials by beta, lr and scores: http://localhost:5000/#/experiments/1/runs?viewStateShareKey=attune"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
+
+champion: $(READY)  ## register the best run of the report, if it beats the champion
+	python -m attune.stages.champion
+
+replay: $(READY)  ## send what a tracking store that was away has not got yet
+	python -m attune.stages.replay
 
 embedded: $(READY)  ## train the embedded family again (about an hour on one core)
 	python -m attune.embedded.build

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Block(BaseModel):
@@ -33,34 +34,60 @@ Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """What a file must hash to."""
 
+B = TypeVar("B", bound=Block)
+
+
+def pinned(block: B, pins: Mapping[str, str]) -> B:
+    """The block, once every Hub address in it names its commit.
+
+    Args:
+        pins: field that says where weights are -> field that pins them.
+
+    Raises:
+        ValidationError: at each field with a Hub address but no commit.
+    """
+    loose = [
+        InitErrorDetails(
+            type=PydanticCustomError("unpinned", f"not here, and one on the Hub needs its commit in {pin}"),
+            loc=(place,),
+            input=getattr(block, place),
+        )
+        for place, pin in pins.items()
+        if getattr(block, pin) is None and is_hub_address(getattr(block, place))
+    ]
+    if loose:
+        raise ValidationError.from_exception_data(type(block).__name__, loose)
+    return block
+
+
+def is_hub_address(path: str | None) -> bool:
+    """Whether a path is a model or a file on the Hub: `owner/name` or `hf://owner/name/file`."""
+    return path is not None and (path.startswith("hf://") or is_hub_id(path))
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path is `owner/name` on the Hub and not a local folder."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+
 
 class Model(Block):
     """The base model every method starts from."""
 
     backbone: str = Field(description="file in attune/backbones")
     path: str = Field(description="local folder or hub id, diffusers layout")
-    revision: Commit | None = Field(None, description="of path; required for a hub id", validate_default=True)
+    revision: Commit | None = Field(None, description="of path; required for a hub id")
     variant: str | None = Field(None, description="which files of a hub model, say fp16; null = the plain ones")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
     resolution: int | None = Field(None, ge=8, description="pixels, square; null = what the model was trained at")
     vae: str | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix")
-    vae_revision: Commit | None = Field(None, description="of vae", validate_default=True)
+    vae_revision: Commit | None = Field(None, description="of vae")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 paints black squares with the autoencoder that SDXL comes with"
     )
 
-    @field_validator("revision", "vae_revision")
-    @classmethod
-    def _pinned(cls, revision: str | None, info: ValidationInfo) -> str | None:
-        path = info.data.get({"revision": "path", "vae_revision": "vae"}[info.field_name])
-        if revision is None and path is not None and is_hub_id(path):
-            raise ValueError(f"{path!r} is no folder here, and a hub id needs the commit it is meant at")
-        return revision
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path is `owner/name` on the hub and not a local folder."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Model:
+        return pinned(self, {"path": "revision", "vae": "vae_revision"})
 
 
 class Sampling(Block):
@@ -146,6 +173,13 @@ class AIFeedback(Block):
     temperature: Real = Field(1.0, gt=0, description="score difference counted as 1; PickScore 1, cosines about 0.01")
 
 
+Preprocess = Annotated[
+    Literal["pil", "tensor", "square"],
+    Field(description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's"),
+]
+"""How a scorer that is a plain CLIP is shown images: a key of `clip.PREPARATIONS`."""
+
+
 class ScorerConfig(Block):
     """What every scorer's block has in common.
 
@@ -190,10 +224,7 @@ class ScorerConfig(Block):
 
     @model_validator(mode="after")
     def _is_pinned(self) -> ScorerConfig:
-        for field, (place, commit) in self.locations().items():
-            if commit is None and (place.startswith("hf://") or is_hub_id(place)):
-                raise ValueError(f"no {field} {place} here; for one on the Hub, {self._pins()[field]} names its commit")
-        return self
+        return pinned(self, self._pins())
 
 
 class SourceConfig(Block):
@@ -235,6 +266,7 @@ class Profile(Block):
     methods: Mapping[str, Any]
     generate: Generate
     scorers: Mapping[str, Any]
+    search: Mapping[str, Any] = Field({}, description="a run -> how its settings are searched")
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -270,3 +302,23 @@ class Params(Block):
     evaluate: Evaluate
     tracking: str | None
     profiles: Mapping[str, Any]
+
+
+class Dimension(Block):
+    """A searched setting: from `low` to `high`, or one of `choices`."""
+
+    low: Real | None = None
+    high: Real | None = Field(None, description="may be drawn too")
+    log: bool = Field(False, description="drawn evenly in the logarithm")
+    choices: list[bool | int | float | str | None] | None = Field(None, min_length=1, description="a grid's points")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Dimension:
+        chosen = self.choices is not None
+        if (self.low is None) != chosen or (self.high is None) != chosen:
+            raise ValueError("either low and high, or choices")
+        if not chosen and self.low >= self.high:
+            raise ValueError("low must be less than high")
+        if self.log and (chosen or self.low <= 0):
+            raise ValueError("log is for a range above 0")
+        return self

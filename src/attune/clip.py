@@ -25,6 +25,7 @@ from attune.weights import refusal
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, used by every CLIP here
 STD = (0.26862954, 0.26130258, 0.27577711)
 Crop = Callable[[Tensor, int], Tensor]
+Prepare = Callable[[Tensor, int], Tensor]  # images and S to pixel values
 
 
 # ---------------------------------------------------------------- loading
@@ -96,17 +97,21 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], context_length: i
     ).input_ids
 
 
-def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str], normalise: bool = True) -> Tensor:
-    """Projected text features (B, D), of unit length unless told otherwise."""
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
+    """Projected text features (B, D), of unit length."""
     ids = tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings)
-    features = model.get_text_features(input_ids=ids.to(model.device)).pooler_output
-    return F.normalize(features, dim=-1) if normalise else features
+    return F.normalize(model.get_text_features(input_ids=ids.to(model.device)).pooler_output, dim=-1)
 
 
-def image_features(model: CLIPModel, pixel_values: Tensor, normalise: bool = True) -> Tensor:
+def image_features(model: CLIPModel, pixel_values: Tensor, unit: bool = True) -> Tensor:
     """Projected image features (B, D), of unit length unless told otherwise; differentiable."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
-    return F.normalize(features, dim=-1) if normalise else features
+    return F.normalize(features, dim=-1) if unit else features
+
+
+def prepared_features(model: CLIPModel, prepare: Prepare, images: Tensor) -> Tensor:
+    """Unit features (B, D), on the model's device, of images as `prepare` shows them to it."""
+    return image_features(model, prepare(images.to(model.device).float(), image_size(model)))
 
 
 class TextFeatures:

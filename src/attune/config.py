@@ -8,6 +8,8 @@ key and the file. A method, scorer or data source brings its own `Config` (see `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -59,6 +61,7 @@ def load(path: Path | str = "params.yaml") -> tuple[Params, Profile]:
     for name, block in profile.scorers.items():
         plugin_config("rewards", name, block, f"{where}.scorers.{name}")
     _check_together(params, profile, where)
+    _check_search(params, profile, where)
     return params, profile
 
 
@@ -67,6 +70,7 @@ def _check_together(params: Params, profile: Profile, where: str) -> None:
     if profile.data.get("test_prompts", profile.generate.prompts) < profile.generate.prompts:
         raise ConfigError(f"{where}.generate.prompts: {profile.generate.prompts} is more than data.test_prompts")
     _check_scorers(profile, where)
+    _check_feedback(profile, where)
     for name, run in params.run_methods.items():
         if name in NOT_RUNS:
             raise ConfigError(f"run_methods.{name}: the name is taken")
@@ -89,6 +93,18 @@ def _check_scorers(profile: Profile, where: str) -> None:
             raise ConfigError(f"{key}: {unknown[0]!r} is not in scorers: {', '.join(profile.scorers)}")
 
 
+def _check_feedback(profile: Profile, where: str) -> None:
+    """A scorer can label pairs only if the prepare stage writes its scores beside them."""
+    scored = profile.data.get("score_with", [])
+    blocks = {"preference": profile.preference}
+    blocks |= {f"methods.{name}": block for name, block in profile.methods.items()}
+    for key, block in blocks.items():
+        feedback = block.get("ai_feedback")
+        if feedback is not None and feedback["scorer"] not in scored:
+            asked = f"{where}.{key}.ai_feedback.scorer"
+            raise ConfigError(f"{asked}: {feedback['scorer']!r} is not in data.score_with: {scored}")
+
+
 def _check_start(name: str, run: Run, start: str | None, params: Params, where: str) -> None:
     """DVC orders and watches by `needs` and `code`, training goes by `start`: of models here they must agree."""
     watched, to_be_made = {run.needs, run.code}, {f"models/{other}" for other in params.run_methods}
@@ -101,6 +117,97 @@ def _check_start(name: str, run: Run, start: str | None, params: Params, where: 
         raise ConfigError(f"run_methods.{name}.needs: must be {start}, where the run starts (given {run.needs!r})")
     if start == f"models/{name}" or (start not in to_be_made and not Path(start).exists()):
         raise ConfigError(f"{where}.methods.{name}.start: {start} is neither here nor another run's model")
+
+
+def _check_search(params: Params, profile: Profile, where: str) -> None:
+    """A search may only ask for settings that its run's method accepts, at both ends of every range."""
+    for name, block in profile.search.items():
+        here = f"{where}.search.{name}"
+        if name not in profile.methods:
+            raise ConfigError(f"{here}: {where}.methods has no block of that name")
+        search = check(plugins.config_class("search", "settings"), block, here)
+        if unknown := [scorer for scorer in search.objectives if scorer not in profile.scorers]:
+            raise ConfigError(f"{here}.objectives: {unknown[0]!r} is not in scorers: {', '.join(profile.scorers)}")
+        method = plugins.config_class("methods", method_of(name, params))
+        settings = dict(profile.methods[name])
+        for key, value in search.fixed.items():
+            settings = _tried(method, settings, key, value, f"{here}.fixed.{key}")
+        for key, dimension in search.space.items():
+            whole = dimension.choices is None and number_type(method, key, f"{here}.space.{key}") is int
+            for value in dimension.choices or (dimension.low, dimension.high):
+                _tried(method, settings, key, int(value) if whole else value, f"{here}.space.{key}")
+
+
+def _tried(method: type[Block], settings: Mapping[str, Any], key: str, value: Any, where: str) -> dict[str, Any]:
+    """The settings with a value put in, if the method accepts them; else an error at `where`, the one to blame."""
+    try:
+        changed = put(settings, key, value)
+        check(method, changed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {value!r} does not do: {error}") from None
+    return changed
+
+
+def put(values: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """A copy of nested values with one of them set: `put({"lora": {"rank": 4}}, "lora.rank", 8)`."""
+    key, _, rest = dotted.partition(".")
+    if not rest:
+        return {**values, key: value}
+    if not isinstance(values.get(key), Mapping):
+        raise ConfigError(f"{key}: is no block that {rest} could be set in")
+    return {**values, key: put(values[key], rest, value)}
+
+
+def number_type(model: type[Block], dotted: str, where: str) -> type[int] | type[float]:
+    """What kind of number the setting `dotted` of a block is, of which there may be a range."""
+    *blocks, last = dotted.split(".")
+    for depth, name in enumerate([*blocks, last]):
+        place = _at(model, blocks[:depth])
+        fields = getattr(place, "model_fields", {})
+        if fields and name not in fields:
+            raise ConfigError(f"{where}: no such key; known keys: {', '.join(fields)}")
+    found = _types(fields[last].annotation if fields else place)
+    numbers = [kind for kind in (float, int) if kind in found]
+    if not numbers or bool in found:
+        raise ConfigError(f"{where}: only a number has a range; give choices")
+    return numbers[0]
+
+
+def _types(annotation: Any) -> set[type]:
+    """The plain types an annotation is made of: {float, NoneType} of `Real | None`."""
+    return {annotation} if isinstance(annotation, type) else set().union(*map(_types, get_args(annotation)))
+
+
+def rewrite(changes: Mapping[str, Any], path: Path | str = "params.yaml") -> None:
+    """Sets values in the file, by dotted key; comments, order and every other line stay as they are.
+
+    Raises:
+        ConfigError: a value is shared with another block by an anchor, which would change too; nothing is written.
+    """
+    yaml, wanted, written = _round_trip(), read_params(path), StringIO()
+    values = yaml.load(Path(path))
+    for dotted, value in changes.items():
+        *blocks, last = dotted.split(".")
+        reduce(lambda place, block: place[block], blocks, values)[last] = value
+        wanted = put(wanted, dotted, value)
+    yaml.dump(values, written)
+    if YAML(typ="safe").load(written.getvalue()) != wanted:
+        raise ConfigError(
+            f"{path}: {', '.join(changes)}: another block shares these by an anchor; write them out there"
+        )
+    Path(path).write_text(written.getvalue(), encoding="utf-8")
+
+
+def write_yaml(values: Mapping[str, Any], path: Path) -> None:
+    """Plain values as a YAML file."""
+    _round_trip().dump(dict(values), path)
+
+
+def _round_trip() -> YAML:
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True  # no line is broken anew
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml
 
 
 def method_of(name: str, params: Params) -> str:

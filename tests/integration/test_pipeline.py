@@ -8,153 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from clones import ADAPTER, METHODS, PARAMS, PROFILE, PROMPTS, SCORERS, STAGES, Project, tracked_runs
 from PIL import Image
-from ruamel.yaml import YAML
 
 from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, read_scores
 
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
-
-ROOT = Path(__file__).parents[2]
-CODE = (
-    "params.yaml",
-    "dvc.yaml",
-    ".dvcignore",
-    ".gitignore",
-    ".dvc/config",
-    "src",
-    "models/embedded",
-    "data/raw/README.md",
-)
-JUNK = shutil.ignore_patterns("__pycache__", ".ruff_cache")
-PARAMS = YAML(typ="safe").load(ROOT / "params.yaml")
-METHODS = ["dpo", "spo"]  # one learns from files, one from its own pictures; more would only cost minutes
-PROFILE = PARAMS["profiles"]["short"]
-SCORERS = list(PROFILE["scorers"])
-PROMPTS = PROFILE["generate"]["prompts"]
-ADAPTER = "pytorch_lora_weights.safetensors"
-STAGES = ["prepare", "train_preference", "generate_base", "evaluate_base", "report"]
-STAGES += [f"{stage}@{method}" for stage in ("align", "generate", "evaluate") for method in METHODS]
-
-# Python imports this by itself from PYTHONPATH=src: every stage notes which of our files it really loaded.
-TRACER = """
-import atexit, os, sys
-from pathlib import Path
-
-@atexit.register
-def note():
-    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    ours = sorted({os.path.relpath(file) for file in files if "/src/attune/" in file})
-    if ours and os.environ.get("DVC_STAGE"):
-        Path(os.environ["LOADED"], os.environ["DVC_STAGE"]).write_text("\\n".join(ours))
-"""
-
-
-@dataclass(frozen=True)
-class Project:
-    """A clone of this repository in a folder of its own."""
-
-    folder: Path
-    loaded: Path
-
-    def run(self, *words: str, fails: bool = False, tracking: str = "") -> str:
-        """A command in the clone; its stdout and stderr."""
-        strip = ("DVC_", "MLFLOW_", "ATTUNE_", "PYTHONPATH", "PYTEST_", "GIT_")
-        env = {key: value for key, value in os.environ.items() if not key.startswith(strip)}
-        env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "LOADED": str(self.loaded)}
-        env |= {
-            "DVC_NO_ANALYTICS": "1",
-            "ATTUNE_TRACKING": tracking,
-            "DVC_SITE_CACHE_DIR": f"{self.folder}.site",
-        }
-        done = subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=900)
-        said = done.stdout + done.stderr
-        assert (done.returncode != 0) is fails, f"{' '.join(words)}: {done.returncode}\n{said[-6000:]}"
-        return said
-
-    def dvc(self, *words: str, **options: Any) -> str:
-        return self.run(sys.executable, "-m", "dvc", *words, **options)
-
-    def repro(self, tracking: str = "off") -> list[str]:
-        """Reproduces; the stages that really ran, in order."""
-        return re.findall(r"Running stage '([^']+)'", self.dvc("repro", tracking=tracking))
-
-    def read(self, name: str) -> str:
-        return (self.folder / name).read_text()
-
-    def lock(self) -> dict[str, Any]:
-        return YAML(typ="safe").load(self.folder / "dvc.lock")["stages"]
-
-    def hashes(self) -> dict[str, str]:
-        """Path of every output -> its hash, as DVC recorded it."""
-        return {out["path"]: out["md5"] for stage in self.lock().values() for out in stage["outs"]}
-
-    @contextmanager
-    def changed(self, name: str, text: str) -> Iterator[None]:
-        """The project with another text in a file."""
-        path = self.folder / name
-        before = path.read_text()
-        path.write_text(text)
-        try:
-            yield
-        finally:
-            path.write_text(before)
-
-    def params(self, dotted: str, value: Any) -> str:
-        """The text of params.yaml with one value changed."""
-        yaml, path = YAML(), self.folder / "params.yaml"
-        values = block = yaml.load(path)
-        *sections, key = dotted.split(".")
-        for section in sections:
-            block = block[section]
-        block[key] = value
-        copy = self.folder / ".params.tmp"
-        yaml.dump(values, copy)
-        text = copy.read_text()
-        copy.unlink()
-        return text
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Project:
-    """A clone in which `dvc repro` has succeeded once."""
-    folder = tmp_path_factory.mktemp("clone")
-    made = Project(folder, tmp_path_factory.mktemp("loaded"))
-    for name in CODE:
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=JUNK)
-        else:
-            shutil.copy(source, target)
-    (folder / "src" / "sitecustomize.py").write_text(TRACER)
-    for key, value in {
-        "profile": "short",
-        "run_methods": {m: PARAMS["run_methods"][m] for m in METHODS},
-    }.items():
-        (folder / "params.yaml").write_text(made.params(key, value))
-    made.run("git", "init", "--quiet")
-    made.run("git", "add", "--all")
-    made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")
-    ran = made.repro(tracking="on")
-    assert sorted(ran) == sorted(STAGES)
-    assert ran[0] == "prepare"
-    assert ran[-1] == "report"
-    return made
 
 
 # --- what one run leaves behind ---------------------------------------------------------------------------
@@ -296,15 +163,6 @@ def test_git_is_left_with_small_files_only(project):
 # --- MLflow -----------------------------------------------------------------------------------------------
 
 
-def tracked_runs(project: Project) -> list[Any]:
-    """All runs of the clone's store, oldest first."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{project.folder}/mlflow.db")
-    experiment = client.get_experiment_by_name("attune")
-    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=500)
-
-
 def first_repro(project: Project) -> tuple[Any, dict[str, Any]]:
     """The oldest pipeline run, and its children by stage."""
     runs = tracked_runs(project)
@@ -321,7 +179,7 @@ def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
     assert all(run.info.status == "FINISHED" for run in [parent, *children.values()])
     assert all(run.data.tags["profile"] == "short" for run in children.values())
     assert all(run.data.tags["git.dirty"] == "false" for run in children.values())
-    assert all(run.data.tags.get("tracking") != "incomplete" for run in children.values())
+    assert not list((project.folder / ".checkpoints/tracking").glob("*/records.jsonl"))  # all of it has been sent
     orphans = [
         r for r in tracked_runs(project) if r.data.tags["kind"] == "stage" and "mlflow.parentRunId" not in r.data.tags
     ]
@@ -331,12 +189,12 @@ def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
     run = first_repro(project)[1][f"align@{method}"]
-    assert float(run.data.params[f"methods.{method}.lr"]) == PROFILE["methods"][method]["lr"]
+    assert float(run.data.params["lr"]) == PROFILE["methods"][method]["lr"]
     curve = pd.read_csv(project.folder / f"reports/train/{method}.csv")
     assert run.data.metrics["grad_norm"] == pytest.approx(curve.grad_norm.iloc[-1], rel=1e-4)
     means = json.loads(project.read("reports/summary.json"))["methods"][method]["scores"]
     for scorer in SCORERS:
-        assert run.data.metrics[f"score/{scorer}"] == pytest.approx(means[scorer]["mean"])
+        assert run.data.metrics[scorer] == pytest.approx(means[scorer]["mean"])
     artifacts = [path.name for path in Path(run.info.artifact_uri.removeprefix("file://")).rglob("*")]
     assert ADAPTER in artifacts
 
@@ -356,7 +214,7 @@ def test_every_file_a_stage_really_loaded_is_among_its_deps(project, stage):
     """The static check in test_architecture.py, once more from what the interpreter did."""
     loaded = [Path(line) for line in (project.loaded / stage).read_text().splitlines()]
     assert Path("src/attune/config.py") in loaded
-    view = {Path("src/attune/tracking.py")}
+    view = {file for file in loaded if Path("src/attune/tracking") in file.parents}
     if stage.startswith("align@"):  # previews for the tracking UI
         view |= {Path(f"src/attune/evaluation/{name}.py") for name in ("figures", "document", "grid")}
     deps = [Path(dep["path"]) for dep in project.lock()[stage]["deps"]]
@@ -479,7 +337,7 @@ def test_touching_one_method_retrains_that_one_to_the_same_bits(project):
 
 
 def test_touching_the_view_reruns_nothing(project):
-    source = "src/attune/tracking.py"
+    source = "src/attune/tracking/sender.py"
     with project.changed(source, project.read(source) + "\n# a comment\n"):
         assert project.repro() == []
 
@@ -540,9 +398,9 @@ def test_a_new_method_is_one_file_and_one_block(project):
     assert len(adapters) == 2
     trained = next(r for r in reversed(tracked_runs(project)) if r.data.tags["dvc.stage"] == "align@tilted")
     assert (trained.data.tags["method"], trained.data.tags["uses"]) == ("tilted", "tilt")
-    assert trained.data.params["methods.tilted.strength"] == "2.0"
-    assert trained.data.params["methods.tilted.start"] == "models/dpo"
-    assert {"loss", "grain", *(f"score/{scorer}" for scorer in SCORERS)} <= set(trained.data.metrics)
+    assert trained.data.params["strength"] == "2"
+    assert trained.data.params["start"] == "models/dpo"
+    assert {"loss", "grain", *SCORERS} <= set(trained.data.metrics)
     assert list(json.loads(project.read("reports/summary.json"))["methods"]) == ["base", *METHODS, "tilted"]
     assert "tilted" in project.read("reports/report.md")
     assert "tilted" in project.read("reports/report.html")

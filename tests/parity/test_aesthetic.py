@@ -57,7 +57,7 @@ def test_aesthetic_features_and_score(table, aesthetic_paths):
     case = tensors("14_aesthetic")
     scorer = aesthetic.load(aesthetic.Config(**aesthetic_paths))
     pixels = case["direct.pixel_values_4x4"].repeat_interleave(56, 2).repeat_interleave(56, 3)
-    features = image_features(scorer.model, pixels, normalise=False)
+    features = image_features(scorer.model, pixels, unit=False)
     table.close("14", "image features", features, case["direct.clip_image_features"])
     table.close("14", "scores", scorer.head(image_features(scorer.model, pixels)), case["direct.reward"])
 

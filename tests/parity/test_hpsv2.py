@@ -39,7 +39,7 @@ def test_hps_model_and_gradient(table, hps_paths):
     text = F.normalize(model.get_text_features(input_ids=case["token_ids"]).pooler_output, dim=-1)
     scores = (image * text[:2]).sum(-1)
     (scores.sum() / 4).backward()  # the stored gradient is of the mean over four images
-    plain = image_features(model, pixels, normalise=False)
+    plain = image_features(model, pixels, unit=False)
     table.close("15a", "image features", plain, case["image_features_unnormalised"][:2])
     table.close("15a", "unit image features", image, case["image_features"][:2])
     table.close("15a", "unit text features", text, case["text_features"])

@@ -105,7 +105,26 @@ WRONG = {
         "'float32', 'bfloat16' or 'float16' (given 'float8')",
     ),
     "a moving target": (f"{TINY}.model.revision", "main", "pattern"),
-    "a hub id without its commit": (f"{TINY}.model.vae", "owner/name", "needs the commit"),
+    "a hub id without its commit": (
+        f"{TINY}.model.vae",
+        "owner/name",
+        "its commit in vae_revision (given 'owner/name')",
+    ),
+    "a model without its commit": (f"{TINY}.model.path", "owner/name", "needs its commit in revision"),
+    "a CLIP without its commit": (f"{TINY}.preference.clip", "owner/name", "needs its commit in revision"),
+    "its tokenizer without one": (f"{TINY}.preference.tokenizer", "owner/name", "its commit in tokenizer_revision"),
+    "its weights without one": (f"{TINY}.preference.weights", "hf://o/n/spm.bin", "its commit in weights_revision"),
+    "its weights at a branch": (f"{TINY}.preference.weights_revision", "main", "pattern"),
+    "a judge that scored no pairs": (
+        f"{TINY}.preference.ai_feedback.scorer",
+        "hpsv2",
+        "'hpsv2' is not in data.score_with: ['pickscore']",
+    ),
+    "a method's judge that scored no pairs": (
+        f"{TINY}.methods.dpo.ai_feedback",
+        {"scorer": "oracle"},
+        "ai_feedback.scorer: 'oracle' is not in data.score_with: ['pickscore']",
+    ),
     "an optimizer that is not installed": (
         f"{TINY}.methods.dpo.optimizer",
         "adamw8bit",
@@ -156,6 +175,24 @@ def test_unknown_profile_lists_what_there_is(tmp_path, values):
 def test_a_method_to_run_needs_a_block(tmp_path, values):
     drop(values, f"{TINY}.methods.dpo")
     assert refusal(tmp_path, values) == "run_methods.dpo: profiles.tiny.methods has no block of that name"
+
+
+def test_pins_that_are_missing_are_reported_together_and_a_pinned_address_is_fine(tmp_path, values):
+    put(values, f"{TINY}.model.path", "owner/base")
+    put(values, f"{TINY}.model.vae", "owner/vae")
+    lines = refusal(tmp_path, values).splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"{TINY}.model.path", f"{TINY}.model.vae"]
+    put(values, f"{TINY}.model.revision", "0" * 40)
+    put(values, f"{TINY}.model.vae_revision", "1" * 40)
+    assert config.load(write(tmp_path, values))[1].model.vae_revision == "1" * 40
+
+
+def test_without_scores_no_judge_can_label(tmp_path, values):
+    put(values, f"{TINY}.data.score_with", [])
+    message = refusal(tmp_path, values)
+    assert message == f"{TINY}.preference.ai_feedback.scorer: 'pickscore' is not in data.score_with: []"
+    put(values, f"{TINY}.preference.ai_feedback", None)
+    config.load(write(tmp_path, values))
 
 
 def test_only_the_active_profile_is_checked_in_depth(tmp_path, values):

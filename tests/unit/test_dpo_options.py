@@ -116,8 +116,8 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
     """
     opposite = 1 - data.pairs.label_0
     tie = pd.Series([True, False, False] * 8)
-    scored = data.pairs.assign(judge_0=9 * opposite.mask(tie, 0), judge_1=9 * (1 - opposite).mask(tie, 0))
-    asked = {"ai_feedback": {"scorer": "judge", "threshold": 0.1}}
+    scored = data.pairs.assign(pickscore_0=9 * opposite.mask(tie, 0), pickscore_1=9 * (1 - opposite).mask(tie, 0))
+    asked = {"ai_feedback": {"scorer": "pickscore", "threshold": 0.1}}
     runs = {"scorer": (scored, asked), "people": (data.pairs.assign(label_0=opposite.mask(tie, 0.5)), {})}
     given = read_params(Path(__file__).parents[2] / "params.yaml")
     short = given["profiles"]["short"] | {"model": {"backbone": "sd", "path": tiny_folder}}
@@ -134,7 +134,7 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
         histories.append(pd.read_csv("reports/train/dpo.csv"))
         seen.append(json.loads(Path("reports/train/dpo.json").read_text())["trained_on"])
     pd.testing.assert_frame_equal(*histories)
-    assert seen == [["judge"], []]
+    assert seen == [["pickscore"], []]
 
 
 def test_wrong_options_name_their_key():

@@ -1,6 +1,9 @@
 """The step-aware preference model: what it starts from, how it is stored, how it is taught."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +46,7 @@ def test_starts_as_the_clip_it_came_from_bit_for_bit(spm, images, t):
     plain = CLIPModel.from_pretrained(tokenizer.name_or_path).eval()
     pixels = inference_pixels(images, 16)
     with torch.no_grad():
-        expected = image_features(plain, pixels, normalise=False)
+        expected = image_features(plain, pixels, unit=False)
         assert (model.image_features(pixels, at(t)) - expected).abs().max() == 0
         assert torch.equal(text_features(model.model, tokenizer, PROMPTS), text_features(plain, tokenizer, PROMPTS))
 
@@ -121,6 +124,37 @@ def test_a_saved_folder_stands_alone(spm, images, tmp_path):
     assert '"hidden_act": "gelu"' in (tmp_path / "preference" / "config.json").read_text()
 
 
+SRC = Path(__file__).parents[2] / "src"
+SAVE = """
+import sys
+from attune.preference.model import from_clip, save
+save(*from_clip(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_the_saved_bytes_do_not_depend_on_where_the_hub_is_looked_for(clip_folder, tmp_path):
+    """transformers notes in tokenizer_config.json whether HF_HUB_OFFLINE was set; DVC would see another model."""
+    saved = {}
+    for offline in ("0", "1"):  # read when huggingface_hub is imported, so each needs a process of its own
+        environment = os.environ | {"HF_HUB_OFFLINE": offline, "PYTHONPATH": str(SRC)}
+        folder = tmp_path / offline
+        subprocess.run([sys.executable, "-c", SAVE, clip_folder, str(folder)], check=True, env=environment)
+        saved[offline] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert saved["0"] == saved["1"]
+    assert set(saved["0"]) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_saved_tokenizer_is_the_one_that_was_given(spm, tmp_path):
+    """Nothing but how it was found is left out, and the one given is not touched."""
+    before = dict(spm[1].init_kwargs)
+    save(*spm, tmp_path)
+    assert spm[1].init_kwargs == before
+    again = load(tmp_path)[1]
+    assert again(PROMPTS, padding=True).input_ids == spm[1](PROMPTS, padding=True).input_ids
+    for token in ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length"):
+        assert getattr(again, token) == getattr(spm[1], token)
+
+
 @pytest.mark.parametrize("prefix", ["model.", ""])
 def test_the_released_layout_loads(spm, images, tmp_path, clip_folder, prefix):
     tensors = {prefix + k.removeprefix("model."): v for k, v in perturbed(spm[0]).state_dict().items()}
@@ -164,6 +198,12 @@ def test_missing_and_unexpected_tensors_are_named(spm, tmp_path, clip_folder):
     save_file(tensors | {"model.stranger": torch.zeros(1)}, tmp_path / "spm.safetensors")
     with pytest.raises(ValueError, match=r"missing \['model.logit_scale'\], unexpected \['model.stranger'\]"):
         load(tmp_path / "spm.safetensors", clip=clip_folder)
+
+
+def test_a_single_file_needs_its_clip(spm, tmp_path):
+    save_file(spm[0].state_dict(), tmp_path / "spm.safetensors")
+    with pytest.raises(ValueError, match=r"spm\.safetensors is no folder; a single file needs the CLIP"):
+        load(tmp_path / "spm.safetensors")
 
 
 def test_a_plain_clip_is_not_a_preference_model(clip_folder):

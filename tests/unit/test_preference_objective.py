@@ -178,7 +178,7 @@ def test_pairs_need_only_look_like_a_pair_batch(objective):
     assert torch.equal(only_minibatch(objective, alike).pixel_values, only_minibatch(objective, batch).pixel_values)
 
 
-# ---------------------------------------------------------------- full size
+# ---------------------------------------------------------------- labels of a scorer
 
 
 def test_ai_feedback_moves_labels_towards_the_scorer():
@@ -201,6 +201,9 @@ def test_ai_feedback_can_be_hard_and_a_cosine_needs_a_temperature():
 def test_ai_feedback_without_scores_says_where_they_come_from():
     with pytest.raises(ValueError, match=r"no scores by 'judge'.*data\.score_with"):
         with_ai_feedback(pd.DataFrame({"label_0": [1.0]}), AIFeedback(scorer="judge"))
+
+
+# ---------------------------------------------------------------- full size
 
 
 def scores(model, images):

@@ -106,11 +106,11 @@ def test_clipscore_says_which_clip(monkeypatch):
     [
         (
             {"path": "yuvalkirstain/PickScore_v1"},
-            "no path yuvalkirstain/PickScore_v1 here; .* revision names",
+            r"here\.path: .* needs its commit in revision \(given 'yuvalkirstain/PickScore_v1'\)",
         ),
         (
             {"path": "x/y", "revision": COMMIT, "tokenizer": "laion/clip"},
-            "no tokenizer laion/clip here; .* tokenizer_r",
+            r"here\.tokenizer: .* needs its commit in tokenizer_revision \(given 'laion/clip'\)",
         ),
         ({"path": "x/y", "revision": "main"}, "here.revision: String should match"),
         ({"path": "x/y", "revision": COMMIT[:12]}, "here.revision: String should match"),
@@ -123,7 +123,7 @@ def test_hub_addresses_must_be_pinned(block, message):
 
 def test_files_on_the_hub_must_be_pinned():
     address = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"
-    with pytest.raises(ConfigError, match=r"no path hf://.* here; for one on the Hub, revision names its commit"):
+    with pytest.raises(ConfigError, match=r"here\.path: .* needs its commit in revision \(given 'hf://"):
         plugin_config("rewards", "hpsv2", HPS | {"path": address}, "here")
     with pytest.raises(ConfigError, match=r"version is 2\.0, but HPS_v2\.1_compressed is 2\.1"):
         plugin_config("rewards", "hpsv2", HPS | {"path": address, "revision": COMMIT, "version": "2.0"}, "here")

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from attune.evaluation.document import one_line
-from attune.evaluation.grid import image_grid
+from attune.evaluation.grid import INK, SOFT, image_grid
 from attune.evaluation.protocol import Protocol
 
 __all__ = ["accuracy_by_t_plot", "image_grid", "score_difference_plot", "training_curves", "win_rate_plot"]
 
-INK, SOFT, LINE = "#1d2330", "#667085", "#e4e7ec"
+LINE = "#e4e7ec"
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DPI = 200

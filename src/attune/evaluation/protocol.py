@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from attune.blocks import ScorerConfig
 from attune.evaluation.files import write_atomically
-from attune.hashing import digest
+from attune.hashing import digest, values_sha
 
 _METADATA_KEY = b"attune.protocol"
 KEY_COLUMNS = ("prompt", "ordinal", "file")
@@ -64,7 +64,7 @@ class Protocol:
     @property
     def sha(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON."""
-        return _sha(self.to_dict())
+        return values_sha(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""
@@ -90,14 +90,9 @@ class Protocol:
         )
 
 
-def _sha(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-
 def hash_prompts(prompts: Iterable[str]) -> str:
     """Name of a set of prompts: 12 hex digits, whatever their order and repetition."""
-    return _sha(sorted(set(prompts)))
+    return values_sha(sorted(set(prompts)))
 
 
 def noise_seed(prompt: str, ordinal: int, seed: int) -> int:

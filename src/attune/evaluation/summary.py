@@ -1,11 +1,23 @@
-"""From score tables to the summary: every number of the report, computed once, as plain JSON."""
+"""From score tables to the summary: every number of the report, computed once, as plain JSON.
+
+A summary is {protocol, n_prompts, base, scorers, methods: {name: method}, pairs: [{method, other, scores}]}, where
+
+    method   {scores: {scorer: {mean, median}}, vs_base: {scorer: entry}, trained_on,
+             gap: {trained, heldout, gap} or None, extremes: {gained, lost}}, and what else was measured of it;
+             the base has an empty vs_base and nothing after it
+    scores   of a pair: {scorer: entry}, the method against the other
+    entry    {win_rate, ci95, p_value, difference, difference_ci95, minimum_detectable_effect, p_holm};
+             ci95 is the win rate's interval
+
+Undefined numbers are None, so that it is valid JSON.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,6 +26,7 @@ from attune.evaluation.diversity import gap
 from attune.evaluation.protocol import Protocol, check_scores, score_columns
 from attune.evaluation.statistics import compare, holm, prompt_means, standardised_gain
 
+K = TypeVar("K")
 Scores = dict[str, np.ndarray]  # scorer or scorer.part -> (n,) one value per prompt, prompts sorted
 _EXTREMES = 3
 ALPHA = 0.05
@@ -43,11 +56,7 @@ def summarise(
         seed: of the bootstrap.
 
     Returns:
-        {protocol, n_prompts, base, scorers, methods: {name: method}, pairs: [{method, other, scores}]} where
-        a method is {scores: {scorer: {mean, median}}, vs_base: {scorer: {win_rate, ci95, p_value, p_holm,
-        difference, difference_ci95, minimum_detectable_effect}}, trained_on, gap: {trained, heldout, gap}
-        or None, extremes: {gained, lost}} plus its extras; ci95 is the win rate's interval. The base has an
-        empty vs_base. Undefined numbers are None, so that it is valid JSON.
+        The summary, in the shape that this module begins with.
 
     Raises:
         ValueError: the base is missing, a table breaks the protocol, tables hold different images or scorers,
@@ -58,21 +67,17 @@ def summarise(
     scores = {name: _per_prompt(frame) for name, frame in tables.items()}
     prompts = sorted(set(tables[base]["prompt"]))
     tuned = [name for name in tables if name != base]
-    methods = {name: {"scores": _centres(scores[name]), "vs_base": {}} for name in (base, *tuned)}
+    vs_base = _family({name: (scores[name], scores[base]) for name in tuned}, scorers, seed)
+    pairs = _family({(a, b): (scores[a], scores[b]) for a, b in combinations(tuned, 2)}, scorers, seed)
+    methods = {name: {"scores": _centres(scores[name]), "vs_base": vs_base.get(name, {})} for name in (base, *tuned)}
     for name in tuned:
-        on = list(trained_on.get(name, ()))
-        change = scores[name][scorers[0]] - scores[base][scorers[0]]
-        methods[name]["vs_base"] = _against(scores[name], scores[base], seed)
-        methods[name] |= {"trained_on": on, "gap": _gap(scores[name], scores[base], scorers, on)}
-        methods[name]["extremes"] = _extremes(change, prompts)
-    pairs = [
-        {"method": a, "other": b, "scores": _against(scores[a], scores[b], seed)} for a, b in combinations(tuned, 2)
-    ]
-    _add_holm([methods[name]["vs_base"] for name in tuned], scorers)
-    _add_holm([pair["scores"] for pair in pairs], scorers)
-    methods = {name: entry | extras.get(name, {}) for name, entry in methods.items()}
+        methods[name] |= _beside(scores[name], scores[base], scorers, list(trained_on.get(name, ())), prompts)
     head = {"protocol": protocol.to_dict(), "n_prompts": protocol.n_prompts, "base": base, "scorers": scorers}
-    return _json_safe(head | {"methods": methods, "pairs": pairs})
+    body = {
+        "methods": {name: entry | extras.get(name, {}) for name, entry in methods.items()},
+        "pairs": [{"method": a, "other": b, "scores": entries} for (a, b), entries in pairs.items()],
+    }
+    return _json_safe(head | body)
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
@@ -124,6 +129,15 @@ def _centres(scores: Scores) -> dict[str, dict[str, float]]:
     return {s: {"mean": float(values.mean()), "median": float(np.median(values))} for s, values in scores.items()}
 
 
+def _family(matches: Mapping[K, tuple[Scores, Scores]], scorers: Sequence[str], seed: int) -> dict[K, dict[str, Any]]:
+    """Each policy against its base, scorer by scorer; p_holm corrects over the scorers of all matches at once."""
+    compared = {key: _against(policy, base, seed) for key, (policy, base) in matches.items()}
+    claims = [entries[scorer] for entries in compared.values() for scorer in scorers]
+    for claim, p in zip(claims, holm([claim["p_value"] for claim in claims]), strict=True):
+        claim["p_holm"] = float(p)
+    return compared
+
+
 def _against(policy: Scores, base: Scores, seed: int) -> dict[str, Any]:
     entries = {}
     for scorer in base:
@@ -139,11 +153,16 @@ def _against(policy: Scores, base: Scores, seed: int) -> dict[str, Any]:
     return entries
 
 
-def _add_holm(families: Sequence[dict[str, Any]], scorers: Sequence[str]) -> None:
-    """Writes p_holm into the scorers' entries, all of them one family; the dicts are `summarise`'s own."""
-    family = [entries[scorer] for entries in families for scorer in scorers]
-    for entry, p in zip(family, holm([entry["p_value"] for entry in family]), strict=True):
-        entry["p_holm"] = float(p)
+def _beside(
+    policy: Scores, base: Scores, scorers: Sequence[str], trained_on: list[str], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """What stands beside a method's comparison: what it was trained on, whether that transfers, where it changed."""
+    change = policy[scorers[0]] - base[scorers[0]]
+    return {
+        "trained_on": trained_on,
+        "gap": _gap(policy, base, scorers, trained_on),
+        "extremes": _extremes(change, prompts),
+    }
 
 
 def _gap(policy: Scores, base: Scores, scorers: Sequence[str], trained: Sequence[str]) -> dict[str, float] | None:

@@ -12,6 +12,7 @@ constructor sets all modulation biases to 1 and is saved by a later initialisati
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,12 +32,12 @@ from attune.clip import (
     load_model,
     load_tokenizer,
     normalise,
+    rounded_crop,
 )
-from attune.weights import build_with, read_tensors
+from attune.weights import build_with, misfit, read_json, read_tensors
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-RELEASED_CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
 _ADDED = ("adaLN_modulation", "t_embedder")
 
 
@@ -170,9 +171,7 @@ def inference_pixels(images: Tensor, size: int) -> Tensor:
     scale = size / min(height, width)
     if scale != 1:
         images = _bicubic(images, (int(height * scale + 0.5), int(width * scale + 0.5)))
-    # rounded half to even, as torchvision crops; CLIP's processor rounds down
-    top, left = round((images.shape[-2] - size) / 2), round((images.shape[-1] - size) / 2)
-    return normalise(images[..., top : top + size, left : left + size].clamp(0, 1))
+    return normalise(rounded_crop(images, size).clamp(0, 1))  # torchvision's crop, not that of CLIP's processor
 
 
 def training_pixels(images: Tensor, size: int) -> Tensor:
@@ -202,13 +201,13 @@ def from_clip(
     missing, unexpected = model.model.load_state_dict(clip.state_dict(), strict=False)
     foreign = [name for name in missing if not any(part in name for part in _ADDED)]
     if foreign or unexpected:
-        raise ValueError(f"{path} does not fit its configuration: missing {foreign}, unexpected {unexpected}")
+        raise ValueError(f"{path} does not fit its configuration: {misfit(foreign, unexpected)}")
     return model, tokenizer or load_tokenizer(path, revision)
 
 
 def load(
     path: str | Path,
-    clip: str = RELEASED_CLIP,
+    clip: str | None = None,
     revision: str | None = None,
     tokenizer: CLIPTokenizer | None = None,
 ) -> tuple[StepAwareCLIP, CLIPTokenizer]:
@@ -216,16 +215,17 @@ def load(
 
     Args:
         path: a folder written by `save`, or one file in the released layout (`.bin` or `.safetensors`).
-        clip: folder or Hub id whose configuration a single file lacks.
+        clip: folder or Hub id whose configuration a single file lacks; ignored for a folder.
         revision: Hub commit of `clip`.
         tokenizer: if not the one beside the configuration.
 
     Raises:
-        ValueError: tensors are missing or unexpected, or the file holds more than tensors.
+        ValueError: tensors are missing or unexpected, the file holds more than tensors, or it comes without `clip`.
     """
     path = Path(path)
-    source, file = (str(path), path / WEIGHTS) if path.is_dir() else (clip, path)
-    revision = None if path.is_dir() else revision
+    source, revision, file = (str(path), None, path / WEIGHTS) if path.is_dir() else (clip, revision, path)
+    if source is None:
+        raise ValueError(f"{path} is no folder; a single file needs the CLIP that it fits")
     config = CLIPConfig.from_pretrained(source, revision=revision)
     tensors = {name: value.float() for name, value in released_tensors(read_tensors(file)).items()}
     model = build_with(lambda: StepAwareCLIP(config), tensors, file)
@@ -247,7 +247,15 @@ def save(model: StepAwareCLIP, tokenizer: CLIPTokenizer, folder: str | Path) -> 
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # every value, defaults too: a default activation that changes would change scores silently
     model.model.config.to_json_file(folder / CONFIG, use_diff=False)
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """What the tokenizer is, without how it was found: that would change the folder's digest and nothing else."""
     tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    config = {key: value for key, value in read_json(file).items() if key not in ("is_local", "local_files_only")}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the judge

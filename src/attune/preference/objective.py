@@ -18,11 +18,11 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from attune.blocks import AIFeedback, Real, TrainingConfig
+from attune.blocks import AIFeedback, Commit, Real, TrainingConfig, pinned
 from attune.clip import image_size, load_tokenizer, tokenise
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics
@@ -36,17 +36,17 @@ class Config(TrainingConfig):
     """Training of the step-aware preference model."""
 
     clip: str = Field(description="CLIP to start from, folder or Hub id; the paper's is yuvalkirstain/PickScore_v1")
-    revision: str | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
+    revision: Commit | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
     tokenizer: str | None = Field(
         None, description="folder or Hub id if not `clip`; the paper's is laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     )
-    tokenizer_revision: str | None = Field(None, description="Hub commit of the tokenizer")
+    tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
     weights: str | None = Field(
         None,
         description="trained step-aware weights to go on from, .bin or .safetensors in the released layout: a file "
         "or hf://owner/repository/file; with `batches: 0` they are used as they are",
     )
-    weights_revision: str | None = Field(None, description="Hub commit of the weights; null for a local file")
+    weights_revision: Commit | None = Field(None, description="Hub commit of the weights; null for a local file")
     batches: int = Field(ge=0, description="batches of pairs; 0 = do not train")
     step_aware: bool = Field(True, description="false: the timestep stays unknown, which is the paper's ablation")
     ai_feedback: AIFeedback | None = Field(
@@ -55,6 +55,10 @@ class Config(TrainingConfig):
     )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; weights are float32")
     guidance_scale: Real = Field(5.0, ge=0, description="of the one-step predictions; 1 = off. Paper: 5")
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> Config:
+        return pinned(self, {"clip": "revision", "tokenizer": "tokenizer_revision", "weights": "weights_revision"})
 
 
 class Pairs(Protocol):

@@ -8,15 +8,15 @@ unbounded by taste, up to 23: a policy that optimises it will leave the range of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from attune.blocks import Commit, ScorerConfig, Sha256
-from attune.clip import PREPARATIONS, check_images, full_precision, image_features, image_size, load_model
+from attune.blocks import Commit, Preprocess, ScorerConfig, Sha256
+from attune.clip import PREPARATIONS, check_images, full_precision, load_model, prepared_features
 from attune.rewards._head import Head, head_of
 from attune.weights import find_file, read_tensors
 
@@ -32,10 +32,7 @@ class Config(ScorerConfig):
     head_revision: Commit | None = Field(None, description="Hub commit of the head; null for a local file")
     head_sha256: Sha256 | None = Field(None, description="what the head must hash to; the published one 21dd590f...")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have")
-    preprocess: Literal["pil", "tensor", "square"] = Field(
-        "pil",
-        description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's",
-    )
+    preprocess: Preprocess = "pil"
     license: str = Field("Apache-2.0 (head), MIT (OpenAI CLIP)", description="licence of the weights")
 
 
@@ -52,24 +49,20 @@ class Scorer:
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
         self.range = config.sane_mean(PUBLISHED)
-        self._prepare = PREPARATIONS[config.preprocess]
+        self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
         with full_precision(self.model.device):
-            return self.head(self._features(images)).to(images.device)
+            return self.head(self._image(images)).to(images.device)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Unit CLIP features (B, D), on the images' device, by which diversity and drift are measured."""
         check_images(images)
         with full_precision(self.model.device):
-            return self._features(images).to(images.device)
-
-    def _features(self, images: Tensor) -> Tensor:
-        pixels = self._prepare(images.to(self.model.device).float(), image_size(self.model))
-        return image_features(self.model, pixels)
+            return self._image(images).to(images.device)
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:

@@ -8,23 +8,22 @@ human preference has bent, are what diversity and drift are best measured by.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from attune.blocks import Commit, ScorerConfig
+from attune.blocks import Commit, Preprocess, ScorerConfig
 from attune.clip import (
     PREPARATIONS,
     TextFeatures,
     check_images,
     full_precision,
-    image_features,
-    image_size,
     load_model,
     load_tokenizer,
+    prepared_features,
 )
 
 _USUAL = (15, 40)
@@ -43,10 +42,7 @@ class Config(ScorerConfig):
     path: str = Field(description="CLIP folder or Hub id, e.g. openai/clip-vit-large-patch14")
     revision: Commit | None = Field(None, description="Hub commit; null for a local folder")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have; OpenAI's all have quick_gelu")
-    preprocess: Literal["pil", "tensor", "square"] = Field(
-        "pil",
-        description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's",
-    )
+    preprocess: Preprocess = "pil"
     license: str = Field("MIT", description="licence of the weights")
 
 
@@ -58,14 +54,14 @@ class Scorer:
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
         self.range = config.sane_mean(PUBLISHED)
-        self._prepare = PREPARATIONS[config.preprocess]
+        self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
         self._text = TextFeatures(model, tokenizer)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
         with full_precision(self.model.device):
-            cosine = (self._features(images) * self._text(prompts)).sum(-1)
+            cosine = (self._image(images) * self._text(prompts)).sum(-1)
             return (100 * cosine.clamp(min=0)).to(images.device)
 
     @torch.no_grad()
@@ -73,11 +69,7 @@ class Scorer:
         """Unit CLIP features (B, D), on the images' device, by which diversity and drift are measured."""
         check_images(images)
         with full_precision(self.model.device):
-            return self._features(images).to(images.device)
-
-    def _features(self, images: Tensor) -> Tensor:
-        pixels = self._prepare(images.to(self.model.device).float(), image_size(self.model))
-        return image_features(self.model, pixels)
+            return self._image(images).to(images.device)
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:

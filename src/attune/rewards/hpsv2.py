@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import ftfy
@@ -23,10 +24,9 @@ from attune.clip import (
     TextFeatures,
     check_images,
     full_precision,
-    image_features,
-    image_size,
     load_tokenizer,
     normalise,
+    prepared_features,
     square_pixels,
 )
 from attune.rewards._open_clip import load_open_clip
@@ -87,22 +87,18 @@ class Scorer:
     differentiable = True
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> None:
-        self.model, self.config = model, config
+        self.model = model
         self.license = config.license
         self.range = config.sane_mean(PUBLISHED)
+        prepare = square_pixels if config.preprocess == "square" else partial(hps_pixels, antialias=config.antialias)
+        self._image = partial(prepared_features, model, prepare)
         self._text = TextFeatures(model, tokenizer, clean_text)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
         with full_precision(self.model.device):
-            pixels = self._pixels(images.to(self.model.device).float(), image_size(self.model))
-            return (image_features(self.model, pixels) * self._text(prompts)).sum(-1).to(images.device)
-
-    def _pixels(self, images: Tensor, size: int) -> Tensor:
-        if self.config.preprocess == "square":
-            return square_pixels(images, size)
-        return hps_pixels(images, size, self.config.antialias)
+            return (self._image(images) * self._text(prompts)).sum(-1).to(images.device)
 
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:

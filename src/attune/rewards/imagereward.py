@@ -20,7 +20,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from attune.blocks import Commit, ScorerConfig, Sha256
 from attune.clip import check_exists, check_images, clip_pixels, clip_pixels_pil, full_precision, rounded_crop
-from attune.rewards._head import Head
+from attune.rewards._head import LAYERS, Head
 from attune.weights import build_with, find_file, read_json, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -132,7 +132,7 @@ def layout_of(tensors: Mapping[str, Tensor], head_width: int = 64) -> dict[str, 
         "num_attention_heads": text_width // head_width,
         "max_position_embeddings": shape("text.embeddings.position_embeddings.weight")[0],
     }
-    widths = [shape(f"head.layers.{n}.weight")[0] for n in (0, 2, 4, 6, 7)]
+    widths = [shape(f"head.layers.{n}.weight")[0] for n in LAYERS]
     return {"vision": vision, "text": text, "widths": widths}
 
 

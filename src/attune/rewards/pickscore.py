@@ -8,23 +8,22 @@ authors' demo code. Some code bases drop the scale (about 100) or divide by 26; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from attune.blocks import Commit, ScorerConfig
+from attune.blocks import Commit, Preprocess, ScorerConfig
 from attune.clip import (
     PREPARATIONS,
     TextFeatures,
     check_images,
     full_precision,
-    image_features,
-    image_size,
     load_model,
     load_tokenizer,
+    prepared_features,
 )
 
 PUBLISHED = {"PickScore_v1": (17, 25)}
@@ -41,10 +40,7 @@ class Config(ScorerConfig):
     )
     tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
     hidden_act: str = Field("gelu", description="activation the checkpoint must have")
-    preprocess: Literal["pil", "tensor", "square"] = Field(
-        "pil",
-        description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's",
-    )
+    preprocess: Preprocess = "pil"
     license: str = Field("MIT (authors' repository; the Hub card names none)", description="licence of the weights")
 
 
@@ -56,15 +52,14 @@ class Scorer:
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
         self.range = config.sane_mean(PUBLISHED)
-        self._prepare = PREPARATIONS[config.preprocess]
+        self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
         self._text = TextFeatures(model, tokenizer)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
         with full_precision(self.model.device):
-            pixels = self._prepare(images.to(self.model.device).float(), image_size(self.model))
-            cosine = (image_features(self.model, pixels) * self._text(prompts)).sum(-1)
+            cosine = (self._image(images) * self._text(prompts)).sum(-1)
             return (self.model.logit_scale.exp() * cosine).to(images.device)
 
 

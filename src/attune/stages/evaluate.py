@@ -28,7 +28,7 @@ def main() -> None:
     name = parser.parse_args().method
     with stage(f"evaluate@{name}", "scorers", method=name) as (profile, run):
         frame, protocol = evaluate(name, profile)
-        means = {f"score/{column}": float(frame[column].mean()) for column in protocol.scorer_names}
+        means = {column: float(frame[column].mean()) for column in protocol.scorer_names}
         run.summary(means)
         trained_by = RUNS / name
         if trained_by.exists():  # so that one row of the tracking UI holds beta, learning rate and scores

@@ -1,0 +1,146 @@
+"""Pictures of a search: how it went, what mattered, where the good values lie."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from attune.search.results import scores
+from attune.search.space import drawn
+from attune.search.study import Plan
+
+FULL, PRUNED, LINE, EDGE = "#2166ac", "#b0b0b0", "#d6604d", "#555555"
+
+
+def draw(study: optuna.Study, plan: Plan, folder: Path) -> list[Path]:
+    """Writes history.png, slice.png, and what there is enough to say for: importance.png, pareto.png; the files."""
+    ended = [t for t in study.get_trials(deepcopy=False) if np.isfinite(scores(t, plan)).all()]
+    full = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    for name in ("history", "slice", "importance", "pareto"):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    if not full:
+        return []
+    figures = {"history": history(ended, plan), "slice": slices(ended, plan)}
+    if (weights := importances(study, plan)) is not None:
+        figures["importance"] = importance(weights, plan)
+    if len(plan.objectives) == 2:
+        figures["pareto"] = pareto(full, [trial.number for trial in study.best_trials], plan)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    return [folder / f"{name}.png" for name in figures]
+
+
+def history(trials: list[FrozenTrial], plan: Plan) -> Figure:
+    """Scores by trial, and the best so far; one panel per objective."""
+    figure, panels = _panels(1, len(plan.objectives), plan.study)
+    for i, axes in enumerate(panels[0]):
+        _points(axes, [trial.number for trial in trials], trials, plan, i)
+        full = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        so_far = np.maximum.accumulate([trial.values[i] for trial in full])
+        axes.step([trial.number for trial in full], so_far, where="post", color=LINE, label="best so far")
+        axes.set(xlabel="trial", ylabel=plan.objectives[i])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(figure, panels)
+    return figure
+
+
+def slices(trials: list[FrozenTrial], plan: Plan) -> Figure:
+    """Scores by each parameter: a row per objective."""
+    figure, panels = _panels(len(plan.objectives), len(plan.space), plan.study)
+    for i, row in enumerate(panels):
+        for (key, distribution), axes in zip(plan.space.items(), row, strict=True):
+            values = [drawn(trial.params)[key] for trial in trials]
+            if isinstance(distribution, CategoricalDistribution):
+                values = [distribution.choices.index(value) for value in values]
+                axes.set_xticks(range(len(distribution.choices)), [str(choice) for choice in distribution.choices])
+                axes.set_xlim(-0.5, len(distribution.choices) - 0.5)
+            elif distribution.log:
+                axes.set_xscale("log")
+            _points(axes, values, trials, plan, i)
+            axes.set(xlabel=key, ylabel=plan.objectives[i])
+    _legend(figure, panels)
+    return figure
+
+
+def importances(study: optuna.Study, plan: Plan) -> list[dict[str, float]] | None:
+    """Share of each parameter in what decides between better and worse trials (PED-ANOVA), per objective.
+
+    None where there are too few parameters or trials, or too little difference between them, to say.
+    """
+    if len(plan.space) < 2:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of low values, which are the better ones to this method
+            found = [
+                optuna.importance.get_param_importances(study, target=lambda trial, i=i: -trial.values[i])
+                for i in range(len(plan.objectives))
+            ]
+    except (ValueError, RuntimeError):
+        return None
+    return found if all(found) and all(np.isfinite(list(shares.values())).all() for shares in found) else None
+
+
+def importance(shares: list[dict[str, float]], plan: Plan) -> Figure:
+    """Bars of `importances`."""
+    figure, panels = _panels(1, len(shares), plan.study)
+    for axes, share, name in zip(panels[0], shares, plan.objectives, strict=True):
+        keys = list(plan.space)[::-1]
+        bars = axes.barh(keys, [share.get(key, 0.0) for key in keys], color=FULL, height=0.6)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set(xlabel=f"importance for {name}", xlim=(0, 1.15))
+    return figure
+
+
+def pareto(trials: list[FrozenTrial], front: list[int], plan: Plan) -> Figure:
+    """Both scores of every trial; those that no other beats in both are numbered and joined."""
+    figure, panels = _panels(1, 1, plan.study)
+    axes = panels[0][0]
+    best = sorted((trial for trial in trials if trial.number in front), key=lambda trial: trial.values[0])
+    rest = [trial.values for trial in trials if trial.number not in front]
+    if rest:
+        axes.scatter(*zip(*rest, strict=True), color=PRUNED, edgecolor=EDGE, linewidth=0.5, label="other trials")
+    first, second = zip(*(trial.values for trial in best), strict=True)
+    axes.plot(first, second, "o-", color=LINE, label="front")
+    for trial in best:
+        axes.annotate(str(trial.number), trial.values, textcoords="offset points", xytext=(6, 4))
+    axes.set(xlabel=plan.objectives[0], ylabel=plan.objectives[1])
+    _legend(figure, panels)
+    return figure
+
+
+def _points(axes: Axes, x: list[float], trials: list[FrozenTrial], plan: Plan, objective: int) -> None:
+    """Trials that got to their end as dots, pruned ones as crosses."""
+    y = [scores(trial, plan)[objective] for trial in trials]
+    for label, state, style in (
+        ("complete", TrialState.COMPLETE, {"color": FULL, "marker": "o"}),
+        ("pruned", TrialState.PRUNED, {"color": EDGE, "marker": "x"}),
+    ):
+        of_it = [i for i, trial in enumerate(trials) if trial.state == state]
+        if of_it:
+            axes.scatter([x[i] for i in of_it], [y[i] for i in of_it], label=label, zorder=3, **style)
+
+
+def _panels(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """A figure with axes (rows, columns)."""
+    figure = Figure(figsize=(max(5.5, 3.6 * columns), 0.6 + 3.2 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _legend(figure: Figure, panels: np.ndarray) -> None:
+    """One legend for all panels, below them."""
+    known = {}
+    for axes in panels.flat:
+        known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)

@@ -1,0 +1,97 @@
+"""What a search found, as files: a row per trial, the best settings, and those written into the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from attune.config import ConfigError, read_params, rewrite, write_yaml
+from attune.search.space import drawn
+from attune.search.study import RETRY_OF, Plan
+
+BEST = "best_params.yaml"
+
+
+def table(trials: Sequence[FrozenTrial], plan: Plan) -> pd.DataFrame:
+    """A row per trial: number, state, parameters, a score per objective, seconds, prompts scored, host.
+
+    A pruned trial's score is the last it reported, or the mean over its prompts as far as they were scored; `retry_of`
+    is the trial that died with its process and was done again here.
+    """
+    rows = []
+    for trial in trials:
+        known = trial.user_attrs
+        rows.append(
+            {"number": trial.number, "state": trial.state.name.lower()}
+            | {key: drawn(trial.params).get(key) for key in plan.space}
+            | dict(zip(plan.objectives, scores(trial, plan), strict=True))
+            | {key: known.get(key) for key in ("seconds", "prompts", "host", RETRY_OF, "error")}
+        )
+    frame = pd.DataFrame(rows)
+    return frame.astype({"prompts": "Int64", RETRY_OF: "Int64"}) if rows else frame
+
+
+def scores(trial: FrozenTrial, plan: Plan) -> list[float]:
+    """A trial's score per objective, nan where there is none."""
+    if trial.state == TrialState.COMPLETE:
+        return list(trial.values)
+    reports = list(trial.intermediate_values.values())
+    if trial.state != TrialState.PRUNED or not reports:
+        return [float("nan")] * len(plan.objectives)
+    return [float(np.mean(reports)) if plan.pruner == "wilcoxon" else reports[-1]]
+
+
+def best(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
+    """The trial with the highest score; None if none got to its end.
+
+    Of two objectives, the one of the Pareto front whose scores, each from 0 to 1 over the front, have the highest sum.
+    """
+    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        return None
+    if len(plan.objectives) == 1:
+        return study.best_trial
+    front = study.best_trials
+    values = np.array([trial.values for trial in front])
+    span = np.ptp(values, axis=0)
+    relative = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
+    return front[int(relative.sum(axis=1).argmax())]
+
+
+def write(study: optuna.Study, plan: Plan, names: dict[str, str], folder: Path) -> FrozenTrial | None:
+    """Writes trials.csv and, if there is a best trial, best_params.yaml; returns that trial.
+
+    Args:
+        names: profile and run, for whoever applies the settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trials = study.get_trials(deepcopy=False)
+    table(trials, plan).to_csv(folder / "trials.csv", index=False)
+    found = best(study, plan)
+    if found is not None:
+        facts: dict[str, Any] = {**names, "study": plan.study, "trial": found.number}
+        facts["scores"] = dict(zip(plan.objectives, (round(value, 6) for value in found.values), strict=True))
+        write_yaml(facts | {"params": drawn(found.params)}, folder / BEST)
+    return found
+
+
+def apply(folder: Path, profile: str, run: str) -> dict[str, Any]:
+    """Writes the best settings into the run's block of the parameters, and returns them.
+
+    Raises:
+        ConfigError: there are none, or they are those of another profile or run.
+    """
+    file = folder / BEST
+    if not file.exists():
+        raise ConfigError(f"{file}: is not there; run the search first")
+    found = read_params(file)
+    for key, wanted in {"profile": profile, "run": run}.items():
+        if found.get(key) != wanted:
+            raise ConfigError(f"{file}: {key} is {found.get(key)!r}, and {wanted!r} is to be changed")
+    rewrite({f"profiles.{profile}.methods.{run}.{key}": value for key, value in found["params"].items()})
+    return found["params"]

@@ -1,0 +1,44 @@
+"""The search space: what Optuna may draw for a run's settings, and the settings a trial then has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from attune.blocks import Block, Dimension
+from attune.config import number_type, put
+
+DIGITS = 3  # of a drawn number: more would only be harder to read
+
+
+def distributions(space: Mapping[str, Dimension], method: type[Block]) -> dict[str, BaseDistribution]:
+    """Dotted key -> what is drawn for it, whole numbers where the method's Config wants them."""
+    return {key: _distribution(dimension, method, key) for key, dimension in space.items()}
+
+
+def _distribution(dimension: Dimension, method: type[Block], key: str) -> BaseDistribution:
+    if dimension.choices is not None:
+        return CategoricalDistribution(dimension.choices)
+    if number_type(method, key, key) is int:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def cells(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
+    """Every combination of a grid's choices, the last key changing fastest."""
+    return [dict(zip(space, values, strict=True)) for values in product(*(d.choices for d in space.values()))]
+
+
+def drawn(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's parameters as they are trained with and written down: floats rounded to three digits."""
+    return {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in params.items()}
+
+
+def settings(block: Mapping[str, Any], fixed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's block with what all trials share, and what this one has drawn."""
+    for key, value in {**fixed, **params}.items():
+        block = put(block, key, value)
+    return dict(block)

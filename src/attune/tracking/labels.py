@@ -1,0 +1,103 @@
+"""What a run is called and found by: its tags, its pipeline, and the columns it fills in the UI's table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from attune.hashing import values_sha
+
+HOST = socket.gethostname()
+CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
+BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
+Tree = Mapping[str, Any]
+
+
+def own_tags(stage: str, params: Tree) -> dict[str, str]:
+    """Tags of a run: what ran, on which code and parameters, as which process of which host."""
+    commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--", *CODE)
+    env = os.environ.get
+    tuned = "true" if any(map(BLOCK.match, flatten(params))) else None  # a row that is to be compared by its settings
+    known = {"tuned": tuned, "kind": "stage", "dvc.stage": env("DVC_STAGE", stage), "dvc.exp": env("DVC_EXP_NAME")}
+    known |= {"git.commit": commit, "git.dirty": {None: None, "": "false"}.get(changes, "true")}
+    known |= {"params.sha": values_sha(params), "mlflow.user": env("USER"), **process()}
+    known |= {"mlflow.source.git.commit": commit, "mlflow.source.name": known["dvc.stage"]}
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def process() -> dict[str, str]:
+    """Tags that tell whether the process of a run is alive still."""
+    me = psutil.Process()
+    return {"host": HOST, "pid": str(me.pid), "pid.created": str(me.create_time())}
+
+
+def alive() -> dict[int, float]:
+    """Process id -> time of birth in s, of all that live on this host."""
+    processes = psutil.process_iter(["create_time", "status"])
+    return {p.pid: p.info["create_time"] for p in processes if p.info["status"] != psutil.STATUS_ZOMBIE}
+
+
+def pipeline(tags: Mapping[str, str]) -> dict[str, Any] | None:
+    """Identity, name and tags of the run that groups the stages of one `dvc repro`; None outside of DVC."""
+    name = os.environ.get("DVC_EXP_NAME")
+    identity = plain(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _repro()
+    if identity is None:
+        return None
+    shared = {key: tags[key] for key in tags.keys() & {"git.commit", "git.dirty", "profile", "dvc.exp"}}
+    tags = shared | {"kind": "pipeline", "pipeline.id": identity}
+    return {"id": identity, "name": name or time.strftime("repro %Y-%m-%d %H:%M:%S"), "tags": tags}
+
+
+def columns(params: Tree) -> dict[str, str]:
+    """Nested parameters as columns of the table: flat, and `beta` for `methods.<run>.beta` of every run.
+
+    Where two methods' settings are in one tree, their names stay long.
+    """
+    flat = flatten(params)
+    short = {key: BLOCK.sub("", key, count=1) if BLOCK.match(key) else key for key in flat}
+    names = list(short.values())
+    return {plain(short[key] if names.count(short[key]) == 1 else key): text for key, text in flat.items()}
+
+
+def flatten(params: Tree, prefix: str = "") -> dict[str, str]:
+    """Nested parameters as {"a.b": text}: strings as they are, the rest as JSON (null, true, [1, 2]); 10.0 is 10."""
+    flat: dict[str, str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            value = int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def plain(text: str) -> str:
+    """A name that MLflow accepts for metrics, params and images."""
+    return os.path.normpath(re.sub(r"[^\w\-./ ]", "_", text, flags=re.ASCII)).lstrip("/.")[:250] or "_"
+
+
+def _repro() -> str | None:
+    """Identity of the dvc process that runs this one: host, pid, time of birth in s; None without one."""
+    for ancestor in psutil.Process().parents():
+        words = [Path(word).name for word in ancestor.as_dict(["cmdline"], ad_value=[])["cmdline"][:3]]
+        if words and (words[0] == "dvc" or (words[0].startswith("python") and "dvc" in words)):
+            return f"{HOST}-{ancestor.pid}-{ancestor.create_time():.0f}"
+    return None
+
+
+def _git(*words: str) -> str | None:
+    """What git says about the cwd, an experiment's own checkout; None without git or a repository."""
+    command = ["git", "--no-optional-locks", *words]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return None

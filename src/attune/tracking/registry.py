@@ -1,0 +1,132 @@
+"""The model registry: which adapter is the champion, with what is needed to challenge it.
+
+Unlike runs, a registration is asked for by name and must tell when it fails: everything in here raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from attune.tracking import store as stores
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+LIBRARIES = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model: its number in the registry, the run it was logged in, and its tags."""
+
+    number: str
+    run_id: str
+    tags: Mapping[str, str]
+
+
+def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
+    """The version that holds an alias; None if none does.
+
+    Raises: mlflow.exceptions.MlflowException, where the store is away.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = _client(uri, root).get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return Version(str(found.version), found.run_id, found.tags)
+
+
+def scores_of(model: Version, folder: Path, uri: str, root: Path) -> Path:
+    """Fetches a version's score table into a folder."""
+    return Path(_client(uri, root).download_artifacts(model.run_id, model.tags["scores"], str(folder)))
+
+
+def register(
+    name: str, adapter: Path, base_model: str, scores: Path, tags: Mapping[str, str], place: tuple[str, Path]
+) -> Version:
+    """Logs an adapter as an MLflow model with its score table, and registers it as a new version without alias.
+
+    Args:
+        adapter: folder of a LoRA, as `Policy.save` writes it.
+        base_model: what it was trained on: a hub id, or a folder, whose absolute path is baked in.
+        place: uri and root of the store, as `tracking.run` takes them.
+    """
+    import mlflow
+
+    client, tags = _client(*place), {**tags, "scores": scores.name}
+    store = stores.connect(stores.chosen(place[0]), place[1])
+    base = str(Path(base_model).resolve()) if Path(base_model).exists() else base_model
+    run = client.create_run(store.experiment, run_name=f"{name}/{tags['run']}", tags={"kind": "model", **tags})
+    try:
+        client.log_artifact(run.info.run_id, str(scores))
+        with _fluent(client.tracking_uri), mlflow.start_run(run_id=run.info.run_id):
+            info = mlflow.diffusers.log_model(
+                adapter_path=str(adapter),
+                base_model=base,
+                name="adapter",
+                registered_model_name=name,
+                pip_requirements=[f"{library}=={version(library)}" for library in LIBRARIES],
+            )
+    except BaseException:
+        client.set_terminated(run.info.run_id, "FAILED")
+        raise
+    number = str(info.registered_model_version)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, number, key, value)
+    return Version(number, run.info.run_id, tags)
+
+
+def appoint(name: str, alias: str, number: str, uri: str, root: Path) -> None:
+    """Gives a version an alias and takes it from any other; the champion is no challenger."""
+    client = _client(uri, root)
+    client.set_registered_model_alias(name, alias, number)
+    rival = holder(name, CHALLENGER, uri, root)
+    if alias == CHAMPION and rival is not None and rival.number == number:
+        client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def load(name: str, uri: str, root: Path) -> Any:
+    """The champion as `mlflow.diffusers.load_model` gives it, its `load_pipeline()` is a diffusers pipeline.
+
+    Its base is pinned to the commit it was trained on, where MLflow pins what was newest when it was registered.
+
+    Raises: LookupError, where there is none.
+    """
+    import mlflow
+
+    if (found := holder(name, CHAMPION, uri, root)) is None:
+        raise LookupError(f"no version of {name} holds the alias {CHAMPION}")
+    with _fluent(_client(uri, root).tracking_uri):
+        model = mlflow.diffusers.load_model(f"models:/{name}@{CHAMPION}")
+    return replace(model, base_model_revision=found.tags.get("base.revision"))
+
+
+@contextmanager
+def _fluent(uri: str) -> Iterator[None]:
+    """MLflow's global store, for what only its fluent functions can do."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+def _client(uri: str, root: Path) -> Any:
+    stores.prepare()
+    stores.connect(stores.chosen(uri), root)
+    from mlflow import MlflowClient
+
+    place = stores.absolute(stores.chosen(uri), root)
+    return MlflowClient(tracking_uri=place, registry_uri=place)

@@ -1,0 +1,248 @@
+"""The tracking store: MLflow, told what the spools hold. Everything in here may fail, and may be done again.
+
+Sent twice is stored once: runs are found by our own uid before they are created, a database knows a point by its key,
+time, step and value, files overwrite themselves, and tags, parameters and data sets are sets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from attune.tracking import spool as spools
+from attune.tracking.labels import HOST, alive
+
+EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
+# A shared view of the UI, `?viewStateShareKey=attune`: trainings and trials in one table by what was set and scored.
+SHOWN = ("tags.`method`", "tags.`trial.state`", "params.`beta`", "params.`lr`", "metrics.`score`")
+SHOWN += tuple(f"metrics.`{s}`" for s in ("oracle", "pickscore", "hpsv2", "aesthetic", "imagereward", "clipscore"))
+VIEW = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
+VIEW |= {"orderByKey": "attributes.start_time", "orderByAsc": False}
+TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
+DEFAULT = "sqlite:///mlflow.db"
+# Unless told otherwise MLflow phones home, and retries for minutes before it admits that a server is away.
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
+ENVIRONMENT |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed"}  # of a trial
+
+
+class Pending(Exception):
+    """What a record refers to has not reached the store yet."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store. `client` and ids are explicit throughout: no MLFLOW_RUN_ID or active run can hijack a run."""
+
+    client: Any  # mlflow.MlflowClient
+    experiment: str
+    root: Path
+
+
+def chosen(uri: str) -> str:
+    """The store meant by "default": $MLFLOW_TRACKING_URI, or a database in the root."""
+    return os.environ.get("MLFLOW_TRACKING_URI", DEFAULT) if uri == "default" else uri
+
+
+def prepare() -> None:
+    """Sets MLflow's defaults and imports it; in the main thread, as two threads importing at once can break both."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import mlflow
+    import mlflow.store.artifact.local_artifact_repo
+    import mlflow.store.artifact.mlflow_artifacts_repo
+    import mlflow.store.tracking.rest_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+def absolute(uri: str, root: Path) -> str:
+    """A sqlite path counts from the root, as an experiment's cwd is a temporary folder."""
+    return f"sqlite:///{root / uri.removeprefix('sqlite:///')}" if uri.startswith("sqlite:///") else uri
+
+
+def connect(uri: str, root: Path) -> Store:
+    """Opens the store, creates what is missing, and ends the runs of dead processes."""
+    from mlflow import MlflowClient
+
+    # One lock around all of it: processes that create one store at once break it for good.
+    with FileLock(root / ".mlflow-init.lock", timeout=120):
+        place = absolute(uri, root)
+        if place.startswith("sqlite:///"):
+            with closing(sqlite3.connect(place.removeprefix("sqlite:///"), timeout=20)) as connection:
+                connection.execute("pragma journal_mode=wal")  # four writers: 15 ms a call instead of 60
+        client = MlflowClient(tracking_uri=place)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is None:
+            # A server knows where its artifacts go; else MLflow would take the creator's cwd.
+            location = None if place.startswith("http") else str(root / "mlruns")
+            store = Store(client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TAGS), root)
+        else:
+            store = Store(client, found.experiment_id, root)
+            for key in [key for key, text in TAGS.items() if found.tags.get(key) != text]:
+                client.set_experiment_tag(store.experiment, key, TAGS[key])
+        bury(store)
+    return store
+
+
+def bury(store: Store) -> None:
+    """Sets KILLED on runs left RUNNING by processes of this host that are gone, unless a spool knows better."""
+    born = alive()
+    for found in store.client.search_runs([store.experiment], f"status = 'RUNNING' AND tags.host = '{HOST}'"):
+        tags = found.data.tags
+        if spools.waiting(store.root, tags.get("attune.uid", "-")):
+            continue
+        if abs(born.get(int(tags["pid"]), 0.0) - float(tags["pid.created"])) > 2:  # s: pids are reused, clocks adjusted
+            _end(store, found.info.run_id, "KILLED", None, tags.get("kind"))
+
+
+def open_run(store: Store, opening: Mapping[str, Any]) -> str:
+    """The run's id in the store, where it is found by its uid, gone on with, or created."""
+    if opening.get("resume") and (known := _resumed(store, opening)):
+        return known
+    if found := _find(store, opening["uid"]):
+        return found
+    tags = {**opening["tags"], "attune.uid": opening["uid"]}
+    run = store.client.create_run(store.experiment, start_time=opening["time"], tags=tags, run_name=opening["name"])
+    return run.info.run_id
+
+
+def deliver(store: Store, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
+    """Tells the store one record of a run; what is not known here was torn, and is left out."""
+    client = store.client
+    match record.get("op"):
+        case "log":
+            send_points(store, run_id, [record])
+        case "params":
+            _send_params(store, run_id, record["params"])
+        case "tags":
+            for key, value in record["tags"].items():
+                client.set_tag(run_id, key, value)
+        case "parent":
+            client.set_tag(run_id, "mlflow.parentRunId", _parent(store, record["above"]))
+        case "note":
+            send_points(store, resolve(store, record["run"]), [record])
+        case "artifact":
+            client.log_artifact(run_id, str(folder / record["file"]), record.get("to"))
+        case "dataset":
+            client.log_inputs(run_id, datasets=[_dataset(record)])
+        case "end":
+            _end(store, run_id, record["status"], record.get("at", record["time"]), record.get("kind"))
+
+
+def send_points(store: Store, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """All points of some `log` records, in as few calls as MLflow allows."""
+    from mlflow.entities import Metric
+
+    points = [Metric(k, v, record["time"], record["step"]) for record in records for k, v in record["metrics"].items()]
+    for some in _chunks(points, POINTS):
+        store.client.log_batch(run_id, metrics=some, synchronous=True)
+
+
+def resolve(store: Store, run: str) -> str:
+    """The store's id of a run that was known by its uid, or by that id.
+
+    Raises:
+        Pending: it waits in a spool.
+        ValueError: nobody knows it.
+    """
+    if not run.startswith(spools.UID):
+        return run
+    if found := _find(store, run):
+        return found
+    if spools.waiting(store.root, run):
+        raise Pending(f"run {run} is not in the store yet")
+    raise ValueError(f"no run {run} in the store")
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether what was given is at fault, and not the store: an unknown run, a bad value, a missing file."""
+    if isinstance(error, json.JSONDecodeError):  # something else than a tracking server has answered
+        return False
+    wrong = isinstance(error, TypeError | ValueError | LookupError | AttributeError | FileNotFoundError)
+    return wrong or getattr(error, "error_code", "") in REFUSALS
+
+
+def is_deleted(store: Store, run_id: str) -> bool:
+    """Whether somebody has deleted the run in the UI: it then refuses all, whatever it is.
+
+    Raises: MlflowException, where the store has lost the run; it is then opened anew.
+    """
+    return store.client.get_run(run_id).info.lifecycle_stage == "deleted"
+
+
+def answers(store: Store) -> bool:
+    """Whether the store is there."""
+    try:
+        store.client.get_experiment(store.experiment)
+    except Exception:
+        return False
+    return True
+
+
+def _find(store: Store, uid: str) -> str | None:
+    from mlflow.entities import ViewType
+
+    where = f"tags.`attune.uid` = '{uid}'"
+    found = store.client.search_runs([store.experiment], where, run_view_type=ViewType.ALL, max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def _resumed(store: Store, opening: Mapping[str, Any]) -> str | None:
+    """The run to go on with, RUNNING again and ours; None if this store has none such."""
+    try:
+        run_id = resolve(store, opening["resume"])
+        store.client.update_run(run_id, status="RUNNING")
+    except Exception as error:
+        if is_refusal(error):
+            return None
+        raise
+    for key in ("host", "pid", "pid.created"):
+        store.client.set_tag(run_id, key, opening["tags"][key])
+    return run_id
+
+
+def _send_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    for some in _chunks([Param(key, text[:PARAM_CHARS]) for key, text in params.items()], PARAMS):
+        store.client.log_batch(run_id, params=some, synchronous=True)
+
+
+def _parent(store: Store, above: str | Mapping[str, Any]) -> str:
+    """A sweep's run, or the run that groups the stages of one repro or experiment: that is created if need be."""
+    if isinstance(above, str):
+        return resolve(store, above)
+    with FileLock(store.root / ".mlflow-init.lock", timeout=120):  # or two stages would create one each
+        where = f"tags.`pipeline.id` = '{above['id']}'"
+        found = store.client.search_runs([store.experiment], where, max_results=1)
+        if not found:
+            found = [store.client.create_run(store.experiment, tags=above["tags"], run_name=above["name"])]
+            store.client.set_terminated(found[0].info.run_id)  # nobody is there to do it when the last stage ends
+    return found[0].info.run_id
+
+
+def _dataset(record: Mapping[str, Any]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    fields = {key: record[key] for key in ("name", "digest", "source", "profile")}
+    return DatasetInput(Dataset(source_type="local", **fields), [InputTag("mlflow.data.context", record["context"])])
+
+
+def _end(store: Store, run_id: str, status: str, at: int | None, kind: str | None) -> None:
+    if kind == "trial" and status != "FINISHED":
+        store.client.set_tag(run_id, "trial.state", STATES[status])
+    store.client.set_terminated(run_id, status, end_time=at)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

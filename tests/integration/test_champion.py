@@ -1,0 +1,148 @@
+"""The champion in a real registry: who gets the alias, who does not, and that what was registered paints the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from attune.assembly import load_policy
+from attune.config import load
+from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, write_scores
+from attune.evaluation.summary import summarise
+from attune.painting import paint
+from attune.stages.champion import challenge
+from attune.tracking import registry
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+NAME = "attune-tiny"
+PROMPTS = [f"prompt {i:02d}" for i in range(40)]
+PROTOCOL = Protocol(hash_prompts(PROMPTS), 40, 1, "ddim", 20, 0.0, 1.0, 32, "float32", 0, (("oracle", "x", "x"),))
+BASE = np.random.default_rng(0).normal(0, 0.1, 40)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Uri and root of a store; the working directory has the embedded models and two adapters of random weights."""
+    before, environment = Path.cwd(), dict(os.environ)
+    for key in [key for key in os.environ if key.startswith(("DVC_", "MLFLOW_", "ATTUNE_"))]:
+        del os.environ[key]
+    root = tmp_path_factory.mktemp("champion")
+    (root / "models").mkdir()
+    (root / "models/embedded").symlink_to(ROOT / "models/embedded")
+    shutil.copy(ROOT / "params.yaml", root)
+    os.chdir(root)
+    for seed, name in enumerate(("dpo", "spo")):
+        policy = load_policy(load()[1])
+        policy.add_adapter(4, seed, "attention")
+        for weight in policy.parameters():
+            weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        policy.save(root / "models" / name)
+    yield "sqlite:///mlflow.db", root
+    os.chdir(before)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
+    """Score tables and summary of runs that gain this much on every prompt, give or take 0.05."""
+    noise = np.random.default_rng(1).normal(0, 0.05, 40)
+    noise -= noise.mean()
+    tables = {}
+    for name, gain in {"base": None, **gains}.items():
+        values = BASE if gain is None else BASE + gain + noise
+        tables[name] = pd.DataFrame({"prompt": PROMPTS, "ordinal": 0, "file": "x.png", "oracle": values})
+        write_scores(f"reports/scores/{name}.parquet", tables[name], protocol)
+    Path("reports/summary.json").write_text(json.dumps(summarise(tables, protocol)))
+
+
+def _holder(place, alias: str) -> tuple[str, str] | None:
+    found = registry.holder(NAME, alias, *place)
+    return found and (found.number, found.tags["run"])
+
+
+def _challenge(place, **options: bool) -> str:
+    return challenge(NAME, load()[1], place, **options)
+
+
+def test_a_champion_is_made_defended_and_replaced(place):
+    """Nobody, dpo (the first), dpo again, spo as challenger, spo as champion; nobody is registered twice.
+
+    Both share their noise, so spo's difference to dpo is the same on every prompt: first -0.001, then +0.3, with
+    intervals of no width.
+    """
+    _report({"dpo": -0.1, "spo": 0.0})
+    assert "nothing to register" in _challenge(place)
+    _report({"dpo": 0.2})
+    assert _challenge(place) == f"dpo, version 1 of {NAME}, is the champion: there was none"
+    assert _challenge(place) == f"dpo is champion already, version 1 of {NAME}"
+    _report({"spo": 0.199})
+    assert "is registered as challenger: it does not beat version 1 (dpo)" in _challenge(place)
+    assert (_holder(place, "champion"), _holder(place, "challenger")) == (("1", "dpo"), ("2", "spo"))
+    assert "challenger already" in _challenge(place)
+    shutil.rmtree("models/spo")
+    shutil.copytree("models/dpo", "models/spo")  # other weights, trained anew
+    file = Path("models/spo/pytorch_lora_weights.safetensors")
+    _shift(file)
+    _report({"spo": 0.5})
+    told = _challenge(place)
+    assert f"spo, version 3 of {NAME}, is the champion: it beats version 1 (dpo), oracle +0.3000" in told
+    assert "n = 40 prompts" in told
+    assert _holder(place, "champion") == ("3", "spo")
+
+
+def _shift(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_the_champion_paints_what_the_adapter_painted(place):
+    """diffusers, with base and adapter from the registry alone, against attune with the adapter's own file."""
+    prompt, seed = "a red circle", 7
+    _, profile = load()
+    policy = load_policy(profile)
+    policy.load("models/spo")
+    ours = paint(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
+    bare = paint(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(prompt, 0, seed)))[None]
+    settings = {"num_inference_steps": profile.generate.sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
+    theirs = np.asarray(pipe(prompt, latents=noise, **settings).images[0])
+    assert np.abs(ours.astype(int) - theirs).max() <= 1  # of 255
+    assert np.abs(ours.astype(int) - bare).max() > 10  # an adapter that did nothing would agree as well
+
+
+def test_scores_of_another_protocol_are_no_match(place):
+    other = Protocol.from_dict(PROTOCOL.to_dict() | {"steps": 50})
+    _report({"dpo": 0.9}, other)
+    before = _holder(place, "champion")
+    with pytest.raises(ValueError, match=f"under protocol {PROTOCOL.sha}, the best run here under {other.sha}"):
+        _challenge(place)
+    assert _holder(place, "champion") == before
+    assert "dpo" in _challenge(place, anew=True)
+    assert _holder(place, "champion")[1] == "dpo"
+
+
+def test_what_cannot_be_registered_is_named(place):
+    _report({"full": 0.9})
+    assert "nothing to register" in _challenge(place)  # no folder: trained elsewhere
+    (Path("models/full/unet")).mkdir(parents=True)
+    with pytest.raises(ValueError, match="full is a whole denoiser; only adapters"):
+        _challenge(place)
+    _report({"spo": 0.9}, Protocol.from_dict(PROTOCOL.to_dict() | {"seed": 1}))
+    stale = json.loads(Path("reports/summary.json").read_text())
+    _report({"spo": 0.9})
+    Path("reports/summary.json").write_text(json.dumps(stale))
+    with pytest.raises(ValueError, match="of different protocols: `dvc repro` first"):
+        _challenge(place)

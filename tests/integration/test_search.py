@@ -1,0 +1,199 @@
+"""The workers of a search: real processes on a real journal, SQLite and PostgreSQL, some of them killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+import searching
+from attune import tracking
+from attune.search import workers
+from attune.search.study import RETRY_OF, Plan, SearchError, create
+
+pytestmark = pytest.mark.integration
+
+X = {"x": FloatDistribution(0, 10)}
+
+
+@pytest.fixture(scope="module")
+def database():
+    programs = searching.postgres_programs()
+    if programs is None:
+        pytest.skip("needs PostgreSQL's initdb: apt-get install postgresql")
+    with searching.postgres(programs) as address:
+        yield address
+
+
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
+def storage(request, tmp_path) -> str:
+    if request.param == "postgresql":
+        return request.getfixturevalue("database")
+    return str(tmp_path / "journal") if request.param == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def states(study: optuna.Study) -> Counter[TrialState]:
+    return Counter(trial.state for trial in study.get_trials())
+
+
+def begun(folder: Path) -> list[int]:
+    return sorted(int(file.stem) for file in folder.glob("*.begun"))
+
+
+def kill_two_at_work(plan: Plan, folder: Path, runner: threading.Thread) -> list[int]:
+    """Kill -9 of two processes as soon as four are in mid-trial, before any goes on; the trials' numbers."""
+    study = create(plan)
+    while runner.is_alive() and len(begun(folder)) < 4:
+        time.sleep(0.05)
+    assert begun(folder) == [0, 1, 2, 3]
+    for trial in study.get_trials()[1:3]:
+        os.kill(trial.user_attrs["pid"], signal.SIGKILL)
+    (folder / "go").touch()
+    return [1, 2]
+
+
+def test_killed_workers_lose_and_repeat_nothing(storage, tmp_path):
+    """12 trials by 4 workers, 2 of them killed: 12 complete, and 2 that failed, each done again with its parameters.
+
+    A second session adds nothing.
+    """
+    plan = Plan("killed", storage, X, trials=12)
+    objective = searching.Parabola(tmp_path, go="go")
+    runner = threading.Thread(target=workers.run, args=(plan, objective, [None] * 4))
+    runner.start()
+    killed = kill_two_at_work(plan, tmp_path, runner)
+    runner.join(timeout=120)
+    assert not runner.is_alive()
+    study = create(plan)
+    check_done_again(study, killed, tmp_path)
+    workers.run(plan, objective, [None])
+    assert len(study.get_trials()) == 14
+
+
+def check_done_again(study: optuna.Study, killed: list[int], folder: Path) -> None:
+    trials = study.get_trials()
+    assert states(study) == {TrialState.COMPLETE: 12, TrialState.FAIL: 2}
+    assert begun(folder) == list(range(14))
+    for number in killed:
+        (retry,) = [trial for trial in trials if trial.user_attrs.get(RETRY_OF) == number]
+        assert trials[number].state == TrialState.FAIL
+        assert retry.params == trials[number].params
+
+
+def test_killed_workers_in_mlflow(tmp_path, monkeypatch):
+    """The same: 12 runs FINISHED and 2 KILLED below the sweep's."""
+    monkeypatch.setenv("ATTUNE_TRACKING", "on")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    plan = Plan("killed", str(tmp_path / "journal"), X, trials=12)
+    with tracking.sweep("sweep", {}, tags={}, uri=uri, root=tmp_path) as parent:
+        objective = searching.Parabola(tmp_path, go="go", parent=parent.run_id, uri=uri)
+        options = {"bury": lambda: tracking.bury(uri, tmp_path)}
+        runner = threading.Thread(target=workers.run, args=(plan, objective, [None] * 4), kwargs=options)
+        runner.start()
+        killed = kill_two_at_work(plan, tmp_path, runner)
+        runner.join(timeout=240)
+    check_done_again(create(plan), killed, tmp_path)
+    assert mlflow_states(uri, parent.run_id) == {"FINISHED": 12, "KILLED": 2}
+
+
+def mlflow_states(uri: str, parent: str) -> Counter[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    found = client.search_runs([client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return Counter(run.info.status for run in found)
+
+
+def test_two_hosts_start_one_study_at_once(database, tmp_path):
+    """Two coordinators meet in an empty database: 8 trials wanted, 8 done, none by two."""
+    plan = Plan("two hosts", database, X, trials=8)
+    errors: list[BaseException] = []
+
+    def session() -> None:
+        try:
+            workers.run(plan, searching.Parabola(tmp_path, 0.2), [None] * 2)
+        except BaseException as error:
+            errors.append(error)
+
+    hosts = [threading.Thread(target=session) for _ in range(2)]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(timeout=120)
+    assert not errors
+    assert states(create(plan)) == {TrialState.COMPLETE: 8}
+    assert begun(tmp_path) == list(range(8))
+
+
+def test_a_grid_has_each_cell_once(storage, tmp_path):
+    """3 workers, 2 x 3 cells: Optuna's own GridSampler gave 14 trials for 12 cells."""
+    space = {"x": CategoricalDistribution([1.0, 2.0]), "y": CategoricalDistribution(["a", "b", None])}
+    cells = tuple({"x": x, "y": y} for x in (1.0, 2.0) for y in ("a", "b", None))
+    plan = Plan("grid", storage, space, trials=6, cells=cells, sampler="grid")
+    study = workers.run(plan, searching.Parabola(tmp_path, 0.1), [None] * 3)
+    done = Counter(json.dumps(trial.params, sort_keys=True) for trial in study.get_trials())
+    assert done == {json.dumps(cell, sort_keys=True): 1 for cell in cells}
+    assert states(study) == {TrialState.COMPLETE: 6}
+    assert states(workers.run(plan, searching.Parabola(tmp_path), [None])) == {TrialState.COMPLETE: 6}
+
+
+def test_more_trials_may_be_asked_for_later(tmp_path):
+    objective, storage = searching.Parabola(tmp_path), str(tmp_path / "journal")
+    assert len(workers.run(Plan("s", storage, X, trials=2), objective, [None]).get_trials()) == 2
+    assert len(workers.run(Plan("s", storage, X, trials=5), objective, [None] * 3).get_trials()) == 5
+
+
+def test_one_worker_repeats_exactly(tmp_path):
+    """Trial n's numbers come from seed and n alone."""
+
+    def drawn(name: str, seed: int) -> list[float]:
+        (tmp_path / name).mkdir()
+        plan = Plan("s", str(tmp_path / name / "journal"), X, trials=8, seed=seed)
+        study = workers.run(plan, searching.Parabola(tmp_path / name), [None])
+        return [trial.params["x"] for trial in study.get_trials()]
+
+    first = drawn("a", 0)
+    assert first == drawn("b", 0)
+    assert first != drawn("c", 1)
+
+
+def test_a_trial_that_fails_of_itself_does_not_end_its_worker(tmp_path):
+    """Its turn is over: 8 trials in all, by one process."""
+    plan = Plan("s", str(tmp_path / "journal"), X, trials=8)
+    study = workers.run(plan, searching.fails_above_5, [None])
+    found = study.get_trials()
+    assert len(found) == 8
+    assert len({trial.user_attrs["pid"] for trial in found}) == 1
+    for trial in found:
+        failed = trial.params["x"] > 5
+        assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
+        assert trial.user_attrs.get("error") == ("RuntimeError: out of memory" if failed else None)
+    assert 0 < states(study)[TrialState.FAIL] < 8
+
+
+def test_where_all_fail_the_search_ends_and_says_why(tmp_path):
+    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
+    with pytest.raises(SearchError, match=r"first 3 trials have all failed.*ArithmeticError: loss is nan"):
+        workers.run(plan, searching.always_fails, [None])
+
+
+def test_a_mistake_ends_the_search_at_once(tmp_path):
+    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
+    with pytest.raises(SearchError, match="KeyError: 'no such scorer'"):
+        workers.run(plan, searching.is_mistaken, [None] * 2)
+    assert len(create(plan).get_trials()) <= 2
+
+
+def test_no_trial_starts_after_the_deadline(tmp_path):
+    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
+    study = workers.run(plan, searching.Parabola(tmp_path), [None], deadline=time.time() - 1)
+    assert study.get_trials() == []

@@ -1,0 +1,326 @@
+"""The space, the block `search.<run>`, who is dead, what pruners end, and the files a search leaves."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+from ruamel.yaml import YAML
+
+import test_architecture as house
+from attune import config, plugins
+from attune.blocks import Dimension
+from attune.config import ConfigError
+from attune.search import figures, results, space, study, sweep, workers
+from attune.search.study import Plan
+from attune.search.trial import keep_if_best, tell, together
+
+ROOT = Path(__file__).parents[2]
+DPO = plugins.config_class("methods", "dpo")
+X = {"x": FloatDistribution(0, 10)}
+
+
+# --- params.yaml ------------------------------------------------------------------------------------------
+
+
+def load(tmp_path: Path, run: str, **changes: Any) -> config.Profile:
+    """params.yaml's profile tiny, with keys of one search changed; None takes a key out."""
+    values = YAML(typ="safe").load(ROOT / "params.yaml")
+    block = {**values["profiles"]["tiny"]["search"][run], **changes}
+    values["profiles"]["tiny"]["search"][run] = {key: value for key, value in block.items() if value is not None}
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(values, file)
+    return config.load(tmp_path / "params.yaml")[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"betta": {"low": 1, "high": 2}}}, r"search\.dpo\.space\.betta: no such key; known keys: .*beta"),
+        ({"space": {"beta": {"low": 0, "high": 2}}}, r"search\.dpo\.space\.beta: 0\.0 does not do: beta: .*greater"),
+        ({"space": {"beta": {"low": 2, "high": 1}}}, r"search\.dpo\.space\.beta: .*low must be less than high"),
+        ({"space": {"beta": {"low": 2}}}, r"search\.dpo\.space\.beta: .*either low and high, or choices"),
+        ({"space": {"optimizer": {"low": 1, "high": 2}}}, r"space\.optimizer: only a number has a range"),
+        ({"space": {"optimizer": {"choices": ["sgd"]}}}, r"space\.optimizer: 'sgd' does not do: optimizer"),
+        ({"space": {"lora.rank": {"low": 0, "high": 8}}}, r"space\.lora\.rank: 0 does not do: lora\.rank"),
+        ({"space": {"lora.size": {"low": 1, "high": 8}}}, r"space\.lora\.size: no such key; known keys: rank"),
+        ({"fixed": {"batch": 3}}, r"search\.dpo\.fixed\.batch: 3 does not do: batch.*known keys"),
+        ({"fixed": {"beta": 3}}, r"fixed\.beta: it is searched"),
+        ({"objectives": ["taste"]}, r"search\.dpo\.objectives: 'taste' is not in scorers"),
+        ({"objectives": ["oracle", "hpsv2"]}, r"pruner: with two objectives"),
+        ({"sampler": "nsgaii"}, r"nsgaii needs two objectives"),
+        ({"sampler": "grid"}, r"a grid needs choices for every key"),
+        ({"trials": None}, r"trials: how many"),
+        ({"storage": "mysql://host/db"}, r"search\.dpo\.storage: "),
+    ],
+)
+def test_a_mistake_is_named_by_its_key(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, "dpo", **changes)
+
+
+def test_a_search_needs_a_block_of_its_run(tmp_path):
+    values = YAML(typ="safe").load(ROOT / "params.yaml")
+    values["profiles"]["tiny"]["search"]["dpo_2"] = values["profiles"]["tiny"]["search"]["dpo"]
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(values, file)
+    with pytest.raises(ConfigError, match=r"search\.dpo_2: profiles\.tiny\.methods has no block of that name"):
+        config.load(tmp_path / "params.yaml")
+
+
+# --- the space --------------------------------------------------------------------------------------------
+
+
+def test_what_is_drawn_is_of_the_settings_own_type():
+    """beta is a float though its bounds are written without a point, lora.rank is whole."""
+    dimensions = {
+        "beta": Dimension(low=100, high=5000, log=True),
+        "lora.rank": Dimension(low=2, high=16),
+        "schedule": Dimension(choices=["constant", "linear"]),
+    }
+    assert space.distributions(dimensions, DPO) == {
+        "beta": FloatDistribution(100.0, 5000.0, log=True),
+        "lora.rank": IntDistribution(2, 16),
+        "schedule": CategoricalDistribution(["constant", "linear"]),
+    }
+
+
+def test_cells_are_every_combination():
+    grid = {"a": Dimension(choices=[1, 2]), "b": Dimension(choices=["x", "y"])}
+    assert space.cells(grid) == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
+
+
+def test_settings_are_the_block_with_what_is_fixed_and_drawn():
+    block = {"lr": 1.0, "batches": 200, "lora": {"rank": 8, "targets": "all"}}
+    made = space.settings(block, {"batches": 60}, space.drawn({"lr": 0.00031415, "lora.rank": 4}))
+    assert made == {"lr": 0.000314, "batches": 60, "lora": {"rank": 4, "targets": "all"}}
+    assert block["lora"]["rank"] == 8
+
+
+# --- the study --------------------------------------------------------------------------------------------
+
+
+def trial(state: TrialState = TrialState.COMPLETE, x: float = 1.0, value: float = 0.0, **attrs: Any):
+    values = value if state == TrialState.COMPLETE else None
+    return create_trial(state=state, params={"x": x}, distributions=X, value=values, user_attrs=attrs)
+
+
+def test_a_dead_trial_makes_room_for_its_retry_and_for_nothing_else():
+    """Wanted 3: one complete, one failed of itself, one lost (number 2). Until it is retried, that one counts."""
+    made = optuna.create_study()
+    for each in (trial(), trial(TrialState.FAIL, error="RuntimeError"), trial(TrialState.FAIL)):
+        made.add_trial(each)
+    plan = Plan("s", "", X, trials=3)
+    assert not study.is_wanted(plan, made.get_trials())
+    made.enqueue_trial({"x": 1.0}, user_attrs={study.RETRY_OF: 2})
+    assert study.is_wanted(plan, made.get_trials())
+    made.ask(X)
+    assert not study.is_wanted(plan, made.get_trials())
+
+
+@pytest.mark.parametrize(
+    ("changes", "dead"),
+    [
+        ({}, False),
+        ({"born": 1.0}, True),  # the process id is another process's by now
+        ({"host": "elsewhere"}, False),
+        ({"host": "elsewhere", "seen": time.time() - 2 * workers.SILENT_SECONDS}, True),
+    ],
+)
+def test_who_is_dead(changes, dead):
+    assert workers.is_dead(trial(TrialState.RUNNING, **(workers.claim() | changes))) is dead
+
+
+def test_a_trial_without_a_claim_died_before_it_began():
+    assert workers.is_dead(trial(TrialState.RUNNING))
+
+
+def test_a_study_is_another_if_its_scores_mean_something_else(tmp_path):
+    def name(**changes: Any) -> str:
+        profile = load(tmp_path, "dpo", **changes)
+        params = config.load(tmp_path / "params.yaml")[0]
+        return sweep.planned("dpo", params, profile, tmp_path).study
+
+    same = name()
+    assert same == name(trials=99, workers=7, minutes=3, storage="sqlite:///x.db")
+    others = [{"prompts": 59}, {"objectives": ["oracle"]}, {"fixed": {"batches": 61}}, {"pruner": "none"}]
+    others.append({"space": {"beta": {"low": 100, "high": 5001}}})
+    assert len({same, *(name(**change) for change in others)}) == 6
+
+
+# --- pruning ----------------------------------------------------------------------------------------------
+
+
+def scored(made: optuna.Study, rows: list[list[float]]) -> list[str]:
+    """Reports each row's values at steps 1, 2, ... as a trial; how many steps each got."""
+    steps = []
+    for row in rows:
+        asked = made.ask()
+        try:
+            for step, value in enumerate(row, 1):
+                tell(asked, {step: value})
+            made.tell(asked, float(np.mean(row)))
+        except optuna.TrialPruned:
+            made.tell(asked, state=TrialState.PRUNED)
+        steps.append(len(made.get_trials()[asked.number].intermediate_values))
+    return steps
+
+
+def test_median_ends_what_is_below_half_of_the_others():
+    """Four full trials with 1, 2, 3, 4 at each of three steps: 2 is below their median 2.5, 3 is above."""
+    made = optuna.create_study(direction="maximize", pruner=study.pruner(Plan("s", "", X, 9, pruner="median")))
+    assert scored(made, [[1.0] * 3, [2.0] * 3, [3.0] * 3, [4.0] * 3, [2.0] * 3, [3.0] * 3]) == [3, 3, 3, 3, 1, 3]
+
+
+def test_hyperband_ends_some_of_many():
+    plan = Plan("s", "", X, 9, pruner="hyperband", resource=(1, 9))
+    made = optuna.create_study(direction="maximize", pruner=study.pruner(plan))
+    steps = scored(made, [[float(-i)] * 9 for i in range(20)])
+    assert steps[0] == 9
+    assert min(steps) < 9
+
+
+def test_wilcoxon_compares_prompt_by_prompt():
+    """Prompts differ by far more than trials do: 0.1 less on every one of them is clear after a few, 0.1 more never."""
+    prompts = list(np.random.default_rng(0).normal(size=40))
+    made = optuna.create_study(direction="maximize", pruner=study.pruner(Plan("s", "", X, 9, pruner="wilcoxon")))
+    steps = scored(made, [prompts, [p - 0.1 for p in prompts], [p + 0.1 for p in prompts]])
+    assert steps[0] == steps[2] == 40
+    assert steps[1] < 12
+
+
+def test_the_score_before_training_says_nothing_of_a_trial():
+    made = optuna.create_study()
+    asked = made.ask()
+    tell(asked, {0: 1.0})
+    assert made.get_trials()[0].intermediate_values == {}
+
+
+# --- results ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched() -> tuple[optuna.Study, Plan]:
+    """beta decides, lr does not; number 2 is pruned, number 3 has failed."""
+    plan = Plan("tiny-dpo-0", "", {"beta": FloatDistribution(1, 100, log=True), "lr": FloatDistribution(0, 1)}, 9)
+    made = optuna.create_study(direction="maximize", study_name=plan.study)
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        asked = made.ask({"beta": plan.space["beta"], "lr": plan.space["lr"]})
+        for key, value in {"host": "here", "seconds": 1.5, "prompts": 6}.items():
+            asked.set_user_attr(key, value)
+        if i == 2:
+            asked.report(-5.0, 3)
+            made.tell(asked, state=TrialState.PRUNED)
+        elif i == 3:
+            asked.set_user_attr("error", "RuntimeError: out of memory")
+            made.tell(asked, state=TrialState.FAIL)
+        else:
+            made.tell(asked, -((np.log10(asked.params["beta"]) - 1) ** 2) + 0.01 * rng.normal())
+    return made, plan
+
+
+def test_the_table_has_a_row_per_trial(searched):
+    table = results.table(searched[0].get_trials(), searched[1])
+    assert list(table) == ["number", "state", "beta", "lr", "score", "seconds", "prompts", "host", "retry_of", "error"]
+    assert table.state.tolist()[1:5] == ["complete", "pruned", "fail", "complete"]
+    assert table.score[2] == -5.0
+    assert np.isnan(table.score[3])
+
+
+def test_beta_is_more_important(searched):
+    """Of what decides between better and worse, and not, as the method's default has it, of what makes for worse."""
+    (shares,) = figures.importances(*searched)
+    assert shares["beta"] > 0.7
+
+
+def test_the_pictures_are_drawn(searched, tmp_path):
+    names = {file.name for file in figures.draw(*searched, tmp_path)}
+    assert names == {"history.png", "slice.png", "importance.png"} == {file.name for file in tmp_path.iterdir()}
+
+
+def test_of_two_objectives_the_best_is_in_the_middle_of_the_front(tmp_path):
+    """(1, 0), (0, 1) and (0.8, 0.7) are the front; their sums over its range are 1, 1 and 1.5."""
+    made = optuna.create_study(directions=["maximize"] * 2)
+    for values in ([1.0, 0.0], [0.0, 1.0], [0.8, 0.7], [0.5, 0.5]):
+        made.add_trial(create_trial(params={"x": 1.0}, distributions=X, values=values))
+    plan = Plan("s", "", X, 4, objectives=("a", "b"))
+    assert results.best(made, plan).number == 2
+    assert "pareto.png" in {file.name for file in figures.draw(made, plan, tmp_path)}
+
+
+def test_apply_changes_the_searched_values_and_not_a_line_more(searched, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    results.write(*searched, {"profile": "tiny", "run": "dpo"}, Path("out"))
+    before = Path("params.yaml").read_text().splitlines()
+    values = results.apply(Path("out"), "tiny", "dpo")
+    after = Path("params.yaml").read_text().splitlines()
+    assert len(before) == len(after)
+    assert [line.split(":")[0].strip() for line, new in zip(before, after, strict=True) if line != new] == [
+        "lr",
+        "beta",
+    ]
+    block = config.read_params()["profiles"]["tiny"]["methods"]["dpo"]
+    assert {key: block[key] for key in values} == values
+    assert set(values) == {"beta", "lr"}
+
+
+def test_apply_takes_only_what_was_found_for_this(searched, tmp_path):
+    with pytest.raises(ConfigError, match=r"best_params\.yaml: is not there; run the search first"):
+        results.apply(tmp_path, "tiny", "dpo")
+    results.write(*searched, {"profile": "tiny", "run": "dpo"}, tmp_path)
+    with pytest.raises(ConfigError, match="profile is 'tiny', and 'sd15' is to be changed"):
+        results.apply(tmp_path, "sd15", "dpo")
+    with pytest.raises(ConfigError, match="run is 'dpo', and 'spo' is to be changed"):
+        results.apply(tmp_path, "tiny", "spo")
+
+
+def test_apply_refuses_to_change_a_block_that_another_profile_shares(tmp_path):
+    """`b` inherits a's methods: a value written there would be a's as well."""
+    text = "profiles:\n  a: &a\n    methods: {dpo: {beta: 1}}\n  b:\n    <<: *a\n"
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"profiles\.b\.methods\.dpo\.beta: another block shares these"):
+        config.rewrite({"profiles.b.methods.dpo.beta": 2}, file)
+    assert file.read_text() == text
+
+
+def test_only_the_best_model_is_kept(tmp_path):
+    for number, score in enumerate([0.2, 0.5, 0.3]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "weights").write_text(str(number))
+        keep_if_best(tmp_path / str(number), tmp_path / "best", {"score": score})
+    assert (tmp_path / "best" / "weights").read_text() == "1"
+    assert not (tmp_path / "1").exists()
+
+
+def test_two_scorers_see_the_same_images():
+    import torch
+
+    both = together([lambda pixels, prompts: pixels.sum(dim=1), lambda pixels, prompts: torch.arange(2.0)])
+    assert both(torch.ones(2, 3), ["a", "b"]).tolist() == [[3.0, 0.0], [3.0, 1.0]]
+
+
+# --- DVC --------------------------------------------------------------------------------------------------
+
+
+def test_dvc_watches_the_code_of_a_sweep():
+    """All that a sweep of dpo runs: what aligning it does, the search, and every scorer."""
+    values = YAML(typ="safe").load(ROOT / "sweeps" / "dvc.yaml")["stages"]["sweep"]["do"]
+    slots = {"key": "dpo", "item.method": "dpo", "item.needs": "data/prepared", "item.code": "src/attune/data"}
+    deps = house.filled(values["deps"], slots)
+    start = {"attune.stages.sweep", "attune.methods.dpo", "attune.backbones.sd"}
+    start |= {f"attune.rewards.{name}" for name in plugins.available("rewards")}
+    modules = house.closure(start, "align") - {m for m in house.files() if m.startswith("attune.tracking")}
+    reached = [house.files()[m].relative_to(ROOT) for m in modules if house.has_code(m)]
+    gaps = [str(file) for file in reached if not house.covered(file, deps)]
+    assert gaps == []
+    assert [dep for dep in deps if dep.startswith("src") and not (ROOT / dep).exists()] == []
