@@ -118,6 +118,7 @@ def of_parts(method, parts):
     return [method.loss(part) for part in parts]
 
 
+@torch.no_grad()
 def test_processes_can_share_its_minibatches(name, new_policy, data, build):
     """Loss and metrics of a minibatch are the means over its rows, be they computed here or there."""
     method, generator = build(name, new_policy(moved=0.1)), batch_generator(0, 0)
