@@ -117,7 +117,7 @@ def judged(run: str, params: Params, profile: Profile, folder: Path, name: str, 
     if file.exists() and json.loads(note.read_text()) == json.loads(json.dumps(block)):
         return np.load(file)
     changed = profile.model_copy(update={"methods": {**profile.methods, run: block}})
-    align(run, method_of(run, params), changed, tracking.Run(), model)
+    align(run, method_of(run, params), changed, tracking.Run(), model, previews=0)
     policy = load_policy(changed)
     policy.load(str(model))
     scorer = together([load_scorer(judge, changed) for judge in JUDGES])

@@ -43,6 +43,7 @@ def align(
     *,
     checkpoints: Path | None = None,
     report: Callable[[int, float], None] = lambda batch, score: None,
+    previews: int = PREVIEWS,
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains the policy and saves it in `folder`; returns a row of metrics per step, and facts for the report.
 
@@ -54,6 +55,7 @@ def align(
         run: where curves, scores and previews go.
         checkpoints: the repository's root, for a run that is to be resumable; None for one that is not.
         report: told every held-out score as it is taken, with the batches done; may raise to end the training.
+        previews: image grids to be painted on the way; 0 for none.
     """
     policy = load_learner(name, profile, uses)
     method = build_method(name, profile, policy, PREFERENCE, uses)
@@ -78,7 +80,12 @@ def align(
             seed=seed,
             checkpoint=checkpoint,
             watch=watched(config.held_out, policy, profile, run, report) if config.held_out else None,
-            view=View(f"align {name}", run.log, preview(policy, profile, run), max(1, config.batches // PREVIEWS)),
+            view=View(
+                f"align {name}",
+                run.log,
+                preview(policy, profile, run) if previews else None,
+                max(1, config.batches // max(1, previews)),
+            ),
         )
         if policy.share.first:
             policy.save(folder)
@@ -123,7 +130,7 @@ def watched(
         run.log({f"held_out/{held_out.scorer}": value}, step)
         report(batch, value)
 
-    return Watch(score, held_out.every, held_out.patience, told)
+    return Watch(score, held_out.every, held_out.ends, held_out.patience, told)
 
 
 def held_out_scores(policy: Policy, profile: Profile, scorer: Reward, prompts: list[str]) -> np.ndarray:

@@ -140,7 +140,8 @@ class HeldOut(Block):
 
     scorer: str = Field(description="a name in scorers; one the method does not train on tells more")
     prompts: int = Field(ge=2, description="validation prompts, one image each")
-    every: int = Field(ge=1, description="batches from one score to the next; the first is taken before training")
+    every: int = Field(ge=1, description="batches from one score to the next")
+    ends: bool = Field(True, description="a score before training and one after the last batch, too")
     patience: int | None = Field(
         None, ge=1, description="stop after so many scores without a new best, and keep the best; null = go on"
     )

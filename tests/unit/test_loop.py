@@ -467,12 +467,19 @@ def test_patience_ends_training_and_keeps_the_best():
 def test_without_patience_a_falling_score_changes_nothing():
     line, told = Line([1.0]), []
     config = TrainingConfig(lr=0.1, batches=5, batch_size=1, weight_decay=0.0)
-    train(line, line, lambda b, generator: b, config, seed=0, watch=watching([3.0, 2.0, 1.0], told, every=2))
-    assert [batch for batch, _, _ in told] == [0, 2, 4]
+    train(line, line, lambda b, generator: b, config, seed=0, watch=watching([3, 2, 1, 0], told, every=2))
+    assert [batch for batch, _, _ in told] == [0, 2, 4, 5]
     assert line.module.weight.item() == Line([1.0]).train(5)[1]
 
 
-def test_the_last_batch_is_scored_where_its_turn_comes():
+def test_without_its_ends_a_watch_looks_in_between_alone():
+    line, told = Line([1.0]), []
+    config = TrainingConfig(lr=0.1, batches=4, batch_size=1, weight_decay=0.0)
+    train(line, line, lambda b, generator: b, config, seed=0, watch=watching([1], told, every=2, ends=False))
+    assert told == [(2, 2, 1)]
+
+
+def test_the_last_batch_is_scored_once_where_its_turn_comes():
     line, told = Line([1.0]), []
     config = TrainingConfig(lr=0.1, batches=4, batch_size=1, weight_decay=0.0)
     train(line, line, lambda b, generator: b, config, seed=0, watch=watching([0, 1, 2], told, every=2, patience=9))

@@ -196,13 +196,6 @@ def test_wilcoxon_compares_prompt_by_prompt():
     assert steps[1] < 12
 
 
-def test_the_score_before_training_says_nothing_of_a_trial():
-    made = optuna.create_study()
-    asked = made.ask()
-    tell(asked, {0: 1.0})
-    assert made.get_trials()[0].intermediate_values == {}
-
-
 # --- results ----------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,12 @@ class Trial:
         block["held_out"] = None
         if search.pruner in WATCHING:
             every = search.every or quarter(block["batches"])
-            block["held_out"] = {"scorer": search.objectives[0], "prompts": search.prompts, "every": every}
+            block["held_out"] = {
+                "scorer": search.objectives[0],
+                "prompts": search.prompts,
+                "every": every,
+                "ends": False,
+            }
         try:
             check(plugins.config_class("methods", self.uses), block, self.run)
         except ConfigError as error:
@@ -88,7 +93,10 @@ class Trial:
         from attune.aligning import align, held_out_scores, validation_prompts
         from attune.assembly import load_policy, load_scorer
 
-        align(self.run, self.uses, profile, tracked, model, report=lambda batch, score: tell(trial, {batch: score}))
+        def report(batch: int, score: float) -> None:
+            tell(trial, {batch: score})
+
+        align(self.run, self.uses, profile, tracked, model, report=report, previews=0)
         policy = load_policy(profile)
         policy.load(str(model))
         scorer = together([load_scorer(name, profile) for name in self.search.objectives])
@@ -109,10 +117,9 @@ class Trial:
 
 
 def tell(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
-    """Reports values by step, then ends the trial if the pruner says so; step 0 is the same for all trials."""
+    """Reports values by step, then ends the trial if the pruner says so."""
     for step, value in reports.items():
-        if step > 0:
-            trial.report(value, step)
+        trial.report(value, step)
     if trial.should_prune():
         raise optuna.TrialPruned
 

@@ -44,7 +44,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Watch:
-    """A held-out score taken before training and every so many batches, which may end the training early.
+    """A held-out score taken every so many batches, which may end the training early.
 
     With `patience`, training ends when that many scores in a row have brought no new best, and the weights of
     the best are what it leaves, were they the ones it started with.
@@ -52,12 +52,15 @@ class Watch:
 
     score: Callable[[], float]
     every: int  # batches
+    ends: bool = True  # before training and after the last batch, too
     patience: int | None = None  # scores; None: train to the end and keep the last weights
     told: Callable[[int, int, float], None] = lambda batch, step, score: None  # may raise, to end it otherwise
 
-    def look(self, progress: Progress, parameters: list[Tensor], share: Share) -> None:
+    def look(self, progress: Progress, parameters: list[Tensor], share: Share, end: bool = False) -> None:
         """Takes the score if one is due and not yet taken; the first process does, and all of them know."""
-        if progress.batch % self.every or (progress.scores and progress.scores[-1]["batch"] == progress.batch):
+        end = end or progress.batch == 0
+        taken = progress.scores and progress.scores[-1]["batch"] == progress.batch
+        if taken or not (self.ends if end else progress.batch % self.every == 0):
             return
         score = share.from_first(self.score)
         if not math.isfinite(score):
@@ -162,7 +165,7 @@ def finish(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The last held-out score, and the best weights instead of the last where patience asks for them."""
     if watch is not None:
-        watch.look(progress, update.parameters, update.share)
+        watch.look(progress, update.parameters, update.share, end=True)
     with torch.no_grad():
         for weight, best in zip(update.parameters, progress.best, strict=False):  # best is of all of them, or empty
             weight.copy_(best)
