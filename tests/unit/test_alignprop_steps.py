@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 import tiny
 from attune import config
-from attune.assembly import load_rewards
+from attune.assembly import load_rewards, load_scorer
 from attune.data.batches import PromptBatch
 from attune.diffusion import process
 from attune.diffusion.sampling import Sampler, normal, sample
@@ -323,7 +323,14 @@ def test_training_shows_images_with_a_gradient_where_evaluation_has_none(profile
     block = {"rewards": dict.fromkeys(names, 1), "preprocess": preprocess, "steps": 5, "guidance_scale": 1}
     found = load_rewards(alignprop.Config(**LOOP, **block), profile)
     assert [found[name].differentiable for name in names] == [True, True, True, False]
-    assert found["hpsv2"].config.preprocess == {"tensor": "hps", "square": "square"}[preprocess]
+    blocks = [profile.scorers["hpsv2"] | {"preprocess": shown} for shown in ("hps", "square")]
+    padded, squeezed = (
+        load_scorer("hpsv2", profile.model_copy(update={"scorers": {"hpsv2": block}})) for block in blocks
+    )
+    wide = torch.rand(1, 3, 20, 40, generator=torch.Generator().manual_seed(0))
+    scores = [scorer(wide, ["a red circle"]).item() for scorer in (found["hpsv2"], padded, squeezed)]
+    assert scores[1] != scores[2]
+    assert scores[0] == scores[1 if preprocess == "tensor" else 2]
     assert "preprocess" not in profile.scorers["pickscore"]  # so that evaluation shows them as published
 
 

@@ -123,7 +123,7 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
     short = given["profiles"]["short"] | {"model": {"backbone": "sd", "path": tiny_folder}}
     histories, seen = [], []
     for name, (pairs, options) in runs.items():
-        profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}}
+        profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}, "search": {}}
         values = given | {"profile": "short", "run_methods": {}, "profiles": {"short": profile}}
         write_prepared(tmp_path / name / "data" / "prepared", data, pairs)
         monkeypatch.chdir(tmp_path / name)
