@@ -441,6 +441,18 @@ def test_resuming_is_exact_under_every_option(new_policy, data, tmp_path, name):
     assert equal(policy.parameters(), again.parameters())
 
 
+def test_a_large_state_is_saved_less_often(tmp_path, monkeypatch):
+    """A save that takes 10 s is not repeated before 200 s have passed, though 60 would do; one of 0 s is after 60."""
+    clock = iter([0, 100, 110, 200, 310, 310, 370, 370])
+    monkeypatch.setattr("attune.training.checkpoint.time.monotonic", lambda: next(clock))
+    checkpoint, saved = Checkpoint(tmp_path, "a", "k", every_seconds=60), []
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    for step in range(4):  # begun at 100 and done at 110; 200 is too early; 310; then 370
+        checkpoint.maybe_save([], optimizer, {"step": step}, last=False)
+        saved.append(torch.load(checkpoint.file, weights_only=True)["progress"]["step"])
+    assert saved == [0, 0, 2, 3]
+
+
 # ---------------------------------------------------------------- a held-out score
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from attune.hashing import digest, values_sha
 
+PATIENCE = 20  # times as long as a save took pass before the next: at most a twentieth of the time goes there
+
 
 class Checkpoint:
     """One resumable run's folder, held under a lock so that an orphaned process cannot write beside us.
@@ -31,7 +33,7 @@ class Checkpoint:
         """`key` identifies the run: a hash of its parameters and inputs, and not of how many processes train."""
         self.folder = root / f"{stage.replace('@', '-')}-{key}"
         self.file = self.folder / "state.pt"
-        self.every_seconds, self._saved_at, self._writes = every_seconds, time.monotonic(), writes
+        self.every_seconds, self._saved_at, self._took, self._writes = every_seconds, time.monotonic(), 0.0, writes
         if not self._writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +59,10 @@ class Checkpoint:
     def maybe_save(
         self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], last: bool
     ) -> None:
-        """Saves if `every_seconds` have passed since the last time, or at the end."""
-        if not self._writes or (not last and time.monotonic() - self._saved_at < self.every_seconds):
+        """Saves at the end, and if `every_seconds` have passed since the last time; later, if saving takes long."""
+        wait = max(self.every_seconds, PATIENCE * self._took) if self.every_seconds else 0
+        began = time.monotonic()
+        if not self._writes or (not last and began - self._saved_at < wait):
             return
         state = {
             "parameters": [weight.detach() for weight in parameters],
@@ -72,6 +76,7 @@ class Checkpoint:
             os.fsync(stream.fileno())
         partial.replace(self.file)
         self._saved_at = time.monotonic()
+        self._took = self._saved_at - began
 
     def discard(self) -> None:
         """Removes the folder: the run succeeded and its outputs are in place."""
