@@ -1,5 +1,6 @@
 """What every file of attune/methods owes the rest: parametrised over whatever files there are."""
 
+import gc
 import inspect
 import math
 from itertools import cycle
@@ -17,6 +18,7 @@ from attune.config import check, method_of, plugin_config, read_params
 from attune.diffusion.policy import fingerprint
 from attune.params import Params, Profile
 from attune.preference.model import from_clip, save
+from attune.training.checkpoint import Checkpoint
 from attune.training.loop import batch_generator
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,27 @@ def test_three_steps_change_the_adapter_and_nothing_else(name, new_policy, data,
     (weights, history), (again, same) = ends
     assert same == history
     assert all(torch.equal(value, again[key]) for key, value in weights.items())
+
+
+def test_a_resumed_run_is_the_run_that_was_interrupted(name, new_policy, data, build, tmp_path):
+    """The process dies after two of three batches; another, with other weights, goes on from the checkpoint."""
+    policy = new_policy()
+    history = tiny.run(build(name, policy), data)
+    method = build(name, new_policy())
+    batches = tiny.batches(data, method)
+
+    def dies(b, generator):
+        if b == 2:
+            raise InterruptedError
+        return batches(b, generator)
+
+    with pytest.raises(InterruptedError):
+        tiny.run(method, data, batches=dies, checkpoint=Checkpoint(tmp_path, "align", "key", every_seconds=0))
+    gc.collect()  # the dead process's lock
+    again = new_policy(seed=99)
+    checkpoint = Checkpoint(tmp_path, "align", "key", every_seconds=0)
+    assert tiny.run(build(name, again), data, checkpoint=checkpoint) == history
+    assert all(torch.equal(x, y) for x, y in zip(policy.parameters(), again.parameters(), strict=True))
 
 
 def losses(method, data):
