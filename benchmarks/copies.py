@@ -19,6 +19,8 @@ NEEDED = ("src", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", "models/
 def repro_in_copy(home: Path, changes: Mapping[str, Any], cache: Path | None = None, tracked: bool = False) -> None:
     """Copies the repository to `home`, changes params.yaml and runs `dvc repro`; its output goes to `<home>.log`.
 
+    A copy that has come to its end is left as it is.
+
     Args:
         changes: dotted key -> value; `${profile}` in a key is the active profile.
         cache: a DVC cache that copies share, so that equal stages run once.
@@ -27,6 +29,9 @@ def repro_in_copy(home: Path, changes: Mapping[str, Any], cache: Path | None = N
     Raises:
         subprocess.CalledProcessError: a stage failed; the log says why.
     """
+    if (home / "reports" / "summary.json").exists():
+        return
+    shutil.rmtree(home, ignore_errors=True)
     for name in NEEDED:
         target = home / name
         target.parent.mkdir(parents=True, exist_ok=True)

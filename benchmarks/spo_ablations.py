@@ -5,14 +5,14 @@
 Liang et al. 2024 (arXiv:2406.04314) find, for SD 1.5: going on from a random candidate beats going on from the best
 or the worst; a judge that knows the timestep beats one that does not, and plain PickScore does worse than no
 training. Each row here is one whole pipeline run with that one setting changed; all see the same prompts and noise.
-Runs are tracked in this repository's MLflow store. Writes reports/spo_ablations.md and .json.
+Runs are tracked in this repository's MLflow store. Writes reports/spo_ablations.md and .json; goes on where it was
+stopped, if the code is still the same (`--work` is where the copies are).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -95,8 +95,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "attune-spo-ablations")
     options = parser.parse_args()
-    shutil.rmtree(options.work, ignore_errors=True)
-    options.work.mkdir(parents=True)
+    options.work.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in options.seeds:
         results += run_seed(seed, options.work)
