@@ -122,7 +122,7 @@ def judged(run: str, params: Params, profile: Profile, folder: Path, name: str, 
     policy.load(str(model))
     scorer = together([load_scorer(judge, changed) for judge in JUDGES])
     index = held_out_index(changed).drop_duplicates("prompt")
-    scores = held_out_scores(policy, changed, scorer, index.prompt.tolist())
+    scores = held_out_scores(policy, changed.generate.sampling, changed.seed, scorer, index.prompt.tolist())
     note.write_text(json.dumps(block))
     np.save(file, scores)
     return scores

@@ -76,7 +76,7 @@ TAKEN_BY = {
 }
 # Sections of the profile that a stage reads and DVC need not watch for it.
 UNWATCHED = {
-    "align": {"generate"},  # how previews for the tracking UI are painted
+    "align": {"generate"},  # how previews for the tracking UI are painted; a held-out score has its own sampling
 }
 # stage -> plug-ins that the code loads by name: kind -> where the name is in the profile, "*" = every block;
 # ${key} and ${item.method} are a run's name and method, as in dvc.yaml

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from attune.assembly import build_method, load_learner, load_scorer
-from attune.blocks import HeldOut, MethodConfig
+from attune.blocks import HeldOut, MethodConfig, Sampling
 from attune.config import plugin_config
 from attune.data.prepared import PreparedData
 from attune.diffusion.policy import Policy
@@ -124,7 +124,7 @@ def watched(
     scorer, prompts = load_scorer(held_out.scorer, profile), validation_prompts(held_out.prompts)
 
     def score() -> float:
-        return float(held_out_scores(policy, profile, scorer, prompts).mean())
+        return float(held_out_scores(policy, held_out.sampling, profile.seed, scorer, prompts).mean())
 
     def told(batch: int, step: int, value: float) -> None:
         run.log({f"held_out/{held_out.scorer}": value}, step)
@@ -133,12 +133,14 @@ def watched(
     return Watch(score, held_out.every, held_out.ends, held_out.patience, told)
 
 
-def held_out_scores(policy: Policy, profile: Profile, scorer: Reward, prompts: list[str]) -> np.ndarray:
-    """Scores (n,) of one image per prompt, painted as `generate` says, with the noise that every policy gets."""
-    images = paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+def held_out_scores(
+    policy: Policy, sampling: Sampling, seed: int, scorer: Reward, prompts: Sequence[str]
+) -> np.ndarray:
+    """Scores (n,) of one image per prompt, with the noise that every policy gets for it."""
+    images = paint(policy, prompts, [0] * len(prompts), sampling, seed, None)
     scores = []
-    for start in range(0, len(prompts), profile.generate.sampling.batch_size):
-        rows = slice(start, start + profile.generate.sampling.batch_size)
+    for start in range(0, len(prompts), sampling.batch_size):
+        rows = slice(start, start + sampling.batch_size)
         pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
             scores.append(scorer(pixels, prompts[rows]).double().cpu().numpy())

@@ -136,10 +136,11 @@ class TrainingConfig(Block):
 
 
 class HeldOut(Block):
-    """A score taken while a method trains, on validation prompts painted as `generate` says."""
+    """A score taken while a method trains, of images of validation prompts."""
 
     scorer: str = Field(description="a name in scorers; one the method does not train on tells more")
     prompts: int = Field(ge=2, description="validation prompts, one image each")
+    sampling: Sampling = Field(description="how they are painted: its own, so that all it depends on is in the block")
     every: int = Field(ge=1, description="batches from one score to the next")
     ends: bool = Field(True, description="a score before training and one after the last batch, too")
     patience: int | None = Field(

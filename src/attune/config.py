@@ -78,6 +78,7 @@ def _check_together(params: Params, profile: Profile, where: str) -> None:
         if name not in profile.methods:
             raise ConfigError(f"run_methods.{name}: {where}.methods has no block of that name")
         _check_start(name, run, profile.methods[name].get("start"), params, where)
+        _check_watched(name, run, profile.methods[name])
     for name in params.evaluate.extra:
         if name == "base" or name in profile.methods:
             raise ConfigError(f"evaluate.extra.{name}: the name is taken")
@@ -104,6 +105,17 @@ def _check_feedback(profile: Profile, where: str) -> None:
         if feedback is not None and feedback["scorer"] not in scored:
             asked = f"{where}.{key}.ai_feedback.scorer"
             raise ConfigError(f"{asked}: {feedback['scorer']!r} is not in data.score_with: {scored}")
+
+
+def _check_watched(name: str, run: Run, block: Mapping[str, Any]) -> None:
+    """DVC must notice a change of the scorers that a training asks: their blocks, and their code."""
+    asks = "held_out" if block.get("held_out") else "rewards" if block.get("rewards") else None
+    if asks and run.reads != "scorers":
+        raise ConfigError(f"run_methods.{name}.reads: must be scorers, for its block has {asks} (given {run.reads!r})")
+    if asks == "held_out" and run.code != "src/attune":
+        raise ConfigError(
+            f"run_methods.{name}.code: must be src/attune, for its block has held_out (given {run.code!r})"
+        )
 
 
 def _check_start(name: str, run: Run, start: str | None, params: Params, where: str) -> None:

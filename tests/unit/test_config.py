@@ -285,6 +285,29 @@ def test_a_plug_in_is_a_plain_file_name(name):
         plugins.find("methods", name, "some.key")
 
 
+HELD_OUT = {"scorer": "hpsv2", "prompts": 4, "every": 1}
+HELD_OUT |= {"sampling": {"steps": 4, "eta": 0, "guidance_scale": 1, "batch_size": 4}}
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({}, "run_methods.dpo.reads: must be scorers, for its block has held_out"),
+        ({"reads": "scorers"}, "run_methods.dpo.code: must be src/attune, for its block has held_out"),
+        ({"reads": "scorers", "code": "src/attune"}, None),
+    ],
+)
+def test_dvc_must_watch_a_scorer_that_a_training_asks(values, tmp_path, run, said):
+    put(values, f"{TINY}.methods.dpo.held_out", HELD_OUT)
+    put(values, "run_methods.dpo", {**values["run_methods"]["dpo"], **run})
+    write(tmp_path, values)
+    if said is None:
+        config.load(tmp_path / "params.yaml")
+        return
+    with pytest.raises(ConfigError, match=said):
+        config.load(tmp_path / "params.yaml")
+
+
 # --- a fresh process --------------------------------------------------------------------------------------
 
 

@@ -74,12 +74,8 @@ class Trial:
         block["held_out"] = None
         if search.pruner in WATCHING:
             every = search.every or quarter(block["batches"])
-            block["held_out"] = {
-                "scorer": search.objectives[0],
-                "prompts": search.prompts,
-                "every": every,
-                "ends": False,
-            }
+            look = {"scorer": search.objectives[0], "prompts": search.prompts, "every": every, "ends": False}
+            block["held_out"] = look | {"sampling": self.profile.generate.sampling.model_dump()}
         try:
             check(plugins.config_class("methods", self.uses), block, self.run)
         except ConfigError as error:
@@ -104,7 +100,9 @@ class Trial:
         paired = self.search.pruner == "wilcoxon"
         chunk = quarter(len(prompts)) if paired else len(prompts)
         for start in range(0, len(prompts), chunk):
-            part = held_out_scores(policy, profile, scorer, prompts[start : start + chunk])
+            part = held_out_scores(
+                policy, profile.generate.sampling, profile.seed, scorer, prompts[start : start + chunk]
+            )
             if not np.isfinite(part).all():
                 raise RuntimeError("a scorer gave something that is not a number")
             scores.append(part)

@@ -173,12 +173,20 @@ def finish(
 
 
 def resume(update: Update, checkpoint: Checkpoint | None) -> Progress:
-    """Where the checkpoint left off, weights and optimizer put back; the beginning if there is none."""
+    """Where the checkpoint left off, weights and optimizer put back; the beginning if there is none.
+
+    Raises:
+        RuntimeError: not all processes have found the same.
+    """
     if checkpoint is None:
         return Progress()
     progress = Progress(**checkpoint.restore(update.parameters, update.optimizer, default={}))
     if progress.scaler:
         update.scaler.load_state_dict(progress.scaler)
+    if len(found := set(update.share.everyone(progress.batch))) > 1:
+        raise RuntimeError(
+            f"processes would go on from different batches, {sorted(found)}: all must see the same {checkpoint.folder}"
+        )
     return progress
 
 

@@ -7,17 +7,21 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from attune.blocks import TrainingConfig
 from attune.interfaces import Objective
 from attune.sharing import Share
 from attune.training.guard import NonFiniteError, first_bad_module
+
+# The first process may be long at a held-out score or a preview; of one that is gone the launcher knows at once.
+PATIENCE = timedelta(hours=2)
 
 
 class Trained(Protocol):
@@ -128,7 +132,8 @@ def joined(share: Share) -> Accelerator:
     """
     # no buffer ever changes here; and a rollout, where processes need not keep step, must not wait to send one
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping, patience])
     if accelerator.num_processes != share.world:
         raise RuntimeError(
             f"{share.world} processes were started to train together, but accelerate knows of "
