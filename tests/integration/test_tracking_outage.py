@@ -316,7 +316,7 @@ def test_a_short_write_costs_that_record_alone(local):
     size = records.stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="File too large"):
             spool.append("log", step=1, metrics={"loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -378,7 +378,7 @@ def test_artifacts_have_a_time_out_of_their_own(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}"
     HttpArtifactRepository(uri).log_artifact(__file__)
-    with pytest.raises(MlflowException, match="timeout|timed out"):
+    with pytest.raises(MlflowException, match=r"timeout|timed out"):
         MlflowClient(tracking_uri=uri).get_experiment("0")
     server.shutdown()
 
