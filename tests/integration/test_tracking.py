@@ -344,3 +344,26 @@ def test_none_is_off(tmp_path, caplog):
     with tracking.run("align", {}, tags={}, uri=None, root=tmp_path) as run:
         assert _use_everything(run, Path("no/such/file")) == "to the end"
     assert (run.run_id, _warnings(caplog), list(tmp_path.iterdir())) == (None, [], [])
+
+
+def test_off_asks_nobody(tmp_path, monkeypatch):
+    """No git is run: the one that would be found first writes down that it was called."""
+    (tmp_path / "git").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in (("ATTUNE_TRACKING", "off"), ("RANK", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with tracking.run("align", {}, tags={}, root=tmp_path), tracking.sweep("s", {}, tags={}, root=tmp_path):
+                pass
+    assert not (tmp_path / "called").exists()
+    labels.own_tags("align", {})
+    assert (tmp_path / "called").exists()
+
+
+def test_an_ancestor_that_has_ended_is_no_dvc():
+    child = subprocess.Popen(["sleep", "60"])
+    process = labels.psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+    assert labels._is_dvc(process) is False

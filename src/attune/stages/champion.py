@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from attune.config import ConfigError, load
 from attune.hashing import digest
 from attune.params import Profile
-from attune.stages.common import MODELS, REPORTS, project_root
+from attune.places import MODELS, REPORTS, project_root
 from attune.tracking import registry
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import logging
 import sys
 
 from attune import tracking
-from attune.stages.common import project_root
+from attune.places import project_root
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     waiting = {uid: error for uid, error in done.items() if error is not None}
     log.info("%d runs sent, %d wait", len(done) - len(waiting), len(waiting))
     for uid, error in waiting.items():
-        log.warning("%s still waits: %s: %s", uid, type(error).__name__, str(error)[:300])
+        log.warning("%s still waits: %s", uid, tracking.told(error))
     sys.exit(1 if waiting else 0)
 
 

@@ -23,9 +23,9 @@ from attune.hashing import digest
 from attune.tracking import sender as senders
 from attune.tracking import spool as spools
 from attune.tracking import store as stores
-from attune.tracking.labels import Tree, columns, flatten, own_tags, pipeline, plain
+from attune.tracking.labels import Tree, columns, flatten, own_tags, pipeline, plain, told
 
-__all__ = ["OFF", "Run", "bury", "columns", "flatten", "replay", "run", "sweep", "trial"]
+__all__ = ["OFF", "Run", "bury", "columns", "flatten", "replay", "run", "sweep", "told", "trial"]
 
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
 WAKE_POINTS, TAG_CHARS, THUMBNAIL = 200, 5000, (256, 256)
@@ -48,8 +48,7 @@ def run(
             tracking; anything else is MLflow's (`http://...`, `sqlite:///...`). Of several ranks, only 0 tracks.
         root: folder of store, artifacts, spools and lock; None is $DVC_ROOT or the cwd.
     """
-    tags = own_tags(stage, params) | {key: str(value) for key, value in tags.items()}
-    with _tracked(tags["dvc.stage"], params, tags, uri, root, above=pipeline(tags)) as tracked:
+    with _tracked(stage, params, {"kind": "stage", **tags}, uri, root) as tracked:
         yield tracked
 
 
@@ -69,8 +68,7 @@ def sweep(
         run_id: the `run_id` of an earlier part of this sweep, to go on in its run; a new one where the store
             knows it no more.
     """
-    tags = own_tags(name, params) | {"kind": "sweep"} | {key: str(value) for key, value in tags.items()}
-    with _tracked(name, params, tags, uri, root, resume=run_id) as tracked:
+    with _tracked(name, params, {"kind": "sweep", **tags}, uri, root, resume=run_id) as tracked:
         yield tracked
 
 
@@ -87,10 +85,7 @@ def trial(
     Args:
         parent: `run_id` of the sweep's run, of whatever process.
     """
-    tags = (
-        own_tags(name, params) | {"kind": "trial", "tuned": "true"} | {key: str(value) for key, value in tags.items()}
-    )
-    with _tracked(name, params, tags, uri, root, above=parent) as tracked:
+    with _tracked(name, params, {"kind": "trial", "tuned": "true", **tags}, uri, root, above=parent) as tracked:
         yield tracked
 
 
@@ -102,10 +97,10 @@ def bury(uri: str | None = "default", root: Path | None = None) -> None:
     try:
         stores.prepare()
         store = stores.connect(stores.chosen(uri), where)
-        senders.send_left(store, stores.chosen(uri))
+        senders.send_left(store, stores.chosen(uri), files=False)
         stores.bury(store)
     except Exception as error:
-        LOG.warning("%s: %s: %s", senders.AWAY, type(error).__name__, str(error)[:300])
+        LOG.warning("%s: %s", senders.AWAY, told(error))
 
 
 def replay(root: Path | None = None) -> dict[str, Exception | None]:
@@ -114,12 +109,10 @@ def replay(root: Path | None = None) -> dict[str, Exception | None]:
 
 
 @contextmanager
-def _tracked(
-    name: str, params: Tree, tags: Mapping[str, str], uri: str | None, root: Path | None, **place: Any
-) -> Iterator[Run]:
+def _tracked(name: str, params: Tree, tags: Tree, uri: str | None, root: Path | None, **place: Any) -> Iterator[Run]:
     tracked, end = Run(), {"status": "FAILED"}
     if _is_on(uri):
-        tracked._open(name, params, tags, stores.chosen(uri), _root(root), place)
+        tracked._open(name, params, tags, stores.chosen(uri), root, place)
     try:
         yield tracked
         end = {"status": "FINISHED", "state": "complete"}
@@ -155,7 +148,7 @@ def _safe(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[R
         except Exception as error:
             fault = OFF if self._spool is None else f"{method.__name__}: left something out"
             if fault not in self._warned:
-                LOG.warning("%s: %s: %s", fault, type(error).__name__, str(error)[:300])
+                LOG.warning("%s: %s", fault, told(error))
             self._warned.add(fault)
 
     return attempt
@@ -228,15 +221,20 @@ class Run:
         self._spool.append("artifact", file=self._spool.keep(Path(path)))
 
     @_safe
-    def _open(self, name: str, params: Tree, tags: Mapping[str, str], uri: str, root: Path, place: Tree) -> None:
+    def _open(self, name: str, params: Tree, tags: Tree, uri: str, root: Path | None, place: Tree) -> None:
         """Begins the spool and its sender, which gets a while to find the store before the body starts."""
         stores.prepare()
+        root = _root(root)
+        known = own_tags(name, params) | {key: str(value) for key, value in tags.items()}
+        is_stage = known["kind"] == "stage"
+        above = pipeline(known) if is_stage else place.get("above")
         spool = spools.create(root)
-        tags = {key: text[:TAG_CHARS] for key, text in tags.items()}
-        spool.append("open", uid=spool.uid, uri=uri, name=name, tags=tags, resume=place.get("resume"))
+        about = {"name": known["dvc.stage"] if is_stage else name, "resume": place.get("resume")}
+        about["tags"] = {key: text[:TAG_CHARS] for key, text in known.items()}
+        spool.append("open", uid=spool.uid, uri=uri, **about)
         spool.append("params", params=columns(params))
-        if place.get("above"):
-            spool.append("parent", above=place["above"])
+        if above:
+            spool.append("parent", above=above)
         self._spool, self._sender = spool, senders.Sender(spool, uri, root)
         self._sender.start()
         self._sender.attempted.wait(senders.START_SECONDS)

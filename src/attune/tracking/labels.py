@@ -20,6 +20,7 @@ from attune.hashing import values_sha
 HOST = socket.gethostname()
 CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
+SECRET = re.compile(r"//\S*@")  # greedy, as a password may hold "@" and "/"
 Tree = Mapping[str, Any]
 
 
@@ -33,6 +34,11 @@ def own_tags(stage: str, params: Tree) -> dict[str, str]:
     known |= {"params.sha": values_sha(params), "mlflow.user": env("USER"), **process()}
     known |= {"mlflow.source.git.commit": commit, "mlflow.source.name": known["dvc.stage"]}
     return {key: value for key, value in known.items() if value is not None}
+
+
+def told(error: BaseException) -> str:
+    """An error as a line for the log, without the user and password of the addresses that it quotes."""
+    return SECRET.sub("//***@", f"{type(error).__name__}: {error}")[:300]
 
 
 def process() -> dict[str, str]:
@@ -88,11 +94,20 @@ def plain(text: str) -> str:
 
 def _repro() -> str | None:
     """Identity of the dvc process that runs this one: host, pid, time of birth in s; None without one."""
-    for ancestor in psutil.Process().parents():
-        words = [Path(word).name for word in ancestor.as_dict(["cmdline"], ad_value=[])["cmdline"][:3]]
-        if words and (words[0] == "dvc" or (words[0].startswith("python") and "dvc" in words)):
-            return f"{HOST}-{ancestor.pid}-{ancestor.create_time():.0f}"
+    with suppress(psutil.Error):
+        for ancestor in psutil.Process().parents():
+            if _is_dvc(ancestor):
+                return f"{HOST}-{ancestor.pid}-{ancestor.create_time():.0f}"
     return None
+
+
+def _is_dvc(process: psutil.Process) -> bool:
+    """Whether this is dvc; not, if it has ended since its child looked for it."""
+    try:
+        words = [Path(word).name for word in process.as_dict(["cmdline"], ad_value=[])["cmdline"][:3]]
+    except psutil.NoSuchProcess:
+        return False
+    return bool(words) and (words[0] == "dvc" or (words[0].startswith("python") and "dvc" in words))
 
 
 def _git(*words: str) -> str | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from attune.tracking import spool as spools
 from attune.tracking import store as stores
+from attune.tracking.labels import told
 from attune.tracking.spool import Spool
 from attune.tracking.store import Pending, Store
 
+Warn = Callable[[str, str, Exception], None]
 LOG = logging.getLogger("attune.tracking")
 AWAY = "the store is away; the run goes on, and what it logs is kept and sent later"
 LEFT = "the store has not got all of this run; the next run sends the rest, or `make replay`"
@@ -35,6 +37,7 @@ class Sender(threading.Thread):
         self.spool, self.uri, self.root = spool, uri, root
         self.attempted, self._wake, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._store: Store | None = None
+        self._carrier: threading.Thread | None = None
         self._warned: set[str] = set()
         self._progress, self._pause = time.monotonic(), RETRY_SECONDS[0]
 
@@ -42,7 +45,9 @@ class Sender(threading.Thread):
         while True:
             ending = self._ending.is_set()  # asked before sending: so all there is has been seen
             known = self._store is not None
-            there = self._attempt() or (known and self._attempt())  # stale connections and lost runs need a new start
+            there = self._attempt(ending) or (
+                known and self._attempt(ending)
+            )  # stale connections and lost runs need a new start
             self.attempted.set()
             if not self.spool.folder.exists():
                 return
@@ -65,32 +70,44 @@ class Sender(threading.Thread):
         self._progress = time.monotonic()
         self._ending.set()
         self._wake.set()
-        while self.is_alive() and time.monotonic() - self._progress < DRAIN_SECONDS:
+        while (self.is_alive() or self._is_carrying()) and time.monotonic() - self._progress < DRAIN_SECONDS:
             self.join(0.2)
         if (self.spool.folder / spools.RECORDS).exists():
             self._warn_once("left", LEFT)
 
-    def _attempt(self) -> bool:
-        """Sends what there is; whether the store took it."""
+    def _attempt(self, ending: bool) -> bool:
+        """Sends what there is; whether the store took it. Artifacts that failed are tried again at the end."""
         try:
             if self._store is None:
                 store = stores.connect(self.uri, self.root)
                 with suppress(Pending):  # goes on with a run that is among those left
                     _reopen(store, self.spool)
                 self.attempted.set()
-                send_left(store, self.uri)
+                send_left(store, self.uri, files=False)
                 _reopen(store, self.spool)
                 self._store, self._pause = store, RETRY_SECONDS[0]
             for _ in send(self._store, self.spool, self._warn):
                 self._progress = time.monotonic()
+            self._carry()
+            for _ in send_files(self._store, self.spool, self._warn, again=ending):
+                self._progress = time.monotonic()
         except Exception as error:
             self._store = None
-            self._warn_once("away", "%s: %s: %s", AWAY, type(error).__name__, str(error)[:300])
+            self._warn_once("away", "%s: %s", AWAY, told(error))
             return False
         return True
 
-    def _warn(self, fault: str, error: Exception) -> None:
-        self._warn_once(fault, "%s: left something out: %s: %s", fault, type(error).__name__, str(error)[:300])
+    def _carry(self) -> None:
+        """Sends the artifacts that others left behind, once, beside our own points: one may take minutes."""
+        if self._carrier is None:
+            self._carrier = threading.Thread(target=_send_left_quietly, args=(self._store, self.uri), daemon=True)
+            self._carrier.start()
+
+    def _is_carrying(self) -> bool:
+        return self._carrier is not None and self._carrier.is_alive()
+
+    def _warn(self, fault: str, what: str, error: Exception) -> None:
+        self._warn_once(fault, "%s: %s", what, told(error))
 
     def _warn_once(self, key: str, text: str, *args: Any) -> None:
         if key not in self._warned:
@@ -98,26 +115,53 @@ class Sender(threading.Thread):
             LOG.warning(text, *args)
 
 
-def send(store: Store, spool: Spool, refused: Any) -> Iterator[None]:
-    """Sends a spool's records in order, points in batches, a yield after each; removes it once its end is sent.
+def send(store: Store, spool: Spool, warn: Warn) -> Iterator[None]:
+    """Sends a spool's records in order, points in batches, a yield after each; artifacts are `send_files`'.
 
     Args:
-        refused: called with a record's op and the error, where the content is at fault: that item alone is lost.
+        warn: called with a kind of fault, what came of it, and the error. Where the content is at fault, that item
+            alone is lost.
 
     Raises:
         Exception: the store's, which is away.
     """
     for batch, offset in _batches(spool):
-        _send_batch(store, spool, batch, refused)
-        spool.mark(spool.run_id, offset)
+        op = batch[-1].get("op")
+        if op != "artifact":
+            _send_batch(store, spool, batch, warn)
+        spool.mark(offset, op)
         yield
-        if batch[-1].get("op") == "end":
-            spool.remove()
-            return
 
 
-def send_left(store: Store, uri: str) -> dict[str, Exception | None]:
-    """Sends what ended or killed processes left behind for this store, oldest first.
+def send_files(store: Store, spool: Spool, warn: Warn, *, again: bool) -> Iterator[None]:
+    """Sends the artifacts that the store lacks, a yield after each, and removes a spool that has ended and owes none.
+
+    What holds artifacts may be full, or denied to us, while the store answers: such a one waits.
+
+    Args:
+        again: whether to try those too that this process has tried before.
+
+    Raises:
+        Exception: the store's, which is away or has lost the run.
+    """
+    for start in [start for start in spool.owed if again or start not in spool.failed]:
+        record = spool.at(start)
+        try:
+            _send_batch(store, spool, [record], warn)
+        except Exception as error:
+            if stores.is_refusal(error) or not stores.answers(store):
+                raise
+            spool.failed[start] = error
+            warn("waiting", f"{Path(record['file']).name} cannot be stored and is kept, the rest goes on", error)
+            continue
+        spool.settle(start)
+        yield
+    if spool.ended and not spool.owed:
+        spool.remove()
+
+
+def send_left(store: Store, uri: str, *, files: bool) -> dict[str, Exception | None]:
+    """Sends what ended or killed processes left behind for this store, oldest first; artifacts only with `files`.
 
     What goes wrong with one does not keep the others, as long as the store answers.
 
@@ -126,23 +170,18 @@ def send_left(store: Store, uri: str) -> dict[str, Exception | None]:
     """
     done: dict[str, Exception | None] = {}
     for spool in spools.left(store.root):
-        opening, sent = spool.opening(), False
+        opening = spool.opening()
         try:
             if not opening:  # its process died before it wrote one whole line
                 spool.remove()
-                sent = True
             elif opening["uri"] == uri:
-                _reopen(store, spool)
-                for _ in send(store, spool, _tell):
-                    pass
-                sent = True
-                done[spool.uid] = None
+                done[spool.uid] = _send_one(store, spool, files)
         except Exception as error:
             if not stores.answers(store):
                 raise
             done[spool.uid] = error
         finally:
-            if not sent:
+            if spool.folder.exists():
                 spool.close()
     return done
 
@@ -157,7 +196,7 @@ def replay(root: Path) -> dict[str, Exception | None]:
         spool.close()
     for uri, uids in meant.items():
         try:
-            done |= send_left(stores.connect(uri, root), uri)
+            done |= send_left(stores.connect(uri, root), uri, files=True)
         except Exception as error:
             done |= {uid: error for uid in uids if spools.waiting(root, uid)}
     return done
@@ -165,8 +204,23 @@ def replay(root: Path) -> dict[str, Exception | None]:
 
 def _reopen(store: Store, spool: Spool) -> None:
     """Finds or creates the spool's run; a store that has lost it since gets all of it again."""
-    run_id = stores.open_run(store, spool.opening())
-    spool.mark(run_id, spool.offset if run_id == spool.run_id else 0)
+    spool.begin(stores.open_run(store, spool.opening()))
+
+
+def _send_one(store: Store, spool: Spool, files: bool) -> Exception | None:
+    """Sends a spool that another process has left; why an artifact of it waits, or None."""
+    _reopen(store, spool)
+    for _ in send(store, spool, _tell):
+        pass
+    if files or not spool.owed:
+        for _ in send_files(store, spool, _tell, again=True):
+            pass
+    return next(iter(spool.failed.values()), None)
+
+
+def _send_left_quietly(store: Store, uri: str) -> None:
+    with suppress(Exception):  # a store that is away: the run's own sender says so
+        send_left(store, uri, files=True)
 
 
 def _batches(spool: Spool) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
@@ -188,7 +242,7 @@ def _batches(spool: Spool) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
         yield logs, end
 
 
-def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], refused: Any) -> None:
+def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], warn: Warn) -> None:
     try:
         if len(batch) > 1:
             stores.send_points(store, spool.run_id, batch)
@@ -198,11 +252,12 @@ def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], refu
         if not stores.is_refusal(error):
             raise
         if stores.is_deleted(store, spool.run_id) or len(batch) == 1:
-            refused(str(batch[0].get("op")), error)
+            op = str(batch[0].get("op"))
+            warn(op, f"{op}: left something out", error)
             return
         for record in batch:  # one bad point must not cost its neighbours
-            _send_batch(store, spool, [record], refused)
+            _send_batch(store, spool, [record], warn)
 
 
-def _tell(fault: str, error: Exception) -> None:
-    LOG.warning("replay: %s: left something out: %s: %s", fault, type(error).__name__, str(error)[:300])
+def _tell(fault: str, what: str, error: Exception) -> None:
+    LOG.warning("replay: %s: %s", what, told(error))

@@ -1,8 +1,8 @@
 """The spool: what a run wants to tell the tracking store, on disk until the store has taken it.
 
 One folder per run: `records.jsonl`, a JSON object per line in the order of the calls; `files/`, copies of images and
-artifacts; `state.json`, how far the store has got; `lock`, held by whoever writes or sends it, and free as soon as that
-process is dead. Knows nothing of MLflow.
+artifacts; `state.json`, how far the store has got and which artifacts it still lacks; `lock`, held by whoever writes or
+sends it, and free as soon as that process is dead. Knows nothing of MLflow.
 """
 
 from __future__ import annotations
@@ -32,16 +32,26 @@ class Spool:
         state = _read_json(folder / STATE)
         self.run_id: str | None = state.get("run_id")
         self.offset: int = state.get("offset", 0)  # bytes of records.jsonl that need not be sent again
-        self._copies = 0
+        self.ended: bool = state.get("ended", False)  # the store has the last record
+        self.owed: list[int] = state.get("owed", [])  # where the records of artifacts begin that are still to be sent
+        self.failed: dict[int, Exception] = {}  # those of them that this process has tried
+        self._copies, self._torn = 0, False
 
     @property
     def uid(self) -> str:
         return self.folder.name
 
     def append(self, op: str, **fields: Any) -> None:
-        """Adds a record, stamped with the time in ms; once it returns, a killed process loses it no more."""
+        """Adds a record, stamped with the time in ms; once it returns, a killed process loses it no more.
+
+        Raises: OSError, on a full disk. What it has torn costs the next record nothing: that begins a new line.
+        """
         record = {"op": op, "time": now_ms(), **fields}
-        os.write(self._file, json.dumps(record).encode() + b"\n")
+        line = b"\n" * self._torn + json.dumps(record).encode() + b"\n"
+        self._torn = True
+        while line:
+            line = line[os.write(self._file, line) :]
+        self._torn = False
 
     def keep(self, path: Path) -> str:
         """Copies a file or folder into the spool, as it may be gone when the store is back; its place in there."""
@@ -70,17 +80,41 @@ class Spool:
                 offset += len(line)
                 yield _parse(line), offset
 
+    def at(self, start: int) -> dict[str, Any]:
+        """The record that begins at this byte."""
+        with (self.folder / RECORDS).open("rb") as file:
+            file.seek(start)
+            return _parse(file.readline())
+
     def opening(self) -> dict[str, Any]:
         """The first record: uri, name and tags of the run; {} if its process died before it was written."""
         with (self.folder / RECORDS).open("rb") as file:
             line = file.readline()
         return _parse(line) if line.endswith(b"\n") else {}
 
-    def mark(self, run_id: str, offset: int) -> None:
-        """Notes the run's id in the store, and how far it has been sent."""
-        self.run_id, self.offset = run_id, offset
+    def begin(self, run_id: str) -> None:
+        """Notes the run's id in the store; another one than before has got nothing yet."""
+        if run_id != self.run_id:
+            self.run_id, self.offset, self.ended, self.owed, self.failed = run_id, 0, False, [], {}
+        self._save()
+
+    def mark(self, offset: int, op: str | None) -> None:
+        """Notes that all before `offset` is dealt with, by the `op` of the last; an artifact is owed until `settle`."""
+        if op == "artifact":
+            self.owed.append(self.offset)
+        self.offset, self.ended = offset, op == "end"
+        self._save()
+
+    def settle(self, start: int) -> None:
+        """Notes that the store has the artifact whose record begins here."""
+        self.owed.remove(start)
+        self.failed.pop(start, None)
+        self._save()
+
+    def _save(self) -> None:
         draft = self.folder / f"{STATE}.part"
-        draft.write_text(json.dumps({"run_id": run_id, "offset": offset}))
+        state = {"run_id": self.run_id, "offset": self.offset, "ended": self.ended, "owed": self.owed}
+        draft.write_text(json.dumps(state))
         draft.replace(self.folder / STATE)
 
     def close_for_the_dead(self) -> None:
@@ -94,6 +128,8 @@ class Spool:
             self.append("end", status="KILLED", at=last.get("time", now_ms()), kind=kind)
 
     def close(self) -> None:
+        if not self._lock.is_locked:  # what is removed is closed
+            return
         os.close(self._file)
         self._lock.release()
 

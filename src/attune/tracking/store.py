@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ DEFAULT = "sqlite:///mlflow.db"
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
 ENVIRONMENT |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+ARTIFACT_SECONDS = (10, 600)  # for an artifact: to connect; for an answer, which a server gives once all is stored
 STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed"}  # of a trial
 
 
@@ -63,6 +65,11 @@ def prepare() -> None:
     import mlflow.store.artifact.mlflow_artifacts_repo
     import mlflow.store.tracking.rest_store
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    from mlflow.store.artifact import http_artifact_repo as over_http
+
+    # MLflow has one time-out for points and for gigabytes. The environment is everybody's, this name only artifacts'.
+    if not isinstance(over_http.http_request, partial):
+        over_http.http_request = partial(over_http.http_request, timeout=ARTIFACT_SECONDS)
 
 
 def absolute(uri: str, root: Path) -> str:
