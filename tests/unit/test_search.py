@@ -260,36 +260,31 @@ def test_a_study_is_another_if_its_scores_mean_something_else(tmp_path):
 
 
 def test_a_study_is_another_if_weights_are_other_than_they_were(tmp_path, monkeypatch):
-    """Base, start, judge, a reward's settings; a judge is nothing to a method that asks none."""
+    """Of base, start, judge and reward: those that each method reads, and no others."""
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "start", "models/preference"):
+    for name in ("base", "start", "taste", "models/preference"):
         Path(name).mkdir(parents=True)
     profile = load(tmp_path, "dpo")
     tuned = {**profile.methods["dpo"], "start": "start"}
-    rewarded = {**profile.methods["alignprop"], "rewards": ["oracle"]}
+    rewarded = {**profile.methods["alignprop"], "rewards": {"pickscore": 1}}
     methods = {**profile.methods, "dpo": tuned, "alignprop": rewarded}
     model = profile.model.model_copy(update={"path": "base"})
-    scorers = {"oracle": {}, "hpsv2": {}}
+    scorers = {"oracle": {}, "pickscore": {"path": "taste"}}
     profile = profile.model_copy(update={"methods": methods, "model": model, "scorers": scorers})
     search = plugins.config_class("search", "settings").model_validate(
         {**profile.search["dpo"], "objectives": ["oracle"]}
     )
 
-    def names() -> list[str]:
-        return [sweep.identity(uses, uses, profile, search) for uses in ("dpo", "spo")]
+    def names() -> dict[str, str]:
+        return {uses: sweep.identity(uses, uses, profile, search) for uses in ("dpo", "spo", "alignprop")}
 
-    first = names()
-    assert names() == first
-    (tmp_path / "models/preference/w").write_text("1")
-    judged = names()
-    assert judged[0] == first[0]
-    assert judged[1] != first[1]
-    (tmp_path / "start/w").write_text("1")
-    started = names()
-    assert started[0] != first[0]
-    assert started[1] == judged[1]
-    (tmp_path / "base/w").write_text("1")
-    assert all(new != old for new, old in zip(names(), started, strict=True))
+    known = names()
+    assert names() == known
+    readers = {"models/preference": {"spo"}, "start": {"dpo"}, "taste": {"alignprop"}, "base": set(known)}
+    for folder, wanted in readers.items():
+        (tmp_path / folder / "weights").write_text("others")
+        before, known = known, names()
+        assert {uses for uses in known if known[uses] != before[uses]} == wanted
 
 
 def test_looks_are_as_far_apart_as_in_the_shortest_trial(tmp_path):
