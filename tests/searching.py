@@ -74,6 +74,16 @@ def postgres(programs: Path) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+def stop_for(seconds: float, programs: Path, address: str) -> None:
+    """An outage of the PostgreSQL at this address."""
+    folder = address.partition("host=")[2]
+    user = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
+    options = {"cwd": folder, "check": True, "stdout": subprocess.DEVNULL, **user}
+    subprocess.run([programs / "pg_ctl", "-D", "data", "-m", "immediate", "stop"], **options)
+    time.sleep(seconds)
+    subprocess.run([programs / "pg_ctl", "-D", "data", "-l", "log", "-w", "restart"], **options)
+
+
 def postgres_programs() -> Path | None:
     """The folder of PostgreSQL's programs; None if it is not installed."""
     known = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,14 +15,17 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
+from ruamel.yaml import YAML
 
 import searching
-from attune import tracking
-from attune.search import workers
+from attune import config, tracking
+from attune.search import sweep, workers
 from attune.search.study import RETRY_OF, Plan, SearchError, create
+from attune.stages import sweep as stage
 
 pytestmark = pytest.mark.integration
 
+ROOT = Path(__file__).parents[2]
 X = {"x": FloatDistribution(0, 10)}
 
 
@@ -197,3 +201,36 @@ def test_no_trial_starts_after_the_deadline(tmp_path):
     plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
     study = workers.run(plan, searching.Parabola(tmp_path), [None], deadline=time.time() - 1)
     assert study.get_trials() == []
+
+
+def test_a_short_outage_of_the_database_ends_no_search(database, tmp_path):
+    """PostgreSQL is away for three seconds while trial 0 is at work: it is told all the same, as are the other two."""
+    plan = Plan("outage", database, X, trials=3)
+    runner = threading.Thread(target=workers.run, args=(plan, searching.Parabola(tmp_path, go="go"), [None]))
+    runner.start()
+    while runner.is_alive() and not begun(tmp_path):
+        time.sleep(0.05)
+    threading.Timer(1.0, (tmp_path / "go").touch).start()
+    searching.stop_for(3.0, searching.postgres_programs(), database)
+    runner.join(timeout=120)
+    assert not runner.is_alive()
+    assert states(create(plan)) == {TrialState.COMPLETE: 3}
+
+
+def test_a_session_that_leaves_trials_to_do_writes_results_and_fails(tmp_path, monkeypatch):
+    """One of 12 trials is done and there is no time for more: DVC must not think that the stage is done."""
+    values = YAML(typ="safe").load(ROOT / "params.yaml")
+    values["profiles"]["tiny"]["search"]["sft"]["minutes"] = 1e-9
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(values, file)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("ATTUNE_TRACKING", "off")
+    monkeypatch.setattr(sys, "argv", ["sweep", "--run", "sft"])
+    plan = sweep.planned("sft", *config.load(), tmp_path)
+    study = create(plan)
+    study.tell(study.ask(plan.space), 0.5)
+    with pytest.raises(SystemExit, match="sweep sft: 1 of 12 trials are done; the same command goes on"):
+        stage.main()
+    assert {"trials.csv", "best_params.yaml"} <= {file.name for file in Path("reports/sweeps/sft").iterdir()}

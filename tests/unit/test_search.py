@@ -66,6 +66,42 @@ def test_a_mistake_is_named_by_its_key(tmp_path, changes, message):
         load(tmp_path, "dpo", **changes)
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql+psycopg://me:s3cret@host/db",
+        "postgresql://me:s3cret@host/db",  # of no known kind either
+        "me:s3cret@host/db",
+        "postgresql+psycopg://me:s3/c@ret@host/db",
+        "postgresql+psycopg://me@host/db?sslmode=require&Password=s3cret",
+    ],
+)
+def test_a_password_is_refused_and_not_printed(tmp_path, address):
+    """Nor where something else is wrong with the block, or with two of its keys together."""
+    for changes in ({}, {"trials": "many"}, {"sampler": "nsgaii"}):
+        with pytest.raises(ConfigError, match=r"search\.dpo\.storage: .*PGPASSWORD") as raised:
+            load(tmp_path, "dpo", storage=address, **changes)
+        assert "s3" not in str(raised.value)
+
+
+def test_an_address_without_a_password_passes(tmp_path):
+    for address in ("postgresql+psycopg://me@host:5432/db", "postgresql+psycopg:///db?host=/run", "sqlite:///x.db"):
+        assert load(tmp_path, "dpo", storage=address).search["dpo"]["storage"] == address
+
+
+def test_the_environment_overrides_the_storage_and_is_not_printed(tmp_path, monkeypatch):
+    profile = load(tmp_path, "dpo", storage="sqlite:///x.db")
+    params = config.load(tmp_path / "params.yaml")[0]
+    monkeypatch.setenv("ATTUNE_STORAGE", "postgresql+psycopg://me:s3cret@host/db")
+    plan = sweep.planned("dpo", params, profile, tmp_path)
+    assert plan.storage == "postgresql+psycopg://me:s3cret@host/db"
+    assert "s3cret" not in f"{plan} {study.fresh_start(plan)}"
+    monkeypatch.setenv("ATTUNE_STORAGE", "postgres://me:s3cret@host/db")
+    with pytest.raises(study.SearchError, match="must begin with sqlite:///") as raised:
+        sweep.planned("dpo", params, profile, tmp_path)
+    assert "s3cret" not in str(raised.value)
+
+
 def test_a_search_needs_a_block_of_its_run(tmp_path):
     values = YAML(typ="safe").load(ROOT / "params.yaml")
     values["profiles"]["tiny"]["search"]["dpo_2"] = values["profiles"]["tiny"]["search"]["dpo"]
@@ -125,6 +161,74 @@ def test_a_dead_trial_makes_room_for_its_retry_and_for_nothing_else():
     assert not study.is_wanted(plan, made.get_trials())
 
 
+def test_what_remains_is_told_until_all_is_done():
+    """Wanted 3: one is done, then one runs, then one has failed and the last is done."""
+    made, plan = optuna.create_study(), Plan("s", "", X, trials=3)
+    made.add_trial(trial())
+    assert study.remaining(plan, made.get_trials()) == "1 of 3 trials are done; the same command goes on"
+    made.add_trial(trial())
+    running = made.ask(X)
+    assert "2 of 3 trials are done, 1 at work" in study.remaining(plan, made.get_trials())
+    made.tell(running, state=TrialState.FAIL)
+    assert study.remaining(plan, made.get_trials()) == ""
+
+
+def test_three_failures_end_the_session_they_are_of():
+    """Three failed at time 100: that ends a session begun at 50, not one begun at 200."""
+    plan, lost = Plan("s", "/there/s.journal", X, trials=9), {"error": "RuntimeError: no", "seen": 100.0}
+    trials = [trial(TrialState.FAIL, **lost) for _ in range(3)]
+    with pytest.raises(study.SearchError, match=r"first 3 .*RuntimeError: no.* delete /there/s\.journal"):
+        study.check_any_works(plan, trials, 50.0)
+    study.check_any_works(plan, trials, 200.0)
+
+
+def test_a_lost_trial_of_part_of_a_grid_is_done_again(tmp_path):
+    """Two of five cells are wanted and the first is lost: the second, then the first again, and no other."""
+    cells = tuple({"x": float(x)} for x in range(5))
+    space = {"x": CategoricalDistribution([0.0, 1.0, 2.0, 3.0, 4.0])}
+    plan = Plan("s", str(tmp_path / "journal"), space, trials=2, cells=cells, sampler="grid")
+    made = study.create(plan)
+    study.ask(plan, made, {})  # without a sign of life
+    assert workers.reap(plan, made) == [0]
+    found = []
+    while (asked := study.ask(plan, made, workers.claim())) is not None:
+        found.append(asked.params["x"])
+    assert found == [1.0, 0.0]
+
+
+def test_a_reaped_trial_is_dropped_and_its_worker_goes_on(caplog):
+    """It is told FAIL by another while at work; what it does next with the study is refused."""
+    made = optuna.create_study()
+
+    def objective(asked: optuna.Trial) -> list[float]:
+        made.tell(asked.number, state=TrialState.FAIL)
+        tell(asked, {1: 0.5})
+        return [1.0]
+
+    workers.attempt(made, made.ask(X), objective)
+    assert "trial 0: another host took it for dead" in caplog.text
+    assert [t.state for t in made.get_trials()] == [TrialState.FAIL]
+    assert "error" not in made.get_trials()[0].user_attrs
+
+
+def test_a_short_outage_is_waited_for_and_a_long_one_is_not(monkeypatch):
+    """Four pauses, so five attempts."""
+    monkeypatch.setattr(study, "PAUSES", (0.0,) * 4)
+    calls = []
+
+    def away_until(attempt: int) -> str:
+        calls.append(attempt)
+        if len(calls) < attempt:
+            raise optuna.exceptions.StorageInternalError
+        return "back"
+
+    assert study.patiently(away_until, 5) == "back"
+    calls.clear()
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        study.patiently(away_until, 6)
+    assert len(calls) == 5
+
+
 @pytest.mark.parametrize(
     ("changes", "dead"),
     [
@@ -153,6 +257,41 @@ def test_a_study_is_another_if_its_scores_mean_something_else(tmp_path):
     others = [{"prompts": 59}, {"objectives": ["oracle"]}, {"fixed": {"batches": 61}}, {"pruner": "none"}]
     others.append({"space": {"beta": {"low": 100, "high": 5001}}})
     assert len({same, *(name(**change) for change in others)}) == 6
+
+
+def test_a_study_is_another_if_weights_are_other_than_they_were(tmp_path, monkeypatch):
+    """Of base, start, judge and reward: those that each method reads, and no others."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "start", "taste", "models/preference"):
+        Path(name).mkdir(parents=True)
+    profile = load(tmp_path, "dpo")
+    tuned = {**profile.methods["dpo"], "start": "start"}
+    rewarded = {**profile.methods["alignprop"], "rewards": {"pickscore": 1}}
+    methods = {**profile.methods, "dpo": tuned, "alignprop": rewarded}
+    model = profile.model.model_copy(update={"path": "base"})
+    scorers = {"oracle": {}, "pickscore": {"path": "taste"}}
+    profile = profile.model_copy(update={"methods": methods, "model": model, "scorers": scorers})
+    search = plugins.config_class("search", "settings").model_validate(
+        {**profile.search["dpo"], "objectives": ["oracle"]}
+    )
+
+    def names() -> dict[str, str]:
+        return {uses: sweep.identity(uses, uses, profile, search) for uses in ("dpo", "spo", "alignprop")}
+
+    known = names()
+    assert names() == known
+    readers = {"models/preference": {"spo"}, "start": {"dpo"}, "taste": {"alignprop"}, "base": set(known)}
+    for folder, wanted in readers.items():
+        (tmp_path / folder / "weights").write_text("others")
+        before, known = known, names()
+        assert {uses for uses in known if known[uses] != before[uses]} == wanted
+
+
+def test_looks_are_as_far_apart_as_in_the_shortest_trial(tmp_path):
+    """Batches from 40 to 200 and no `every`: looks from a quarter of 40 on, to 200."""
+    changes = {"space": {"batches": {"choices": [200, 40]}}, "fixed": {}, "every": None}
+    profile = load(tmp_path, "dpo", **changes)
+    assert sweep.planned("dpo", config.load(tmp_path / "params.yaml")[0], profile, tmp_path).resource == (10, 200)
 
 
 # --- pruning ----------------------------------------------------------------------------------------------

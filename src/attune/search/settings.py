@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from attune.blocks import Block, Dimension, Real
 
 
 class Config(Block):
+    HIDDEN: ClassVar[str] = "an address with a password"
+
     space: dict[str, Dimension] = Field(min_length=1, description="key of the method's block, say lora.rank -> values")
     objectives: list[str] = Field(
         min_length=1, max_length=2, description="scorers to raise: one, or two that are weighed against each other"
@@ -35,6 +37,26 @@ class Config(Block):
         description="sqlite:///file, or postgresql+psycopg://... for several hosts; null = a file in .checkpoints",
     )
     fixed: dict[str, Any] = Field({}, description="other settings of the method's block for trials, to make them short")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_password(cls, values: Any) -> Any:
+        """`user:password@` or `password=`, out of sight before anything is checked: errors quote what was given."""
+        storage = values.get("storage") if isinstance(values, dict) else None
+        if not isinstance(storage, str):
+            return values
+        user = storage.split("://")[-1].rpartition("@")[0]
+        has_one = ":" in user or "password=" in storage.lower()
+        return {**values, "storage": cls.HIDDEN} if has_one else values
+
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _holds_no_password(cls, storage: Any) -> Any:
+        if storage == cls.HIDDEN:
+            raise ValueError(
+                "a password does not belong here: put it in PGPASSWORD or ~/.pgpass, or set ATTUNE_STORAGE"
+            )
+        return storage
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

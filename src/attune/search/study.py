@@ -6,27 +6,38 @@ a trial is given out under a lock that all workers of a storage share, and only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from attune.hashing import values_sha
 
+LOG = logging.getLogger("attune.search")
 RANDOM_TRIALS = 6  # before tpe and gp learn from the others: half of a sweep of twelve
 FULL_TRIALS = 4  # before median stops one
 LOCK_SECONDS = 600
+OUTAGE = (StorageInternalError, OperationalError, InterfaceError)  # what a database that is away looks like
+PAUSES = (1.0, 4.0, 15.0, 40.0)  # s, from one attempt at it to the next
+ADDRESSES = ("sqlite:///", "postgresql+psycopg://")
 RETRY_OF = "retry_of"  # user attribute of a trial: the number of the one that died with its worker
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 class SearchError(RuntimeError):
@@ -38,7 +49,7 @@ class Plan:
     """What every worker of a study must know; a value that can be sent to another process."""
 
     study: str
-    storage: str  # sqlite:///..., postgresql+psycopg://..., or the path of a journal file
+    storage: str = field(repr=False)  # sqlite:///..., postgresql+psycopg://..., or a journal file; may hold a password
     space: dict[str, BaseDistribution]
     trials: int  # wanted in all
     objectives: tuple[str, ...] = ("score",)  # all are raised
@@ -50,9 +61,15 @@ class Plan:
 
 
 def located(storage: str | None, name: str, root: Path) -> str:
-    """The storage's address, whatever folder a worker starts in."""
+    """The storage's address, whatever folder a worker starts in.
+
+    Raises:
+        SearchError: it is none that is known; it is not quoted, for it may hold a password.
+    """
     if storage is None:
         return str(root / ".checkpoints" / "search" / f"{name}.journal")
+    if not storage.startswith(ADDRESSES):
+        raise SearchError(f"the storage's address must begin with {' or '.join(ADDRESSES)}")
     file = storage.removeprefix("sqlite:///")
     return storage if file == storage else f"sqlite:///{root / file}"
 
@@ -84,7 +101,8 @@ def create(plan: Plan) -> optuna.Study:
             directions=["maximize"] * len(plan.objectives),
             load_if_exists=True,
         )
-        for cell in plan.cells:  # again, in case the last attempt did not get through all
+        # again, in case the last attempt did not get through all; no more than wanted, or they would go before a retry
+        for cell in plan.cells[: plan.trials]:
             study.enqueue_trial(cell, skip_if_exists=True)
     return study
 
@@ -104,17 +122,34 @@ def connect(storage: str) -> BaseStorage:
     return JournalStorage(JournalFileBackend(storage, lock_obj=FileLock(f"{storage}.writing", timeout=LOCK_SECONDS)))
 
 
-def ask(plan: Plan, study: optuna.Study, claim: dict[str, Any]) -> optuna.Trial | None:
+def patiently(call: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
+    """Calls it, and again after a while where the database is away; an outage of a minute ends no search.
+
+    For calls that may be made twice, as the first may have come through and only its answer been lost.
+    """
+    for pause in PAUSES:
+        try:
+            return call(*args, **options)
+        except OUTAGE as error:
+            LOG.warning("the study's storage is away (%s), again in %g s", type(error).__name__, pause)
+            time.sleep(pause)
+    return call(*args, **options)
+
+
+def ask(plan: Plan, study: optuna.Study, claim: dict[str, Any], begun: float = 0.0) -> optuna.Trial | None:
     """The next trial, marked with `claim`; None if no more are wanted.
 
     Trial n's random numbers come from the seed and n: one worker's sweep repeats exactly, and two never draw alike.
 
+    Args:
+        begun: time.time() at the session's start.
+
     Raises:
-        SearchError: the first trials have all failed.
+        SearchError: the session's first trials have all failed.
     """
     with exclusive(plan):
         trials = study.get_trials(deepcopy=False)
-        check_any_works(trials)
+        check_any_works(plan, trials, begun)
         if not is_wanted(plan, trials):
             return None
         study.sampler = sampler(plan, len(trials))
@@ -126,18 +161,44 @@ def ask(plan: Plan, study: optuna.Study, claim: dict[str, Any]) -> optuna.Trial 
 
 def is_wanted(plan: Plan, trials: Sequence[FrozenTrial]) -> bool:
     """Whether another trial may start. One that failed of itself has had its turn, one that died is retried."""
+    waiting = any(trial.state == TrialState.WAITING for trial in trials)
+    return turns(trials) < plan.trials and (waiting or not plan.cells)
+
+
+def turns(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials were given out, without those that died and were put up again."""
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     waiting = sum(trial.state == TrialState.WAITING for trial in trials)
     lost = sum(trial.state == TrialState.FAIL and trial.number in retried for trial in trials)
-    return len(trials) - waiting - lost < plan.trials and (waiting > 0 or not plan.cells)
+    return len(trials) - waiting - lost
 
 
-def check_any_works(trials: Sequence[FrozenTrial]) -> None:
-    """Stops a search whose first three trials have failed: what is wrong is wrong with all of them."""
+def remaining(plan: Plan, trials: Sequence[FrozenTrial]) -> str:
+    """What of a study is not done yet, in words; empty if all is."""
+    running = sum(trial.state == TrialState.RUNNING for trial in trials)
+    if not running and not is_wanted(plan, trials):
+        return ""
+    elsewhere = f", {running} at work in another session" if running else ""
+    return f"{turns(trials) - running} of {plan.trials} trials are done{elsewhere}; the same command goes on"
+
+
+def check_any_works(plan: Plan, trials: Sequence[FrozenTrial], begun: float) -> None:
+    """Stops a session whose first three trials have failed: what is wrong is wrong with all of them."""
     ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    errors = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
+    own = [trial.user_attrs for trial in trials if trial.user_attrs.get("seen", 0.0) >= begun]
+    errors = [known["error"] for known in own if "error" in known]
     if not ended and len(errors) >= 3:
-        raise SearchError(f"the first {len(errors)} trials have all failed; the last: {errors[-1]}")
+        raise SearchError(
+            f"the first {len(errors)} trials have all failed; the last: {errors[-1]}. "
+            f"The same command goes on; {fresh_start(plan)}"
+        )
+
+
+def fresh_start(plan: Plan) -> str:
+    """How to forget the trials so far, in words."""
+    if plan.storage.startswith(ADDRESSES):
+        return f"for a fresh start delete study {plan.study} in its database"
+    return f"for a fresh start delete {plan.storage}"
 
 
 def sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:

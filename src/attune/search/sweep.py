@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 
 from attune import plugins, tracking
-from attune.config import method_of
+from attune.config import method_of, plugin_config
+from attune.evaluation.protocol import scorer_identity
 from attune.hashing import digest, values_sha
 from attune.params import Params, Profile
-from attune.places import PREPARED, REPORTS, project_root
+from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
 from attune.search.figures import draw
 from attune.search.results import write
 from attune.search.settings import Config
 from attune.search.space import cells, distributions, settings
-from attune.search.study import Plan, SearchError, create, located
-from attune.search.trial import Trial, quarter
+from attune.search.study import Plan, SearchError, create, fresh_start, located, remaining
+from attune.search.trial import Trial, interval
 from attune.search.workers import run as run_workers
 
 SESSION = ("trials", "minutes", "workers", "storage")  # may change from one session of a study to the next
+STORAGE = "ATTUNE_STORAGE"  # environment variable, before the block's `storage`; may hold a password
 TRACKED_AS = "run"  # attribute of the study: the sweep's tracking run
 
 
@@ -34,7 +38,8 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
         report: folder of the results; None is reports/sweeps/<run>.
 
     Raises:
-        SearchError: no trial got to its end, or a mistake would have met them all.
+        SearchError: no trial got to its end, a mistake would have met them all, or, with what there is so far written,
+            trials are left to do.
     """
     search, uses, root = Config.model_validate(profile.search[name]), method_of(name, params), project_root()
     report = report or REPORTS / "sweeps" / name
@@ -43,7 +48,7 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
     deadline = time.time() + 60 * search.minutes if search.minutes else float("inf")
     tags = {"profile": params.profile, "method": name, "uses": uses, "study": plan.study}
     known = create(plan).user_attrs.get(TRACKED_AS)
-    told = {"search": dict(profile.search[name])}
+    told = {"search": {key: value for key, value in profile.search[name].items() if key != "storage"}}
     with tracking.sweep(f"sweep {name}", told, tags=tags, uri=params.tracking, root=root, run_id=known) as tracked:
         objective = Trial(
             name, uses, profile, search, root / ".checkpoints" / "search" / plan.study,
@@ -59,10 +64,13 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
         _forget_models(objective.folder, study)
         found = write(study, plan, {"profile": params.profile, "run": name}, report)
         if found is None:
-            raise SearchError(f"no trial got to its end: {report / 'trials.csv'}")
+            rest = remaining(plan, study.get_trials(deepcopy=False)) or fresh_start(plan)
+            raise SearchError(f"no trial got to its end: {report / 'trials.csv'}; {rest}")
         tracked.summary({f"best/{key}": value for key, value in zip(plan.objectives, found.values, strict=True)})
         for file in [report / "trials.csv", report / "best_params.yaml", *draw(study, plan, report)]:
             tracked.artifact(file)
+    if rest := remaining(plan, study.get_trials(deepcopy=False)):  # else DVC would think that it is done
+        raise SearchError(rest)
     return study
 
 
@@ -72,31 +80,54 @@ def planned(name: str, params: Params, profile: Profile, root: Path) -> Plan:
     block = settings(profile.methods[name], search.fixed, {})
     grid = cells(search.space) if search.sampler == "grid" else []
     trials = min(search.trials or len(grid), len(grid)) if grid else search.trials
-    study = f"{params.profile}-{name}-{identity(name, profile, search)[:8]}"
-    every = search.every or quarter(block["batches"])
+    study = f"{params.profile}-{name}-{identity(name, uses, profile, search)[:8]}"
+    shortest, longest = _batches(search, block["batches"])
     return Plan(
         study=study,
-        storage=located(search.storage, study, root),
+        storage=located(os.environ.get(STORAGE) or search.storage, study, root),
         space=distributions(search.space, plugins.config_class("methods", uses)),
         trials=trials,
         objectives=tuple(search.objectives),
         cells=tuple(grid),
         sampler=search.sampler,
         pruner=search.pruner,
-        resource=(every, block["batches"]),
+        resource=(interval(search, shortest), longest),
         seed=profile.seed,
     )
 
 
-def identity(name: str, profile: Profile, search: Config) -> str:
-    """Changes with everything that a trial's score depends on, or that decides which trials there are."""
-    block = settings(profile.methods[name], search.fixed, {})
+def _batches(search: Config, batches: int) -> tuple[int, int]:
+    """Batches of the shortest and the longest trial."""
+    searched = search.space.get("batches")
+    lengths = [batches] if searched is None else searched.choices or [searched.low, searched.high]
+    return int(min(lengths)), int(max(lengths))
+
+
+def identity(name: str, uses: str, profile: Profile, search: Config) -> str:
+    """Changes with everything that a trial's score depends on, or that decides which trials there are.
+
+    Raises:
+        SearchError: weights that trials need are not there.
+    """
+    block = settings(profile.methods[name], search.fixed, {}) | {"held_out": None}  # trials have their own
     kept = {key: value for key, value in block.items() if key not in search.space}
     decided = search.model_dump(exclude=set(SESSION))
-    scorers = {scorer: profile.scorers[scorer] for scorer in search.objectives}
-    data = [digest(file) for file in sorted(PREPARED.glob("*.parquet"))]
-    profile_parts = [profile.seed, profile.model.model_dump(), profile.generate.sampling.model_dump()]
-    return values_sha([name, kept, decided, scorers, data, *profile_parts])
+    asked = dict.fromkeys([*search.objectives, *block.get("rewards", ())])
+    values = [profile.seed, profile.model.model_dump(), profile.generate.sampling.model_dump()]
+    try:
+        scorers = [scorer_identity(it, plugin_config("rewards", it, profile.scorers[it], it)) for it in asked]
+        needed = {str(path): digest(path) for path in _needed(uses, profile, block)}
+    except FileNotFoundError as error:
+        raise SearchError(str(error)) from None
+    return values_sha([name, kept, decided, scorers, needed, *values])
+
+
+def _needed(uses: str, profile: Profile, block: Mapping[str, Any]) -> list[Path]:
+    """Files and folders here that a training reads. What is on the Hub is named by its commit, in the settings."""
+    method = plugins.load("methods", uses).Method
+    judge = [PREFERENCE] if "judge" in inspect.signature(method).parameters else []
+    places = [place for place in (profile.model.path, profile.model.vae, block.get("start")) if place]
+    return [*sorted(PREPARED.glob("*.parquet")), *judge, *(Path(place) for place in places if Path(place).exists())]
 
 
 def slots(workers: int | None) -> list[str | None]:
@@ -119,7 +150,7 @@ def _forget_models(folder: Path, study: optuna.Study) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def found(study: optuna.Study) -> dict[str, Any]:
+def counts(study: optuna.Study) -> dict[str, Any]:
     """For a last word on the command line: how many trials ended how."""
     states = [trial.state.name.lower() for trial in study.get_trials(deepcopy=False)]
     return {state: states.count(state) for state in sorted(set(states))}

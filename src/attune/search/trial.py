@@ -17,6 +17,7 @@ from attune.config import ConfigError, check
 from attune.params import Profile
 from attune.search.settings import Config
 from attune.search.space import drawn, settings
+from attune.search.study import patiently
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,9 +74,13 @@ class Trial:
         block = settings(self.profile.methods[self.run], search.fixed, values)
         block["held_out"] = None
         if search.pruner in WATCHING:
-            every = search.every or quarter(block["batches"])
-            look = {"scorer": search.objectives[0], "prompts": search.prompts, "every": every, "ends": False}
-            block["held_out"] = look | {"sampling": self.profile.generate.sampling.model_dump()}
+            block["held_out"] = {
+                "scorer": search.objectives[0],
+                "prompts": search.prompts,
+                "sampling": self.profile.generate.sampling.model_dump(),
+                "every": interval(search, block["batches"]),
+                "ends": False,
+            }
         try:
             check(plugins.config_class("methods", self.uses), block, self.run)
         except ConfigError as error:
@@ -106,19 +111,20 @@ class Trial:
             if not np.isfinite(part).all():
                 raise RuntimeError("a scorer gave something that is not a number")
             scores.append(part)
-            trial.set_user_attr("prompts", start + len(part))
+            patiently(trial.set_user_attr, "prompts", start + len(part))
             if paired:
                 tell(trial, dict(enumerate(part[:, 0].tolist(), start + 1)))
         found = np.concatenate(scores)
-        trial.set_user_attr("scores", dict(zip(self.search.objectives, found.T.round(6).tolist(), strict=True)))
+        kept = dict(zip(self.search.objectives, found.T.round(6).tolist(), strict=True))
+        patiently(trial.set_user_attr, "scores", kept)
         return found
 
 
 def tell(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
     """Reports values by step, then ends the trial if the pruner says so."""
     for step, value in reports.items():
-        trial.report(value, step)
-    if trial.should_prune():
+        patiently(trial.report, value, step)
+    if patiently(trial.should_prune):
         raise optuna.TrialPruned
 
 
@@ -127,6 +133,11 @@ def together(scorers: Sequence[Reward]) -> Callable[..., Tensor]:
     import torch
 
     return lambda pixels, prompts: torch.stack([scorer(pixels, prompts).cpu() for scorer in scorers], dim=1)
+
+
+def interval(search: Config, batches: int) -> int:
+    """Batches between the held-out scores of a training of so many."""
+    return search.every or quarter(batches)
 
 
 def quarter(n: int) -> int:

@@ -10,7 +10,6 @@ import gc
 import logging
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,12 +19,14 @@ from typing import Any
 
 import optuna
 import psutil
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join
+from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join, patiently
+from attune.tracking.labels import HOST
+from attune.tracking.labels import alive as processes
 
 LOG = logging.getLogger("attune.search")
-HOST = socket.gethostname()
 BEAT_SECONDS = 60.0
 SILENT_SECONDS = 600.0  # then a trial of another host counts as dead
 POLL_SECONDS = 2.0
@@ -55,7 +56,7 @@ def run(
     Raises:
         SearchError: a worker met a mistake that would meet every trial.
     """
-    study, futile = create(plan), 0
+    study, futile, begun = create(plan), 0, time.time()
     os.environ.setdefault("TQDM_DISABLE", "1")  # in the workers: bars of several processes overwrite each other
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     errors = context.SimpleQueue()
@@ -69,9 +70,9 @@ def run(
             futile += 0 if lost else sum(code != 0 for code in codes)
             if futile > FUTILE:
                 raise SearchError(f"workers end before they have done anything, with exit codes {codes}")
-            if time.time() < deadline and is_wanted(plan, study.get_trials(deepcopy=False)):
+            if time.time() < deadline and is_wanted(plan, patiently(study.get_trials, deepcopy=False)):
                 for slot in set(range(len(slots))) - workers.keys():
-                    values = (plan, objective, slots[slot], deadline, errors)
+                    values = (plan, objective, slots[slot], (begun, deadline), errors)
                     workers[slot] = context.Process(target=work, args=values, name=f"worker {slot}")
                     workers[slot].start()
             elif not workers:
@@ -83,7 +84,7 @@ def run(
 
 
 def _reaped(plan: Plan, study: optuna.Study, bury: Callable[[], None]) -> list[int]:
-    lost = reap(plan, study)
+    lost = patiently(reap, plan, study)
     if lost:
         LOG.warning("trials that died with their process: %s", ", ".join(map(str, lost)))
         bury()
@@ -103,15 +104,20 @@ def _stop(workers: Iterable[Any]) -> None:
         worker.join()
 
 
-def work(plan: Plan, objective: Objective, gpu: str | None, deadline: float, errors: Any) -> None:
-    """What a worker process does: one trial after the other, while any is wanted."""
+def work(plan: Plan, objective: Objective, gpu: str | None, session: tuple[float, float], errors: Any) -> None:
+    """What a worker process does: one trial after the other, while any is wanted.
+
+    Args:
+        session: time.time() at its start, and after which no trial starts.
+    """
+    begun, deadline = session
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
-        study = join(plan)
-        while time.time() < deadline and (trial := ask(plan, study, claim())):
+        study = patiently(join, plan)
+        while time.time() < deadline and (trial := patiently(ask, plan, study, claim(), begun)):
             attempt(study, trial, objective)
             gc.collect()  # what a failed trial's traceback held on to
     except KeyboardInterrupt:
@@ -130,25 +136,34 @@ def _follow(parent: Any) -> None:
 def attempt(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> None:
     """Runs a trial and tells the study how it ended; one that is interrupted stays RUNNING, to be reaped.
 
+    A trial that another host has taken for dead is done again there, and dropped here.
+
     Raises:
         Exception: a mistake that is not of this trial alone, after the trial was told FAIL.
     """
     begun, values = time.time(), None
     try:
-        with alive(trial):
+        with beating(trial):
             values, state = objective(trial), TrialState.COMPLETE
     except optuna.TrialPruned:
         state = TrialState.PRUNED
+    except UpdateFinishedTrialError:
+        LOG.warning("trial %d: another host took it for dead; it is dropped here", trial.number)
+        return
     except Exception as error:
         state = TrialState.FAIL
-        trial.set_user_attr("error", f"{type(error).__name__}: {error}"[:500])
+        _note(trial, "error", f"{type(error).__name__}: {error}"[:500])
         LOG.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
         if not isinstance(error, OF_THE_TRIAL):
-            study.tell(trial, state=state, skip_if_finished=True)
+            patiently(study.tell, trial, state=state, skip_if_finished=True)
             raise
-    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # reaped by a host that heard nothing of it
-        trial.set_user_attr("seconds", round(time.time() - begun, 1))
-    study.tell(trial, values, state=state, skip_if_finished=True)
+    _note(trial, "seconds", round(time.time() - begun, 1))
+    patiently(study.tell, trial, values, state=state, skip_if_finished=True)
+
+
+def _note(trial: optuna.Trial, key: str, value: Any) -> None:
+    with suppress(UpdateFinishedTrialError):  # reaped by a host that heard nothing of it
+        patiently(trial.set_user_attr, key, value)
 
 
 def claim() -> dict[str, Any]:
@@ -158,7 +173,7 @@ def claim() -> dict[str, Any]:
 
 
 @contextmanager
-def alive(trial: optuna.Trial) -> Iterator[None]:
+def beating(trial: optuna.Trial) -> Iterator[None]:
     """Gives a sign of life each minute for as long as the body runs."""
     over = threading.Event()
 
@@ -200,8 +215,4 @@ def is_dead(trial: FrozenTrial) -> bool:
         return True
     if known["host"] != HOST:
         return time.time() - known["seen"] > SILENT_SECONDS
-    try:
-        process = psutil.Process(known["pid"])
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - known["born"]) > 2
-    except psutil.NoSuchProcess:
-        return True
+    return abs(processes().get(known["pid"], 0.0) - known["born"]) > 2  # s: ids are used again, clocks adjusted

@@ -38,10 +38,10 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"params.yaml: {error}")
     from attune.search.study import SearchError
-    from attune.search.sweep import found, sweep
+    from attune.search.sweep import counts, sweep
 
     try:
-        LOG.info("%s: %s", folder, found(sweep(given.run, params, profile)))
+        LOG.info("%s: %s", folder, counts(sweep(given.run, params, profile)))
     except SearchError as error:
         sys.exit(f"sweep {given.run}: {error}")
 
