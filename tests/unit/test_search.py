@@ -72,6 +72,7 @@ def test_a_mistake_is_named_by_its_key(tmp_path, changes, message):
         "postgresql+psycopg://me:s3cret@host/db",
         "postgresql://me:s3cret@host/db",  # of no known kind either
         "me:s3cret@host/db",
+        "postgresql+psycopg://me:s3://cret@host/db",
         "postgresql+psycopg://me:s3/c@ret@host/db",
         "postgresql+psycopg://me@host/db?sslmode=require&Password=s3cret",
     ],

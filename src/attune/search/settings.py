@@ -45,7 +45,7 @@ class Config(Block):
         storage = values.get("storage") if isinstance(values, dict) else None
         if not isinstance(storage, str):
             return values
-        user = storage.split("://")[-1].rpartition("@")[0]
+        user = (storage.partition("://")[2] or storage).rpartition("@")[0]
         has_one = ":" in user or "password=" in storage.lower()
         return {**values, "storage": cls.HIDDEN} if has_one else values
 
