@@ -134,6 +134,9 @@ class Spool:
         self._lock.release()
 
     def remove(self) -> None:
+        (self.folder / RECORDS).unlink(
+            missing_ok=True
+        )  # before the lock file goes: who then locks a new one finds none
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
