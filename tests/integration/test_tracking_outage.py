@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import logging
-logging.getLogger("attune.tracking").addHandler(logging.StreamHandler())
+logging.basicConfig(format="%(name)s: %(message)s")
 from attune import tracking
 with tracking.run("train", {"seed": 1}, tags={}) as run:
     for step in range(300):
@@ -146,7 +146,7 @@ def test_eight_processes_share_a_fresh_store(tmp_path):
     writers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(8)]
     told = [writer.communicate(timeout=300)[1] for writer in writers]
     assert [writer.returncode for writer in writers] == [0] * 8, told
-    assert told == [""] * 8
+    assert not any("attune.tracking" in text for text in told), told  # MLflow says that it creates tables
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     runs = _runs(uri)
     assert [run.info.status for run in runs] == ["FINISHED"] * 8

@@ -49,7 +49,7 @@ class Sender(threading.Thread):
                 known and self._attempt(ending)
             )  # stale connections and lost runs need a new start
             self.attempted.set()
-            if not self.spool.folder.exists():
+            if not self.spool.waits:
                 return
             if ending:
                 self.spool.close()
@@ -72,7 +72,7 @@ class Sender(threading.Thread):
         self._wake.set()
         while (self.is_alive() or self._is_carrying()) and time.monotonic() - self._progress < DRAIN_SECONDS:
             self.join(0.2)
-        if (self.spool.folder / spools.RECORDS).exists():
+        if self.spool.waits:
             self._warn_once("left", LEFT)
 
     def _attempt(self, ending: bool) -> bool:

@@ -41,6 +41,11 @@ class Spool:
     def uid(self) -> str:
         return self.folder.name
 
+    @property
+    def waits(self) -> bool:
+        """Whether it has not been removed; the folder may outlive it, by a lock that another process looks for."""
+        return (self.folder / RECORDS).exists()
+
     def append(self, op: str, **fields: Any) -> None:
         """Adds a record, stamped with the time in ms; once it returns, a killed process loses it no more.
 
@@ -134,6 +139,9 @@ class Spool:
         self._lock.release()
 
     def remove(self) -> None:
+        (self.folder / RECORDS).unlink(
+            missing_ok=True
+        )  # before the lock file goes: who then locks a new one finds none
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
