@@ -118,7 +118,7 @@ def test_two_stages_train_side_by_side(home):
     for method in METHODS:
         text = changed.params(f"profiles.short.methods.{method}.lr", 7e-4)
         (home.folder / "params.yaml").write_text(text)
-    words = [sys.executable, "-m", "dvc", "repro", "-s"]
+    words = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "-s"]  # on a busy machine 3 s are too short
     running = [
         subprocess.Popen(
             [*words, f"align@{m}"], cwd=home.folder, env=home.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT

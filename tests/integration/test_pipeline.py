@@ -156,8 +156,10 @@ def test_git_is_left_with_small_files_only(project):
     assert sum(sizes.values()) < 3_000_000, sizes
     changed = project.run("git", "diff", "--name-only").split()
     assert changed == [], "no stage edits a tracked file"
-    left = [path.name for path in (project.folder / ".checkpoints").iterdir() if path.name != "runs"]
+    kept = project.folder / ".checkpoints"
+    left = [path.name for path in kept.iterdir() if path.name not in ("runs", "tracking")]
     assert left == [], "checkpoints are removed on success"
+    assert list(kept.rglob("records.jsonl")) == [], "all that was tracked has been sent"
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------
