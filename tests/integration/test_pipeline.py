@@ -398,7 +398,7 @@ def test_a_new_method_is_one_file_and_one_block(project):
     assert {"models/tilted", "data/generated/tilted", "reports/scores/tilted.parquet"} <= set(after) - set(before)
     adapters = {(project.folder / "models" / name / ADAPTER).read_bytes() for name in ("dpo", "tilted")}
     assert len(adapters) == 2
-    trained = next(r for r in reversed(tracked_runs(project)) if r.data.tags.get("dvc.stage") == "align@tilted")
+    trained = next(r for r in reversed(tracked_runs(project)) if r.data.tags["dvc.stage"] == "align@tilted")
     assert (trained.data.tags["method"], trained.data.tags["uses"]) == ("tilted", "tilt")
     assert trained.data.params["strength"] == "2"
     assert trained.data.params["start"] == "models/dpo"

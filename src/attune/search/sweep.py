@@ -47,7 +47,8 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
     plan = planned(name, params, profile, root)
     deadline = time.time() + 60 * search.minutes if search.minutes else float("inf")
     tags = {"profile": params.profile, "method": name, "uses": uses, "study": plan.study}
-    known = create(plan).user_attrs.get(TRACKED_AS)
+    study = create(plan)
+    known = study.user_attrs.get(TRACKED_AS)
     told = {"search": {key: value for key, value in profile.search[name].items() if key != "storage"}}
     with tracking.sweep(f"sweep {name}", told, tags=tags, uri=params.tracking, root=root, run_id=known) as tracked:
         objective = Trial(
@@ -55,7 +56,6 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
             tags=tags, parent=tracked.run_id, tracking=params.tracking, root=root,
         )  # fmt: skip
         objective.folder.mkdir(parents=True, exist_ok=True)
-        study = create(plan)
         study.set_user_attr(TRACKED_AS, tracked.run_id)
         run_workers(
             plan, objective, slots(search.workers), deadline=deadline,

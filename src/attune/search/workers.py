@@ -23,8 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join, patiently
-from attune.tracking.labels import HOST
-from attune.tracking.labels import alive as processes
+from attune.tracking.labels import HOST, lives
 
 LOG = logging.getLogger("attune.search")
 BEAT_SECONDS = 60.0
@@ -215,4 +214,4 @@ def is_dead(trial: FrozenTrial) -> bool:
         return True
     if known["host"] != HOST:
         return time.time() - known["seen"] > SILENT_SECONDS
-    return abs(processes().get(known["pid"], 0.0) - known["born"]) > 2  # s: ids are used again, clocks adjusted
+    return not lives(known["pid"], known["born"])

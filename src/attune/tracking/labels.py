@@ -47,21 +47,26 @@ def process() -> dict[str, str]:
     return {"host": HOST, "pid": str(me.pid), "pid.created": str(me.create_time())}
 
 
-def alive() -> dict[int, float]:
-    """Process id -> time of birth in s, of all that live on this host."""
-    processes = psutil.process_iter(["create_time", "status"])
-    return {p.pid: p.info["create_time"] for p in processes if p.info["status"] != psutil.STATUS_ZOMBIE}
+def lives(pid: int, born: float) -> bool:
+    """Whether the process of this host with that id, born at `born` (s since the epoch), is still at work."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - born) <= 2  # s: ids are used again, clocks get adjusted
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def pipeline(tags: Mapping[str, str]) -> dict[str, Any] | None:
-    """Identity, name and tags of the run that groups the stages of one `dvc repro`; None outside of DVC."""
+    """Identity, name, start (ms) and tags of the run that groups the stages of one `dvc repro`; None outside of DVC."""
     name = os.environ.get("DVC_EXP_NAME")
     identity = plain(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _repro()
     if identity is None:
         return None
     shared = {key: tags[key] for key in tags.keys() & {"git.commit", "git.dirty", "profile", "dvc.exp"}}
     tags = shared | {"kind": "pipeline", "pipeline.id": identity}
-    return {"id": identity, "name": name or time.strftime("repro %Y-%m-%d %H:%M:%S"), "tags": tags}
+    name = name or time.strftime("repro %Y-%m-%d %H:%M:%S")
+    began = int(psutil.Process().create_time() * 1000)  # it is older than the run of its first stage
+    return {"id": identity, "name": name, "start": began, "tags": tags}
 
 
 def columns(params: Tree) -> dict[str, str]:

@@ -37,7 +37,7 @@ def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
     try:
         found = _client(uri, root).get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in stores.REFUSALS:
             return None
         raise
     return Version(str(found.version), found.run_id, found.tags)

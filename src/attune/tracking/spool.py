@@ -139,9 +139,8 @@ class Spool:
         self._lock.release()
 
     def remove(self) -> None:
-        (self.folder / RECORDS).unlink(
-            missing_ok=True
-        )  # before the lock file goes: who then locks a new one finds none
+        # before the lock file goes: who then locks a new one finds none
+        (self.folder / RECORDS).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from attune.tracking import spool as spools
-from attune.tracking.labels import HOST, alive
+from attune.tracking.labels import HOST, lives
 
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
@@ -103,12 +103,11 @@ def connect(uri: str, root: Path) -> Store:
 
 def bury(store: Store) -> None:
     """Sets KILLED on runs left RUNNING by processes of this host that are gone, unless a spool knows better."""
-    born = alive()
     for found in store.client.search_runs([store.experiment], f"status = 'RUNNING' AND tags.host = '{HOST}'"):
         tags = found.data.tags
         if spools.waiting(store.root, tags.get("attune.uid", "-")):
             continue
-        if abs(born.get(int(tags["pid"]), 0.0) - float(tags["pid.created"])) > 2:  # s: pids are reused, clocks adjusted
+        if not lives(int(tags["pid"]), float(tags["pid.created"])):
             _end(store, found.info.run_id, "KILLED", None, tags.get("kind"))
 
 
@@ -233,7 +232,8 @@ def _parent(store: Store, above: str | Mapping[str, Any]) -> str:
         where = f"tags.`pipeline.id` = '{above['id']}'"
         found = store.client.search_runs([store.experiment], where, max_results=1)
         if not found:
-            found = [store.client.create_run(store.experiment, tags=above["tags"], run_name=above["name"])]
+            about = {"start_time": above.get("start"), "tags": above["tags"], "run_name": above["name"]}
+            found = [store.client.create_run(store.experiment, **about)]  # older than the stage that asks for it
             store.client.set_terminated(found[0].info.run_id)  # nobody is there to do it when the last stage ends
     return found[0].info.run_id
 
