@@ -3,10 +3,10 @@
     PYTHONPATH=src python benchmarks/search.py dpo spo
 
 Of the profile in params.yaml, after `dvc repro prepare` (and train_preference, for spo). For each run: a TPE search of
-12 short trials, as `search.<run>` has it; a grid of 4 x 3 trainings of full length over the same ranges; then the
-default, TPE's best and the grid's best are trained in full and paint the test prompts. Both searches see validation
-prompts and their own scorer alone; the judge is the oracle, which neither asks. Writes reports/search.md and .json;
-goes on where it was stopped.
+12 short trials and its finalists in full, as `search.<run>` has it; a grid of 4 x 3 trainings of full length over the
+same ranges; then the default, TPE's best and the grid's best are trained in full and paint the test prompts. Both
+searches see validation prompts and their own scorer alone; the judge is the oracle, which neither asks. Writes
+reports/search.md and .json; goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from optuna.trial import TrialState
 
 from attune import tracking
@@ -59,7 +60,7 @@ def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
     searches = {
         "tpe": block | {"sampler": "tpe", "trials": TRIALS, "workers": WORKERS},
         "grid": block | {"space": grid(block), "sampler": "grid", "pruner": "none", "trials": None}
-        | {"fixed": {}, "workers": WORKERS},
+        | {"fixed": {}, "finalists": 0, "workers": WORKERS},
     }  # fmt: skip
     result: dict[str, Any] = {"searches": {}, "settings": {"default": {}}, "scores": {}, "comparisons": {}}
     for name, search in searches.items():
@@ -100,7 +101,9 @@ def timed(run: str, params: Params, profile: Profile, report: Path) -> dict[str,
             }
             file.write_text(json.dumps(spent) + "\n")
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    return {"trials": len(states), "pruned": states.count(TrialState.PRUNED), **spent}
+    finals = report / "finals.csv"
+    in_full = len(pd.read_csv(finals)) if finals.exists() else 0
+    return {"trials": len(states), "pruned": states.count(TrialState.PRUNED), "finals": in_full, **spent}
 
 
 def children_seconds() -> float:
@@ -137,11 +140,11 @@ def document(found: dict[str, Any], profile: str) -> str:
         "",
     ]
     for run, result in found.items():
-        lines += [f"## {run}", "", "| search | trials | pruned | wall s | CPU s |", "|---|---|---|---|---|"]
+        lines += [f"## {run}", "", "| search | trials | pruned | finals | wall s | CPU s |"]
+        lines.append("|---|---|---|---|---|---|")
         for name, s in result["searches"].items():
-            lines.append(
-                f"| {name} | {s['trials']} | {s['pruned']} | {s['wall_seconds']:.0f} | {s['cpu_seconds']:.0f} |"
-            )
+            counts = f"{s['trials']} | {s['pruned']} | {s['finals']}"
+            lines.append(f"| {name} | {counts} | {s['wall_seconds']:.0f} | {s['cpu_seconds']:.0f} |")
         lines += ["", f"| settings | values | {' | '.join(JUDGES)} |", "|---|---|---|---|"]
         for name, values in result["settings"].items():
             said = ", ".join(f"{key} {value:g}" for key, value in values.items())

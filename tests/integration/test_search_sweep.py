@@ -44,7 +44,7 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
-    """dvc runs prepare and three trials; once more adds nothing; apply changes one line of params.yaml."""
+    """dvc runs prepare, three trials and two in full; once more adds nothing; apply changes one line of params.yaml."""
     target = "sweeps/dvc.yaml:sweep@sft"
     said = run(project, "dvc", "repro", target)
     assert "Running stage 'prepare'" in said
@@ -53,17 +53,22 @@ def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
     assert table.state.tolist() == ["complete"] * 3
     assert table.hpsv2.is_unique
     assert (table.prompts == 6).all()
-    assert {file.name for file in results.iterdir()} == {"best_params.yaml", "trials.csv", "history.png", "slice.png"}
+    pictures = {"history.png", "slice.png", "finals.png"}
+    assert {file.name for file in results.iterdir()} == {"best_params.yaml", "trials.csv", "finals.csv", *pictures}
+    finals = pd.read_csv(results / "finals.csv")
+    assert finals.before.tolist() == [True, False]
+    assert finals.lr.tolist() == [3e-4, table.lr[table.hpsv2.idxmax()]]
     best = YAML(typ="safe").load(results / "best_params.yaml")
-    assert best["trial"] == table.hpsv2.idxmax()
-    assert best["params"] == {"lr": table.lr[best["trial"]]}
+    assert best["trial"] == finals.hpsv2.idxmax()
+    assert best["params"] == {"lr": finals.lr[best["trial"]]}
     kept = [file for file in (project / ".checkpoints" / "search").glob("*/*/*.safetensors")]
-    assert [file.parent.name for file in kept] == ["best"]
+    assert [file.parent.name for file in kept] == ["best", "best"]
 
     assert "didn't change, skipping" in run(project, "dvc", "repro", target)
     run(project, sys.executable, "-m", "attune.stages.sweep", "--run", "sft")
     assert len(pd.read_csv(results / "trials.csv")) == 3
-    check_tracking(project, table)
+    assert len(pd.read_csv(results / "finals.csv")) == 2
+    check_tracking(project, pd.concat([table, finals]))
 
     before = (project / "params.yaml").read_text().splitlines()
     run(project, sys.executable, "-m", "attune.stages.sweep", "--run", "sft", "--apply")
@@ -73,7 +78,7 @@ def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
 
 
 def check_tracking(project: Path, table: pd.DataFrame) -> None:
-    """One sweep, resumed, not two; a run per trial below it with its parameter and scores under short names."""
+    """One sweep, resumed, not two; a run per trial below it, two of the last round, with parameter and scores."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
@@ -85,4 +90,5 @@ def check_tracking(project: Path, table: pd.DataFrame) -> None:
         (lr, round(score, 6)) for lr, score in zip(table.lr, table.hpsv2, strict=True)
     }
     assert {r.info.status for r in runs} == {"FINISHED"}
+    assert sorted(r.info.run_name for r in trials if "round" in r.data.tags) == ["sft final 0", "sft final 1"]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"best_params.yaml", "history.png"}

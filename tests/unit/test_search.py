@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
@@ -18,7 +19,7 @@ import test_architecture as house
 from attune import config, plugins
 from attune.blocks import Dimension
 from attune.config import ConfigError
-from attune.search import figures, results, space, study, sweep, workers
+from attune.search import figures, finals, results, space, study, sweep, workers
 from attune.search.study import Plan
 from attune.search.trial import keep_if_best, tell, together
 
@@ -58,6 +59,7 @@ def load(tmp_path: Path, run: str, **changes: Any) -> config.Profile:
         ({"sampler": "nsgaii"}, r"nsgaii needs two objectives"),
         ({"sampler": "grid"}, r"a grid needs choices for every key"),
         ({"trials": None}, r"trials: how many"),
+        ({"fixed": {}}, r"finalists: without fixed"),
         ({"storage": "mysql://host/db"}, r"search\.dpo\.storage: "),
     ],
 )
@@ -254,7 +256,7 @@ def test_a_study_is_another_if_its_scores_mean_something_else(tmp_path):
         return sweep.planned("dpo", params, profile, tmp_path).study
 
     same = name()
-    assert same == name(trials=99, workers=7, minutes=3, storage="sqlite:///x.db")
+    assert same == name(trials=99, finalists=1, workers=7, minutes=3, storage="sqlite:///x.db")
     others = [{"prompts": 59}, {"objectives": ["oracle"]}, {"fixed": {"batches": 61}}, {"pruner": "none"}]
     others.append({"space": {"beta": {"low": 100, "high": 5001}}})
     assert len({same, *(name(**change) for change in others)}) == 6
@@ -290,7 +292,7 @@ def test_a_study_is_another_if_weights_are_other_than_they_were(tmp_path, monkey
 
 def test_looks_are_as_far_apart_as_in_the_shortest_trial(tmp_path):
     """Batches from 40 to 200 and no `every`: looks from a quarter of 40 on, to 200."""
-    changes = {"space": {"batches": {"choices": [200, 40]}}, "fixed": {}, "every": None}
+    changes = {"space": {"batches": {"choices": [200, 40]}}, "fixed": {}, "finalists": None, "every": None}
     profile = load(tmp_path, "dpo", **changes)
     assert sweep.planned("dpo", config.load(tmp_path / "params.yaml")[0], profile, tmp_path).resource == (10, 200)
 
@@ -396,7 +398,9 @@ def test_of_two_objectives_the_best_is_in_the_middle_of_the_front(tmp_path):
     for values in ([1.0, 0.0], [0.0, 1.0], [0.8, 0.7], [0.5, 0.5]):
         made.add_trial(create_trial(params={"x": 1.0}, distributions=X, values=values))
     plan = Plan("s", "", X, 4, objectives=("a", "b"))
-    assert results.best(made, plan).number == 2
+    numbers = [trial.number for trial in results.ranked(made, plan)]
+    assert numbers[0] == 2
+    assert set(numbers) == {0, 1, 2}
     assert "pareto.png" in {file.name for file in figures.draw(made, plan, tmp_path)}
 
 
@@ -451,6 +455,85 @@ def test_two_scorers_see_the_same_images():
 
     both = together([lambda pixels, prompts: pixels.sum(dim=1), lambda pixels, prompts: torch.arange(2.0)])
     assert both(torch.ones(2, 3), ["a", "b"]).tolist() == [[3.0, 0.0], [3.0, 1.0]]
+
+
+# --- the last round ---------------------------------------------------------------------------------------
+
+
+BEFORE = {"x": 20.0, "kind": None}  # x beyond the range, kind none of the choices
+
+
+@pytest.fixture
+def ended(tmp_path) -> tuple[optuna.Study, Plan]:
+    """A search of three trials with scores 1, 3 and 2; 3 and 2 are those of x = 4.0 and 6.0."""
+    kinds = {"x": FloatDistribution(1, 10, log=True), "kind": CategoricalDistribution(["a", "b"])}
+    plan = Plan("s", str(tmp_path / "journal"), kinds, 3, ("taste",))
+    made = study.create(plan)
+    for x, value in ((2.0, 1.0), (4.0, 3.0), (6.0, 2.0)):
+        made.add_trial(create_trial(params={"x": x, "kind": "a"}, distributions=kinds, value=value))
+    made.set_user_attr(finals.BEFORE, BEFORE)
+    return made, plan
+
+
+def trained_in_full(plan: Plan, scores: dict[float, list[float]]) -> optuna.Study:
+    """Works on a last round; scores per prompt by x."""
+    made = study.create(plan)
+    while (asked := study.ask(plan, made, workers.claim())) is not None:
+        asked.set_user_attr("scores", {"taste": scores[asked.params["x"]]})
+        made.tell(asked, float(np.mean(scores[asked.params["x"]])))
+    return made
+
+
+def test_finalists_are_the_best_and_what_there_was(ended):
+    """Once each, in a study of its own; settings outside of the searched space come through as they are."""
+    made, plan = ended
+    last = finals.planned(plan, made, 2)
+    assert last.cells == (BEFORE, {"x": 4.0, "kind": "a"}, {"x": 6.0, "kind": "a"})
+    full = trained_in_full(last, {20.0: [1.0], 4.0: [0.0], 6.0: [2.0]})
+    assert [t.params for t in full.get_trials()] == list(last.cells)
+    assert len(made.get_trials()) == 3
+
+
+def test_a_later_finalist_is_added_and_no_other_trained_again(ended):
+    made, plan = ended
+    scores = {20.0: [1.0], 4.0: [0.0], 5.0: [2.0]}
+    trained_in_full(finals.planned(plan, made, 1), scores)
+    made.add_trial(create_trial(params={"x": 5.0, "kind": "b"}, distributions=plan.space, value=9.0))
+    full = trained_in_full(finals.planned(plan, made, 1), scores)
+    assert [t.params["x"] for t in full.get_trials()] == [20.0, 4.0, 5.0]
+
+
+def test_what_was_null_is_no_finalist_where_numbers_are_searched(ended):
+    made, plan = ended
+    made.set_user_attr(finals.BEFORE, {"x": None, "kind": "a"})
+    assert finals.planned(plan, made, 1).cells == ({"x": 4.0, "kind": "a"},)
+
+
+def test_the_winner_of_the_last_round_is_the_best(ended, tmp_path):
+    """4.0 was best in short; in full 6.0 is, by (1, 1, 4, 2) over (1, 0, 2, 1): 1 on average, between 0.25 and 1.75."""
+    made, plan = ended
+    last = finals.planned(plan, made, 2)
+    full = trained_in_full(last, {20.0: [1.0, 0.0, 2.0, 1.0], 4.0: [0.0] * 4, 6.0: [1.0, 1.0, 4.0, 2.0]})
+    best = finals.write(full, last, BEFORE, {"profile": "tiny", "run": "dpo"}, tmp_path)
+    written = YAML(typ="safe").load(tmp_path / "best_params.yaml")
+    assert best.params == written["params"] == {"x": 6.0, "kind": "a"}
+    assert written["before"] == BEFORE
+    assert written["difference"] == 1.0
+    assert written["ci95"] == pytest.approx([0.25, 1.75], abs=0.01)
+    table = pd.read_csv(tmp_path / "finals.csv")
+    assert table.before.tolist() == [True, False, False]
+    assert table.difference.fillna(9).tolist() == [9.0, -1.0, 1.0]
+    assert (tmp_path / "finals.png").exists()
+
+
+def test_what_is_used_is_found_by_its_dotted_key():
+    config = DPO.model_validate({"lora": {"rank": 4}, "lr": 0.00012345, "batches": 5, "batch_size": 2, "beta": 500})
+    dimensions = {
+        "lora.rank": Dimension(low=2, high=8),
+        "lr": Dimension(low=1, high=2),
+        "warmup": Dimension(low=1, high=2),
+    }
+    assert space.in_use(dimensions, config) == {"lora.rank": 4, "lr": 0.000123, "warmup": config.warmup}
 
 
 # --- DVC --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from attune.evaluation.statistics import Comparison
 from attune.search.results import scores
 from attune.search.space import drawn
 from attune.search.study import Plan
@@ -36,6 +38,24 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> list[Path]:
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     return [folder / f"{name}.png" for name in figures]
+
+
+def draw_finals(trials: list[FrozenTrial], found: Mapping[int, Comparison], plan: Plan, folder: Path) -> None:
+    """Writes finals.png: finalists, the best on top, by their difference to the settings before, 95 % intervals."""
+    shown = [trial for trial in trials if trial.number in found][::-1]
+    (folder / "finals.png").unlink(missing_ok=True)
+    if not shown:
+        return
+    figure, panels = _panels(1, 1, plan.study)
+    axes = panels[0][0]
+    mean = np.array([found[trial.number].difference for trial in shown])
+    bounds = np.array([found[trial.number].difference_ci95 for trial in shown])
+    axes.errorbar(mean, range(len(shown)), xerr=np.abs(bounds.T - mean), fmt="o", color=FULL, capsize=3)
+    axes.axvline(0, color=LINE, linewidth=1)
+    labels = ["\n".join(f"{key} {value}" for key, value in drawn(trial.params).items()) for trial in shown]
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set(ylim=(-0.6, len(shown) - 0.4), xlabel=f"{plan.objectives[0]}, difference to the settings before")
+    figure.savefig(folder / "finals.png", dpi=120)
 
 
 def history(trials: list[FrozenTrial], plan: Plan) -> Figure:

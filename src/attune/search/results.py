@@ -47,20 +47,19 @@ def scores(trial: FrozenTrial, plan: Plan) -> list[float]:
     return [float(np.mean(reports)) if plan.pruner == "wilcoxon" else reports[-1]]
 
 
-def best(study: optuna.Study, plan: Plan) -> FrozenTrial | None:
-    """The trial with the highest score; None if none got to its end.
+def ranked(study: optuna.Study, plan: Plan) -> list[FrozenTrial]:
+    """Trials that got to their end, the highest score first.
 
-    Of two objectives, the one of the Pareto front whose scores, each from 0 to 1 over the front, have the highest sum.
+    Of two objectives those of the Pareto front, by the sum of their scores, each from 0 to 1 over the front.
     """
-    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-        return None
-    if len(plan.objectives) == 1:
-        return study.best_trial
-    front = study.best_trials
+    ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if not ended:
+        return []
+    front = study.best_trials if len(plan.objectives) > 1 else ended
     values = np.array([trial.values for trial in front])
     span = np.ptp(values, axis=0)
     relative = (values - values.min(axis=0)) / np.where(span > 0, span, 1)
-    return front[int(relative.sum(axis=1).argmax())]
+    return [front[i] for i in np.argsort(-relative.sum(axis=1), kind="stable")]
 
 
 def write(study: optuna.Study, plan: Plan, names: dict[str, str], folder: Path) -> FrozenTrial | None:
@@ -70,14 +69,18 @@ def write(study: optuna.Study, plan: Plan, names: dict[str, str], folder: Path) 
         names: profile and run, for whoever applies the settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trials = study.get_trials(deepcopy=False)
-    table(trials, plan).to_csv(folder / "trials.csv", index=False)
-    found = best(study, plan)
+    table(study.get_trials(deepcopy=False), plan).to_csv(folder / "trials.csv", index=False)
+    found = next(iter(ranked(study, plan)), None)
     if found is not None:
-        facts: dict[str, Any] = {**names, "study": plan.study, "trial": found.number}
-        facts["scores"] = dict(zip(plan.objectives, (round(value, 6) for value in found.values), strict=True))
-        write_yaml(facts | {"params": drawn(found.params)}, folder / BEST)
+        write_best(found, plan, names, folder)
     return found
+
+
+def write_best(found: FrozenTrial, plan: Plan, names: dict[str, str], folder: Path, **more: Any) -> None:
+    """Writes best_params.yaml: a trial's settings and scores, and what more there is to say of it."""
+    facts: dict[str, Any] = {**names, "study": plan.study, "trial": found.number}
+    facts["scores"] = dict(zip(plan.objectives, (round(value, 6) for value in found.values), strict=True))
+    write_yaml(facts | more | {"params": drawn(found.params)}, folder / BEST)
 
 
 def apply(folder: Path, profile: str, run: str) -> dict[str, Any]:

@@ -36,6 +36,12 @@ class Config(Block):
         pattern=r"^(sqlite:///|postgresql\+psycopg://).+",
         description="sqlite:///file, or postgresql+psycopg://... for several hosts; null = a file in .checkpoints",
     )
+    finalists: int = Field(
+        0,
+        ge=0,
+        description="after the search the best so many, and the settings it began with, are trained in full, without "
+        "`fixed`, and the best of these is what was found; 0 = no such round",
+    )
     fixed: dict[str, Any] = Field({}, description="other settings of the method's block for trials, to make them short")
 
     @model_validator(mode="before")
@@ -70,6 +76,8 @@ class Config(Block):
             raise ValueError("sampler: a grid needs choices for every key of space")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError("trials: how many? only a grid has an end of its own")
+        if self.finalists and not self.fixed:
+            raise ValueError("finalists: without fixed, trials are full trainings as it is; must be 0")
         if twice := self.space.keys() & self.fixed.keys():
             raise ValueError(f"fixed.{min(twice)}: it is searched")
         return self

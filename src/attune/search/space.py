@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from itertools import product
 from typing import Any
 
@@ -35,6 +36,12 @@ def cells(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
 def drawn(params: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's parameters as they are trained with and written down: floats rounded to three digits."""
     return {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in params.items()}
+
+
+def in_use(space: Mapping[str, Dimension], config: Block) -> dict[str, Any]:
+    """What a run's settings are now, of those that are searched; rounded as what is drawn is."""
+    values = config.model_dump()
+    return drawn({key: reduce(lambda block, name: block[name], key.split("."), values) for key in space})
 
 
 def settings(block: Mapping[str, Any], fixed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

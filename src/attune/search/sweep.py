@@ -6,11 +6,13 @@ import inspect
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from attune import plugins, tracking
 from attune.config import method_of, plugin_config
@@ -18,17 +20,21 @@ from attune.evaluation.protocol import scorer_identity
 from attune.hashing import digest, values_sha
 from attune.params import Params, Profile
 from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
+from attune.search import finals
 from attune.search.figures import draw
 from attune.search.results import write
 from attune.search.settings import Config
-from attune.search.space import cells, distributions, settings
+from attune.search.space import cells, distributions, in_use, settings
 from attune.search.study import Plan, SearchError, create, fresh_start, located, remaining
 from attune.search.trial import Trial, interval
 from attune.search.workers import run as run_workers
 
-SESSION = ("trials", "minutes", "workers", "storage")  # may change from one session of a study to the next
+SESSION = ("trials", "finalists", "minutes", "workers", "storage")  # may change from one session of a study to the next
 STORAGE = "ATTUNE_STORAGE"  # environment variable, before the block's `storage`; may hold a password
 TRACKED_AS = "run"  # attribute of the study: the sweep's tracking run
+
+Work = Callable[[Plan, Trial], tuple[optuna.Study, str]]
+"""One session's work on a study: what it is then, and what is left to do in words."""
 
 
 def sweep(name: str, params: Params, profile: Profile, report: Path | None = None) -> optuna.Study:
@@ -55,23 +61,48 @@ def sweep(name: str, params: Params, profile: Profile, report: Path | None = Non
             name, uses, profile, search, root / ".checkpoints" / "search" / plan.study,
             tags=tags, parent=tracked.run_id, tracking=params.tracking, root=root,
         )  # fmt: skip
-        objective.folder.mkdir(parents=True, exist_ok=True)
         study.set_user_attr(TRACKED_AS, tracked.run_id)
-        run_workers(
-            plan, objective, slots(search.workers), deadline=deadline,
-            bury=lambda: tracking.bury(params.tracking, root),
-        )  # fmt: skip
-        _forget_models(objective.folder, study)
-        found = write(study, plan, {"profile": params.profile, "run": name}, report)
-        if found is None:
-            rest = remaining(plan, study.get_trials(deepcopy=False)) or fresh_start(plan)
-            raise SearchError(f"no trial got to its end: {report / 'trials.csv'}; {rest}")
+        if finals.BEFORE not in study.user_attrs:
+            study.set_user_attr(
+                finals.BEFORE, in_use(search.space, plugin_config("methods", uses, profile.methods[name], name))
+            )
+        work = partial(_work, workers=slots(search.workers), deadline=deadline)
+        found, rest = _rounds(plan, objective, work, report)
         tracked.summary({f"best/{key}": value for key, value in zip(plan.objectives, found.values, strict=True)})
-        for file in [report / "trials.csv", report / "best_params.yaml", *draw(study, plan, report)]:
+        for file in sorted(report.iterdir()):
             tracked.artifact(file)
-    if rest := remaining(plan, study.get_trials(deepcopy=False)):  # else DVC would think that it is done
+    if rest:  # else DVC would think that it is done
         raise SearchError(rest)
     return study
+
+
+def _rounds(plan: Plan, objective: Trial, work: Work, report: Path) -> tuple[FrozenTrial, str]:
+    """The search, then its finalists in full if there are to be any: the best trial, and what is left to do in words.
+
+    Raises:
+        SearchError: no trial got to its end.
+    """
+    names = {"profile": objective.tags["profile"], "run": objective.run}
+    study, rest = work(plan, objective)
+    found = write(study, plan, names, report)
+    draw(study, plan, report)
+    if found is None:
+        raise SearchError(f"no trial got to its end: {report / 'trials.csv'}; {rest or fresh_start(plan)}")
+    if rest or not objective.search.finalists:
+        return found, rest
+    last = finals.planned(plan, study, objective.search.finalists)
+    ended, rest = work(last, objective.in_full(last.study))
+    return finals.write(ended, last, study.user_attrs[finals.BEFORE], names, report) or found, rest
+
+
+def _work(plan: Plan, objective: Trial, workers: list[str | None], deadline: float) -> tuple[optuna.Study, str]:
+    """One session of a study: it, and what is left to do in words."""
+    objective.folder.mkdir(parents=True, exist_ok=True)
+    study = run_workers(
+        plan, objective, workers, deadline=deadline, bury=lambda: tracking.bury(objective.tracking, objective.root)
+    )
+    _forget_models(objective.folder, study)
+    return study, remaining(plan, study.get_trials(deepcopy=False))
 
 
 def planned(name: str, params: Params, profile: Profile, root: Path) -> Plan:

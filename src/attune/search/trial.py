@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,13 @@ class Trial:
     parent: str | None = None  # tracking run of the sweep
     tracking: str | None = None
     root: Path | None = None
+    title: str = ""  # of its runs in the tracking store, before their numbers
+
+    def in_full(self, study: str) -> Trial:
+        """The objective of the last round, a study of its own: whole trainings, to their ends."""
+        search = self.search.model_copy(update={"fixed": {}, "pruner": "none"})
+        tags = {**self.tags, "study": study, "round": "final"}
+        return replace(self, search=search, folder=self.folder.with_name(study), tags=tags, title=f"{self.run} final")
 
     def __call__(self, trial: optuna.Trial) -> list[float]:
         """Mean scores over the validation prompts, one per objective.
@@ -55,7 +62,7 @@ class Trial:
         profile = self.with_settings(values)
         model = self.folder / str(trial.number)
         tags = {**self.tags, "trial": str(trial.number)}
-        name = f"{self.run} {trial.number}"
+        name = f"{self.title or self.run} {trial.number}"
         try:
             with tracking.trial(
                 name, values, tags=tags, parent=self.parent, uri=self.tracking, root=self.root
