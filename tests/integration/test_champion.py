@@ -146,3 +146,9 @@ def test_what_cannot_be_registered_is_named(place):
     Path("reports/summary.json").write_text(json.dumps(stale))
     with pytest.raises(ValueError, match="of different protocols: `dvc repro` first"):
         _challenge(place)
+
+
+def test_a_registry_that_is_away_is_named_in_a_line(place, tmp_path):
+    """Nothing listens on port 9 here."""
+    with pytest.raises(registry.RegistryError, match=r"^MlflowException: .*127\.0\.0\.1"):
+        registry.holder(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)

@@ -386,6 +386,8 @@ def test_artifacts_have_a_time_out_of_their_own(monkeypatch):
 def test_no_password_is_told(tmp_path, caplog):
     """One that holds "@" and "/"; what the log quotes of an address is its host."""
     assert tracking.told(ValueError("no http://me:s@c/ret@host/x")) == "ValueError: no http://***@host/x"
+    asked = tracking.told(ValueError("postgresql://me@host/x?sslmode=require&Password=s3cret&x=1"))
+    assert asked == "ValueError: postgresql://***@host/x?sslmode=require&Password=***&x=1"
     with tracking.run("align", {}, tags={}, uri="nonsense://me:secret@host/x", root=tmp_path):
         pass
     told = [record.getMessage() for record in caplog.records]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,6 +102,8 @@ def create(plan: Plan) -> optuna.Study:
             directions=["maximize"] * len(plan.objectives),
             load_if_exists=True,
         )
+        with warnings.catch_warnings(action="ignore"):  # that Optuna may change the function
+            study.set_metric_names(list(plan.objectives))  # for optuna-dashboard
         # again, in case the last attempt did not get through all; no more than wanted, or they would go before a retry
         for cell in plan.cells[: plan.trials]:
             study.enqueue_trial(cell, skip_if_exists=True)

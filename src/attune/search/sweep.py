@@ -92,7 +92,8 @@ def _rounds(plan: Plan, objective: Trial, work: Work, report: Path) -> tuple[Fro
         return found, rest
     last = finals.planned(plan, study, objective.search.finalists)
     ended, rest = work(last, objective.in_full(last.study))
-    return finals.write(ended, last, study.user_attrs[finals.BEFORE], names, report) or found, rest
+    found = finals.write(ended, last, study.user_attrs[finals.BEFORE], names, report) or found
+    return found, f"the last round: {rest}" if rest else ""
 
 
 def _work(plan: Plan, objective: Trial, workers: list[str | None], deadline: float) -> tuple[optuna.Study, str]:

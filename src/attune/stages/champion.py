@@ -38,7 +38,7 @@ def main() -> None:
     name, place = f"attune-{params.profile}", (params.tracking, project_root())
     try:
         LOG.info(challenge(name, profile, place, anew=anew))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, registry.RegistryError) as error:
         sys.exit(f"champion: {error}")
 
 

@@ -20,7 +20,8 @@ from attune.hashing import values_sha
 HOST = socket.gethostname()
 CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
-SECRET = re.compile(r"//\S*@")  # greedy, as a password may hold "@" and "/"
+USER = re.compile(r"//\S*@")  # greedy, as a password may hold "@" and "/"
+PASSWORD = re.compile(r"(password=)[^&\s'\"]*", re.IGNORECASE)
 Tree = Mapping[str, Any]
 
 
@@ -38,7 +39,8 @@ def own_tags(stage: str, params: Tree) -> dict[str, str]:
 
 def told(error: BaseException) -> str:
     """An error as a line for the log, without the user and password of the addresses that it quotes."""
-    return SECRET.sub("//***@", f"{type(error).__name__}: {error}")[:300]
+    hidden = USER.sub("//***@", f"{type(error).__name__}: {error}")
+    return PASSWORD.sub(r"\1***", hidden)[:300]
 
 
 def process() -> dict[str, str]:

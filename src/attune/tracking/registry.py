@@ -1,21 +1,45 @@
 """The model registry: which adapter is the champion, with what is needed to challenge it.
 
-Unlike runs, a registration is asked for by name and must tell when it fails: everything in here raises.
+Unlike runs, a registration is asked for by name and must tell when it fails: everything in here raises, RegistryError
+where the store is away or refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from attune.tracking import store as stores
+from attune.tracking.labels import told
 
+P, R = ParamSpec("P"), TypeVar("R")
 CHAMPION, CHALLENGER = "champion", "challenger"
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
+
+
+class RegistryError(RuntimeError):
+    """The registry could not be asked, or said no."""
+
+
+def _plainly(ask: Callable[P, R]) -> Callable[P, R]:
+    """Lets a function raise RegistryError, in a line, where MLflow raises its own."""
+
+    @wraps(ask)
+    def asked(*args: P.args, **options: P.kwargs) -> R:
+        stores.prepare()
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return ask(*args, **options)
+        except MlflowException as error:
+            raise RegistryError(told(error)) from error
+
+    return asked
 
 
 @dataclass(frozen=True)
@@ -27,11 +51,9 @@ class Version:
     tags: Mapping[str, str]
 
 
+@_plainly
 def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
-    """The version that holds an alias; None if none does.
-
-    Raises: mlflow.exceptions.MlflowException, where the store is away.
-    """
+    """The version that holds an alias; None if none does."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -43,11 +65,13 @@ def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
     return Version(str(found.version), found.run_id, found.tags)
 
 
+@_plainly
 def scores_of(model: Version, folder: Path, uri: str, root: Path) -> Path:
     """Fetches a version's score table into a folder."""
     return Path(_client(uri, root).download_artifacts(model.run_id, model.tags["scores"], str(folder)))
 
 
+@_plainly
 def register(
     name: str, adapter: Path, base_model: str, scores: Path, tags: Mapping[str, str], place: tuple[str, Path]
 ) -> Version:
@@ -83,6 +107,7 @@ def register(
     return Version(number, run.info.run_id, tags)
 
 
+@_plainly
 def appoint(name: str, alias: str, number: str, uri: str, root: Path) -> None:
     """Gives a version an alias and takes it from any other; the champion is no challenger."""
     client = _client(uri, root)
@@ -92,6 +117,7 @@ def appoint(name: str, alias: str, number: str, uri: str, root: Path) -> None:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 
+@_plainly
 def load(name: str, uri: str, root: Path) -> Any:
     """The champion as `mlflow.diffusers.load_model` gives it, its `load_pipeline()` is a diffusers pipeline.
 
