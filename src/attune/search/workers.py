@@ -21,8 +21,9 @@ import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
 
-from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join, patiently
+from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join, patiently, turns
 from attune.tracking.labels import HOST, lives
 
 LOG = logging.getLogger("attune.search")
@@ -56,6 +57,7 @@ def run(
         SearchError: a worker met a mistake that would meet every trial.
     """
     study, futile, begun = create(plan), 0, time.time()
+    bar = tqdm(total=plan.trials, desc=plan.study, unit="trial")
     os.environ.setdefault("TQDM_DISABLE", "1")  # in the workers: bars of several processes overwrite each other
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     errors = context.SimpleQueue()
@@ -69,7 +71,9 @@ def run(
             futile += 0 if lost else sum(code != 0 for code in codes)
             if futile > FUTILE:
                 raise SearchError(f"workers end before they have done anything, with exit codes {codes}")
-            if time.time() < deadline and is_wanted(plan, patiently(study.get_trials, deepcopy=False)):
+            trials = patiently(study.get_trials, deepcopy=False)
+            _show(bar, plan, trials)
+            if time.time() < deadline and is_wanted(plan, trials):
                 for slot in set(range(len(slots))) - workers.keys():
                     values = (plan, objective, slots[slot], (begun, deadline), errors)
                     workers[slot] = context.Process(target=work, args=values, name=f"worker {slot}")
@@ -78,8 +82,19 @@ def run(
                 return study
             wait([worker.sentinel for worker in workers.values()], timeout=POLL_SECONDS)
     finally:
+        bar.close()
         _stop(workers.values())
         _reaped(plan, study, bury)
+
+
+def _show(bar: tqdm, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
+    """Moves the bar to how many trials are done, with the best score so far beside it."""
+    done = turns(trials) - sum(trial.state == TrialState.RUNNING for trial in trials)
+    if done == bar.n:
+        return
+    full = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
+    bar.set_postfix({f"best {plan.objectives[0]}": f"{max(full):.4g}"} if full else {}, refresh=False)
+    bar.update(done - bar.n)
 
 
 def _reaped(plan: Plan, study: optuna.Study, bury: Callable[[], None]) -> list[int]:

@@ -132,7 +132,8 @@ def run(
     """The batches that are left; `progress` is where it began, and becomes where it ended."""
     config, first = update.config, update.share.first
     left = range(progress.batch, config.batches)
-    bar = tqdm(left, view.title, config.batches, initial=progress.batch, unit="batch", disable=not first)
+    silent = {} if first else {"disable": True}  # the first one's bar is for the user to silence, by TQDM_DISABLE
+    bar = tqdm(left, view.title, config.batches, initial=progress.batch, unit="batch", **silent)
     waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:
         if watch is not None:
