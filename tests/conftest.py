@@ -20,7 +20,10 @@ from attune.backbones.sdxl import load as load_sdxl  # noqa: E402
 from attune.blocks import Model  # noqa: E402
 from attune.diffusion.policy import Policy  # noqa: E402
 
-torch.set_num_threads(1)
+
+def pytest_collection_finish():
+    """One thread: two on busy cores are up to 200 times slower. Set last, so that no test module's import undoes it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def in_two(what: str, folder: Path, fails: bool = False) -> tuple[str, list[Any]
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict[str, processes.End]:
-    """In a process of its own, too: what ran before in this one may round otherwise."""
+    """In a process of its own, too, with the same number of threads."""
     folder = tmp_path_factory.mktemp("one")
     run(sys.executable, "tests/processes.py", "ends", str(folder))
     return torch.load(folder / "0.pt", weights_only=True)
@@ -71,9 +71,9 @@ def distance(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
 def test_two_processes_train_what_one_trains(one, two, case):
     """Apart by rounding of float32 (6e-8), which the betas of 500 and the short way of a few steps make larger.
 
-    Losses and gradient norms within 1e-3, weights within 1e-2 of the way they went, mostly a hundredth of that
-    (docs/several_gpus.md): how a machine rounds is not the same every time. Of the preference model 2e-2, because
-    AdamW makes a whole step even of a gradient that is nothing but rounding.
+    Losses and gradient norms within 2e-4, weights within 1e-3 of the way they went, mostly a tenth of that
+    (docs/several_gpus.md). Of the preference model's weights 2e-2, because AdamW makes a whole step even of a
+    gradient that is nothing but rounding.
     """
     alone, (first, second) = one[case], (rank[case] for rank in two)
     assert first["history"] == second["history"]
@@ -81,9 +81,9 @@ def test_two_processes_train_what_one_trains(one, two, case):
     assert len(first["history"]) == len(alone["history"]) >= 2
     for ours, expected in zip(first["history"], alone["history"], strict=True):
         assert ours.keys() == expected.keys()
-        assert ours == pytest.approx(expected, rel=1e-3, abs=5e-4)
+        assert ours == pytest.approx(expected, rel=2e-4, abs=1e-4)
     assert (alone["after"] - alone["before"]).abs().max() > 1e-5
-    bound = 2e-2 if case.startswith("spm") else 1e-2
+    bound = 2e-2 if case.startswith("spm") else 1e-3
     assert distance(alone["after"], first["after"], alone["before"]) < bound
 
 
@@ -104,7 +104,7 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path):
     gc.collect()
     assert [row["batch"] for row in resumed["history"]] == [0, 1, 2, 3]
     for ours, expected in zip(resumed["history"], whole["history"], strict=True):
-        assert ours == pytest.approx(expected, rel=1e-3, abs=5e-4)
+        assert ours == pytest.approx(expected, rel=2e-4, abs=1e-4)
     assert distance(whole["after"], resumed["after"], whole["before"]) < 1e-2
 
 

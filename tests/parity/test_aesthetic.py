@@ -14,7 +14,6 @@ from attune.clip import image_features
 from attune.rewards import aesthetic
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)
 
 GRADIENT = 1e-4
 SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"

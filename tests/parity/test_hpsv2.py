@@ -10,7 +10,6 @@ from attune.rewards import hpsv2
 from attune.rewards._open_clip import save_open_clip, to_open_clip
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)
 
 GRADIENT = 1e-4
 

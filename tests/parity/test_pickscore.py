@@ -9,7 +9,6 @@ from attune.clip import clip_pixels_pil, image_features, load_tokenizer, text_fe
 from attune.rewards import pickscore
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)
 
 SCORES = 2e-4
 PILLOW = int(PIL.__version__.split(".")[0])

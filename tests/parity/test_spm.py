@@ -21,7 +21,6 @@ from attune.preference.noising import one_step_latents
 from attune.preference.objective import preference_criterion
 
 pytestmark = pytest.mark.parity
-torch.set_num_threads(1)
 
 SCORES = 2e-4  # allowed error of scores near 100 cos
 SIZES = {

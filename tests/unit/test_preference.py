@@ -20,7 +20,6 @@ from attune.preference.model import (
     training_pixels,
 )
 
-torch.set_num_threads(1)
 PROMPTS = ["a red cat", "two blue dogs", "a cat"]
 
 

@@ -17,7 +17,6 @@ from attune.preference.labels import relabel, with_ai_feedback
 from attune.preference.model import inference_pixels, load, save
 from attune.preference.objective import Config, SPMObjective, accuracy, preference_criterion, starting_model
 
-torch.set_num_threads(1)
 PROMPTS = ["a red cat", "two blue dogs", "a cat"]
 
 

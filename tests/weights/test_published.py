@@ -11,9 +11,16 @@ from PIL import Image
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 
 pytestmark = pytest.mark.weights
-torch.set_num_threads(os.cpu_count() or 1)
 
 CAT = "A cat with two horns on its head"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def all_cores():
+    """These networks are large; all other tests have one thread (conftest.py)."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 def given(*names: str) -> list[str]:
