@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 READY  := $(VENV)/.ready
+TESTS  := python -m pytest -n auto --maxprocesses 8 --dist loadfile
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src
 export DVC_NO_ANALYTICS := 1
@@ -17,14 +18,14 @@ repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish 
 	dvc repro
 
 test: $(READY)  ## all tests but the end-to-end one
-	python -m pytest -m "not pipeline"
+	$(TESTS) -m "not pipeline"
 
 pipeline: $(READY)  ## the end-to-end test: a short `dvc repro` in a copy, twice
-	python -m pytest -m pipeline
+	$(TESTS) -m pipeline
 
 check: $(READY)  ## style, import layers and the fast tests
 	ruff check . && ruff format --check .
-	python -m pytest -m "not integration and not pipeline"
+	$(TESTS) -m "not integration and not pipeline"
 
 sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
 	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)

@@ -1,11 +1,11 @@
-"""What a search is worth: default settings, a short TPE search's and a full-length grid's, on the test prompts.
+"""What a search is worth: default settings, a TPE search's and a full-length grid's, on the test prompts.
 
     PYTHONPATH=src python benchmarks/search.py dpo spo
 
 Of the profile in params.yaml, after `dvc repro prepare` (and train_preference, for spo). For each run: a TPE search of
-12 short trials and its finalists in full, as `search.<run>` has it; a grid of 4 x 3 trainings of full length over the
-same ranges; then the default, TPE's best and the grid's best are trained in full and paint the test prompts. Both
-searches see validation prompts and their own scorer alone; the judge is the oracle, which neither asks. Writes
+12 short trials (`short`), and with its finalists in full, as `search.<run>` has it (`tpe`); a grid of 4 x 3 full
+trainings over the same ranges; then the default and each one's best are trained in full and paint the test prompts. The
+searches see validation prompts and their own scorer alone; the judge is the oracle, which none asks. Writes
 reports/search.md and .json; goes on where it was stopped.
 """
 
@@ -37,7 +37,7 @@ from attune.stages.generate import held_out_index
 WORK = Path(".checkpoints/benchmark-search")
 JUDGES = ("oracle", "hpsv2")
 TRIALS, WORKERS, GRID = 12, 2, (4, 3)
-PAIRS = (("tpe", "default"), ("tpe", "grid"), ("grid", "default"))
+PAIRS = (("tpe", "default"), ("tpe", "grid"), ("grid", "default"), ("short", "default"), ("short", "grid"))
 
 
 def main() -> None:
@@ -54,11 +54,13 @@ def main() -> None:
 
 
 def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
-    """Both searches of a run, three trainings, and how their images compare."""
+    """The searches of a run, a training of each one's best, and how their images compare."""
     folder = WORK / params.profile / run
     block = dict(profile.search[run])
+    tpe = block | {"sampler": "tpe", "trials": TRIALS, "workers": WORKERS}
     searches = {
-        "tpe": block | {"sampler": "tpe", "trials": TRIALS, "workers": WORKERS},
+        "short": tpe | {"finalists": 0},
+        "tpe": tpe,  # the same study, which goes on
         "grid": block | {"space": grid(block), "sampler": "grid", "pruner": "none", "trials": None}
         | {"fixed": {}, "finalists": 0, "workers": WORKERS},
     }  # fmt: skip
@@ -67,6 +69,8 @@ def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
         changed = profile.model_copy(update={"search": {run: search}})
         result["searches"][name] = timed(run, params, changed, folder / name)
         result["settings"][name] = read_params(folder / name / "best_params.yaml")["params"]
+    for seconds in ("wall_seconds", "cpu_seconds"):
+        result["searches"]["tpe"][seconds] += result["searches"]["short"][seconds]
     scores = {name: judged(run, params, profile, folder, name, values) for name, values in result["settings"].items()}
     result["settings"]["default"] = {key: profile.methods[run][key] for key in block["space"]}
     result["scores"] = {name: dict(zip(JUDGES, s.mean(axis=0).tolist(), strict=True)) for name, s in scores.items()}

@@ -20,6 +20,7 @@ from attune import tracking
 from attune.hashing import values_sha
 from attune.tracking import labels
 from attune.tracking import sender as senders
+from attune.tracking import store as stores
 
 pytestmark = pytest.mark.integration
 
@@ -245,6 +246,21 @@ def test_one_experiment_is_one_parent_and_the_dead_are_buried(root):
     assert buried.info.end_time < run_began  # when it was last heard of
     assert _points(root, buried.info.run_id, "margin") == [(step, step) for step in range(50)]
     assert _spools(root) == []
+
+
+def test_a_run_that_ends_while_the_dead_are_looked_for_keeps_its_end(root, monkeypatch):
+    """The store had it as RUNNING when it was asked; its spool was sent, and is gone, before the run is looked at."""
+    with tracking.run("align", {}, tags={}, root=root):
+        pass
+    store = stores.connect("sqlite:///mlflow.db", root)
+    tags = {"host": labels.HOST, "pid": "1", "pid.created": "0"}
+    run_id = store.client.create_run(store.experiment, tags=tags).info.run_id
+    asked = store.client.search_runs([store.experiment], "status = 'RUNNING'")
+    assert [run.info.run_id for run in asked] == [run_id]
+    store.client.set_terminated(run_id, "FINISHED", end_time=5)
+    monkeypatch.setattr(store.client, "search_runs", lambda *_: asked)
+    stores.bury(store)
+    assert (store.client.get_run(run_id).info.status, store.client.get_run(run_id).info.end_time) == ("FINISHED", 5)
 
 
 def test_four_processes_below_one_dvc_create_one_store(tmp_path):

@@ -388,6 +388,7 @@ def test_no_password_is_told(tmp_path, caplog):
     assert tracking.told(ValueError("no http://me:s@c/ret@host/x")) == "ValueError: no http://***@host/x"
     asked = tracking.told(ValueError("postgresql://me@host/x?sslmode=require&Password=s3cret&x=1"))
     assert asked == "ValueError: postgresql://***@host/x?sslmode=require&Password=***&x=1"
+    assert tracking.told(ValueError("host=x password='s3 cret' dbname=y")) == "ValueError: host=x password=*** dbname=y"
     with tracking.run("align", {}, tags={}, uri="nonsense://me:secret@host/x", root=tmp_path):
         pass
     told = [record.getMessage() for record in caplog.records]

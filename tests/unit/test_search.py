@@ -262,6 +262,18 @@ def test_a_study_is_another_if_its_scores_mean_something_else(tmp_path):
     assert len({same, *(name(**change) for change in others)}) == 6
 
 
+def test_a_study_stays_the_same_when_what_it_found_is_applied(tmp_path):
+    """lora.rank is a part of a setting."""
+
+    def name(rank: int) -> str:
+        profile = load(tmp_path, "sft")
+        tuned = {**profile.methods["sft"], "lr": 1.0 / rank, "lora": {"rank": rank, "targets": "all"}}
+        profile = profile.model_copy(update={"methods": {**profile.methods, "sft": tuned}})
+        return sweep.planned("sft", config.load(tmp_path / "params.yaml")[0], profile, tmp_path).study
+
+    assert name(4) == name(8)
+
+
 def test_a_study_is_another_if_weights_are_other_than_they_were(tmp_path, monkeypatch):
     """Of base, start, judge and reward: those that each method reads, and no others."""
     monkeypatch.chdir(tmp_path)
@@ -431,6 +443,12 @@ def test_apply_takes_only_what_was_found_for_this(searched, tmp_path):
         results.apply(tmp_path, "tiny", "spo")
 
 
+def test_apply_waits_for_the_last_round(searched, tmp_path):
+    results.write(*searched, {"profile": "tiny", "run": "dpo"}, tmp_path, provisional="the best of short trials")
+    with pytest.raises(ConfigError, match=r"best_params\.yaml: the best of short trials; run the search again"):
+        results.apply(tmp_path, "tiny", "dpo")
+
+
 def test_apply_refuses_to_change_a_block_that_another_profile_shares(tmp_path):
     """`b` inherits a's methods: a value written there would be a's as well."""
     text = "profiles:\n  a: &a\n    methods: {dpo: {beta: 1}}\n  b:\n    <<: *a\n"
@@ -487,7 +505,7 @@ def trained_in_full(plan: Plan, scores: dict[float, list[float]]) -> optuna.Stud
 def test_finalists_are_the_best_and_what_there_was(ended):
     """Once each, in a study of its own; settings outside of the searched space come through as they are."""
     made, plan = ended
-    last = finals.planned(plan, made, 2)
+    last = finals.planned(plan, made, 2, {})
     assert last.cells == (BEFORE, {"x": 4.0, "kind": "a"}, {"x": 6.0, "kind": "a"})
     full = trained_in_full(last, {20.0: [1.0], 4.0: [0.0], 6.0: [2.0]})
     assert [t.params for t in full.get_trials()] == list(last.cells)
@@ -497,22 +515,60 @@ def test_finalists_are_the_best_and_what_there_was(ended):
 def test_a_later_finalist_is_added_and_no_other_trained_again(ended):
     made, plan = ended
     scores = {20.0: [1.0], 4.0: [0.0], 5.0: [2.0]}
-    trained_in_full(finals.planned(plan, made, 1), scores)
+    trained_in_full(finals.planned(plan, made, 1, {}), scores)
     made.add_trial(create_trial(params={"x": 5.0, "kind": "b"}, distributions=plan.space, value=9.0))
-    full = trained_in_full(finals.planned(plan, made, 1), scores)
+    full = trained_in_full(finals.planned(plan, made, 1, {}), scores)
     assert [t.params["x"] for t in full.get_trials()] == [20.0, 4.0, 5.0]
 
 
 def test_what_was_null_is_no_finalist_where_numbers_are_searched(ended):
     made, plan = ended
     made.set_user_attr(finals.BEFORE, {"x": None, "kind": "a"})
-    assert finals.planned(plan, made, 1).cells == ({"x": 4.0, "kind": "a"},)
+    assert finals.planned(plan, made, 1, {}).cells == ({"x": 4.0, "kind": "a"},)
+
+
+def test_finalists_are_trained_anew_if_the_training_is_another(ended):
+    """By a setting that is not searched; one that is, as after `make sweep-apply`, changes nothing."""
+    made, plan = ended
+    names = [finals.planned(plan, made, 1, {"batches": n, "x": x}).study for n, x in ((5, 1.0), (5, 2.0), (6, 2.0))]
+    assert names[0] == names[1] != names[2]
+
+
+def test_equal_trials_are_one_finalist(ended):
+    made, plan = ended
+    for _ in range(3):
+        made.add_trial(create_trial(params={"x": 3.0, "kind": "b"}, distributions=plan.space, value=9.0))
+    assert finals.planned(plan, made, 2, {}).cells == (BEFORE, {"x": 3.0, "kind": "b"}, {"x": 4.0, "kind": "a"})
+
+
+def test_choices_of_many_digits_are_the_same_in_every_session(tmp_path):
+    kinds = {"x": CategoricalDistribution([0.12345, 0.56789])}
+    plan = Plan("s", str(tmp_path / "journal"), kinds, 3, ("taste",))
+    made = study.create(plan)
+    made.set_user_attr(finals.BEFORE, {"x": 0.2})
+    for n, choice in enumerate(kinds["x"].choices):
+        made.add_trial(create_trial(params={"x": choice}, distributions=kinds, value=float(n)))
+        full = trained_in_full(finals.planned(plan, made, 1, {}), {0.2: [0.0], 0.123: [1.0], 0.568: [2.0]})
+    assert [t.params["x"] for t in full.get_trials()] == [0.2, 0.123, 0.568]
+
+
+def test_the_last_round_of_a_search_that_was_deleted_is_forgotten(tmp_path):
+    """Its study stays in a database; the new search's finalists are not taken for done."""
+    kinds = {"x": FloatDistribution(1, 10)}
+    plan = Plan("s", f"sqlite:///{tmp_path / 'db'}", kinds, 3, ("taste",))
+    for x in (2.0, 7.0):
+        made = study.create(plan)
+        made.set_user_attr(finals.BEFORE, {"x": 4.0})
+        made.add_trial(create_trial(params={"x": x}, distributions=kinds, value=x))
+        full = trained_in_full(finals.planned(plan, made, 1, {}), {4.0: [0.0], x: [1.0]})
+        optuna.delete_study(study_name="s", storage=plan.storage)
+    assert [t.params["x"] for t in full.get_trials()] == [4.0, 7.0]
 
 
 def test_the_winner_of_the_last_round_is_the_best(ended, tmp_path):
     """4.0 was best in short; in full 6.0 is, by (1, 1, 4, 2) over (1, 0, 2, 1): 1 on average, between 0.25 and 1.75."""
     made, plan = ended
-    last = finals.planned(plan, made, 2)
+    last = finals.planned(plan, made, 2, {})
     full = trained_in_full(last, {20.0: [1.0, 0.0, 2.0, 1.0], 4.0: [0.0] * 4, 6.0: [1.0, 1.0, 4.0, 2.0]})
     best = finals.write(full, last, BEFORE, {"profile": "tiny", "run": "dpo"}, tmp_path)
     written = YAML(typ="safe").load(tmp_path / "best_params.yaml")

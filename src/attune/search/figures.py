@@ -26,7 +26,7 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> list[Path]:
     """Writes history.png, slice.png, and what there is enough to say for: importance.png, pareto.png; the files."""
     ended = [t for t in study.get_trials(deepcopy=False) if np.isfinite(scores(t, plan)).all()]
     full = [trial for trial in ended if trial.state == TrialState.COMPLETE]
-    for name in ("history", "slice", "importance", "pareto"):
+    for name in ("history", "slice", "importance", "pareto", "finals"):
         (folder / f"{name}.png").unlink(missing_ok=True)
     if not full:
         return []
@@ -43,7 +43,6 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> list[Path]:
 def draw_finals(trials: list[FrozenTrial], found: Mapping[int, Comparison], plan: Plan, folder: Path) -> None:
     """Writes finals.png: finalists, the best on top, by their difference to the settings before, 95 % intervals."""
     shown = [trial for trial in trials if trial.number in found][::-1]
-    (folder / "finals.png").unlink(missing_ok=True)
     if not shown:
         return
     figure, panels = _panels(1, 1, plan.study)

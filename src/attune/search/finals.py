@@ -7,7 +7,8 @@ winner there is what the search has found. That may be what there was before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,36 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from attune.evaluation.statistics import Comparison, compare
+from attune.hashing import values_sha
 from attune.search.figures import draw_finals
 from attune.search.results import ranked, table, write_best
-from attune.search.space import drawn
-from attune.search.study import Plan, remaining
+from attune.search.space import drawn, unsearched
+from attune.search.study import Plan, connect, exclusive, remaining
 
 BEFORE = "before"  # attribute of a search's study: the settings it began with
 FINALISTS = "finalists"  # attribute of it: all settings that were ever sent to the last round
 
 
-def planned(plan: Plan, study: optuna.Study, n: int) -> Plan:
+def planned(plan: Plan, study: optuna.Study, n: int, block: Mapping[str, Any]) -> Plan:
     """The plan of the last round after a search: the settings it began with and the best n, each once.
 
     Who was a finalist stays one if more trials are asked for later, so nothing is trained twice.
+
+    Args:
+        block: the run's settings; all are anew if those that are not searched have changed.
     """
-    best = [drawn(trial.params) for trial in ranked(study, plan)[:n]]
-    cells = distinct([*_before(plan, study), *study.user_attrs.get(FINALISTS, []), *best])
-    study.set_user_attr(FINALISTS, cells)
-    space = {key: _holding(kind, [cell[key] for cell in cells]) for key, kind in plan.space.items()}
+    name = f"{plan.study}-{values_sha(unsearched(block, plan.space))[:4]}-finals"
+    best = distinct([drawn(trial.params) for trial in ranked(study, plan)])[:n]
+    with exclusive(plan):
+        if (known := study.user_attrs.get(FINALISTS)) is None:  # then a study of that name is of a search now deleted
+            with suppress(KeyError):
+                optuna.delete_study(study_name=name, storage=connect(plan.storage))
+        cells = distinct([*_before(plan, study), *(known or []), *best])
+        study.set_user_attr(FINALISTS, cells)
+    before = study.user_attrs[BEFORE]
+    space = {key: _holding(kind, before[key], [cell[key] for cell in cells]) for key, kind in plan.space.items()}
     changes = {"space": space, "cells": tuple(cells), "trials": len(cells), "sampler": "grid", "pruner": "none"}
-    return replace(plan, study=f"{plan.study}-finals", **changes)
+    return replace(plan, study=name, **changes)
 
 
 def _before(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
@@ -47,10 +58,14 @@ def _before(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
     return [] if any(known[key] is None for key in numbers) else [known]
 
 
-def _holding(kind: BaseDistribution, values: Sequence[Any]) -> BaseDistribution:
-    """A space with the values in it, for Optuna to store them: nothing is drawn any more."""
+def _holding(kind: BaseDistribution, before: Any, values: Sequence[Any]) -> BaseDistribution:
+    """A space with the values in it, for Optuna to store them: nothing is drawn any more.
+
+    Of choices Optuna wants the same in every session, so there are all that may ever be among the values.
+    """
     if isinstance(kind, CategoricalDistribution):
-        return CategoricalDistribution(distinct([*kind.choices, *values]))
+        rounded = drawn(dict(enumerate(kind.choices))).values()
+        return CategoricalDistribution(distinct([*kind.choices, *rounded, before]))
     bounds = min(kind.low, *values), max(kind.high, *values)
     return IntDistribution(*bounds) if isinstance(kind, IntDistribution) else FloatDistribution(*bounds)
 
@@ -58,7 +73,9 @@ def _holding(kind: BaseDistribution, values: Sequence[Any]) -> BaseDistribution:
 def write(
     study: optuna.Study, plan: Plan, before: dict[str, Any], names: dict[str, str], folder: Path
 ) -> FrozenTrial | None:
-    """Writes finals.csv and finals.png and, once all finalists have ended, best_params.yaml; returns the best then.
+    """Writes finals.csv and, once all finalists have ended, finals.png and best_params.yaml; returns the best then.
+
+    None if some are left to do, or if none got to its end.
 
     Args:
         before: the settings the search began with.

@@ -62,17 +62,19 @@ def ranked(study: optuna.Study, plan: Plan) -> list[FrozenTrial]:
     return [front[i] for i in np.argsort(-relative.sum(axis=1), kind="stable")]
 
 
-def write(study: optuna.Study, plan: Plan, names: dict[str, str], folder: Path) -> FrozenTrial | None:
+def write(study: optuna.Study, plan: Plan, names: dict[str, str], folder: Path, **more: Any) -> FrozenTrial | None:
     """Writes trials.csv and, if there is a best trial, best_params.yaml; returns that trial.
 
     Args:
         names: profile and run, for whoever applies the settings.
+        more: goes into best_params.yaml too; `provisional` says why nobody should apply them yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "finals.csv").unlink(missing_ok=True)  # written again after this, if there is a last round
     table(study.get_trials(deepcopy=False), plan).to_csv(folder / "trials.csv", index=False)
     found = next(iter(ranked(study, plan)), None)
     if found is not None:
-        write_best(found, plan, names, folder)
+        write_best(found, plan, names, folder, **more)
     return found
 
 
@@ -87,7 +89,7 @@ def apply(folder: Path, profile: str, run: str) -> dict[str, Any]:
     """Writes the best settings into the run's block of the parameters, and returns them.
 
     Raises:
-        ConfigError: there are none, or they are those of another profile or run.
+        ConfigError: there are none, they are those of another profile or run, or the search is not over.
     """
     file = folder / BEST
     if not file.exists():
@@ -96,5 +98,7 @@ def apply(folder: Path, profile: str, run: str) -> dict[str, Any]:
     for key, wanted in {"profile": profile, "run": run}.items():
         if found.get(key) != wanted:
             raise ConfigError(f"{file}: {key} is {found.get(key)!r}, and {wanted!r} is to be changed")
+    if "provisional" in found:
+        raise ConfigError(f"{file}: {found['provisional']}; run the search again, it goes on")
     rewrite({f"profiles.{profile}.methods.{run}.{key}": value for key, value in found["params"].items()})
     return found["params"]

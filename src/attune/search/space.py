@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -42,6 +42,13 @@ def in_use(space: Mapping[str, Dimension], config: Block) -> dict[str, Any]:
     """What a run's settings are now, of those that are searched; rounded as what is drawn is."""
     values = config.model_dump()
     return drawn({key: reduce(lambda block, name: block[name], key.split("."), values) for key in space})
+
+
+def unsearched(block: Mapping[str, Any], space: Iterable[str]) -> dict[str, Any]:
+    """The settings of a run that are not searched: what it is whatever is drawn."""
+    for key in space:
+        block = put(block, key, None)
+    return {key: value for key, value in block.items() if key not in space}
 
 
 def settings(block: Mapping[str, Any], fixed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,7 +201,8 @@ def fresh_start(plan: Plan) -> str:
     """How to forget the trials so far, in words."""
     if plan.storage.startswith(ADDRESSES):
         return f"for a fresh start delete study {plan.study} in its database"
-    return f"for a fresh start delete {plan.storage}"
+    whole = Path(plan.storage).stem == plan.study  # the last round shares the file of its search
+    return f"for a fresh start delete {'' if whole else f'study {plan.study} in '}{plan.storage}"
 
 
 def sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:

@@ -24,7 +24,7 @@ from attune.search import finals
 from attune.search.figures import draw
 from attune.search.results import write
 from attune.search.settings import Config
-from attune.search.space import cells, distributions, in_use, settings
+from attune.search.space import cells, distributions, in_use, settings, unsearched
 from attune.search.study import Plan, SearchError, create, fresh_start, located, remaining
 from attune.search.trial import Trial, interval
 from attune.search.workers import run as run_workers
@@ -80,20 +80,25 @@ def _rounds(plan: Plan, objective: Trial, work: Work, report: Path) -> tuple[Fro
     """The search, then its finalists in full if there are to be any: the best trial, and what is left to do in words.
 
     Raises:
-        SearchError: no trial got to its end.
+        SearchError: no trial, or no finalist, got to its end.
     """
     names = {"profile": objective.tags["profile"], "run": objective.run}
     study, rest = work(plan, objective)
-    found = write(study, plan, names, report)
+    n, more = objective.search.finalists, {}
+    if n:
+        more = {"provisional": "the best of short trials; the last round is not over"}
+    found = write(study, plan, names, report, **more)
     draw(study, plan, report)
     if found is None:
         raise SearchError(f"no trial got to its end: {report / 'trials.csv'}; {rest or fresh_start(plan)}")
-    if rest or not objective.search.finalists:
+    if rest or not n:
         return found, rest
-    last = finals.planned(plan, study, objective.search.finalists)
+    last = finals.planned(plan, study, n, objective.profile.methods[objective.run])
     ended, rest = work(last, objective.in_full(last.study))
-    found = finals.write(ended, last, study.user_attrs[finals.BEFORE], names, report) or found
-    return found, f"the last round: {rest}" if rest else ""
+    best = finals.write(ended, last, study.user_attrs[finals.BEFORE], names, report)
+    if best is None and not rest:
+        raise SearchError(f"no finalist got to its end: {report / 'finals.csv'}; {fresh_start(last)}")
+    return best or found, f"the last round: {rest}" if rest else ""
 
 
 def _work(plan: Plan, objective: Trial, workers: list[str | None], deadline: float) -> tuple[optuna.Study, str]:
@@ -142,7 +147,7 @@ def identity(name: str, uses: str, profile: Profile, search: Config) -> str:
         SearchError: weights that trials need are not there.
     """
     block = settings(profile.methods[name], search.fixed, {}) | {"held_out": None}  # trials have their own
-    kept = {key: value for key, value in block.items() if key not in search.space}
+    kept = unsearched(block, search.space)
     decided = search.model_dump(exclude=set(SESSION))
     asked = dict.fromkeys([*search.objectives, *block.get("rewards", ())])
     values = [profile.seed, profile.model.model_dump(), profile.generate.sampling.model_dump()]

@@ -41,13 +41,13 @@ class Trial:
     parent: str | None = None  # tracking run of the sweep
     tracking: str | None = None
     root: Path | None = None
-    title: str = ""  # of its runs in the tracking store, before their numbers
+    final: bool = False  # of the last round: a training as the pipeline runs it
 
     def in_full(self, study: str) -> Trial:
-        """The objective of the last round, a study of its own: whole trainings, to their ends."""
+        """The objective of the last round, a study of its own."""
         search = self.search.model_copy(update={"fixed": {}, "pruner": "none"})
         tags = {**self.tags, "study": study, "round": "final"}
-        return replace(self, search=search, folder=self.folder.with_name(study), tags=tags, title=f"{self.run} final")
+        return replace(self, search=search, folder=self.folder.with_name(study), tags=tags, final=True)
 
     def __call__(self, trial: optuna.Trial) -> list[float]:
         """Mean scores over the validation prompts, one per objective.
@@ -62,7 +62,7 @@ class Trial:
         profile = self.with_settings(values)
         model = self.folder / str(trial.number)
         tags = {**self.tags, "trial": str(trial.number)}
-        name = f"{self.title or self.run} {trial.number}"
+        name = f"{self.run} final {trial.number}" if self.final else f"{self.run} {trial.number}"
         try:
             with tracking.trial(
                 name, values, tags=tags, parent=self.parent, uri=self.tracking, root=self.root
@@ -79,7 +79,8 @@ class Trial:
         """The profile with the run's block as this trial trains it."""
         search = self.search
         block = settings(self.profile.methods[self.run], search.fixed, values)
-        block["held_out"] = None
+        if not self.final:
+            block["held_out"] = None
         if search.pruner in WATCHING:
             block["held_out"] = {
                 "scorer": search.objectives[0],

@@ -21,7 +21,7 @@ HOST = socket.gethostname()
 CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
 USER = re.compile(r"//\S*@")  # greedy, as a password may hold "@" and "/"
-PASSWORD = re.compile(r"(password=)[^&\s'\"]*", re.IGNORECASE)
+PASSWORD = re.compile(r"(password=)('[^']*'|[^&\s'\"]*)", re.IGNORECASE)
 Tree = Mapping[str, Any]
 
 

@@ -107,7 +107,9 @@ def bury(store: Store) -> None:
         tags = found.data.tags
         if spools.waiting(store.root, tags.get("attune.uid", "-")):
             continue
-        if not lives(int(tags["pid"]), float(tags["pid.created"])):
+        if lives(int(tags["pid"]), float(tags["pid.created"])):
+            continue
+        if store.client.get_run(found.info.run_id).info.status == "RUNNING":  # its spool may have gone out meanwhile
             _end(store, found.info.run_id, "KILLED", None, tags.get("kind"))
 
 
