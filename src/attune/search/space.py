@@ -39,9 +39,9 @@ def drawn(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_use(space: Mapping[str, Dimension], config: Block) -> dict[str, Any]:
-    """What a run's settings are now, of those that are searched; rounded as what is drawn is."""
+    """What a run's settings are now, of those that are searched; rounded as what is drawn is, None if not set."""
     values = config.model_dump()
-    return drawn({key: reduce(lambda block, name: block[name], key.split("."), values) for key in space})
+    return drawn({key: reduce(lambda block, name: block.get(name), key.split("."), values) for key in space})
 
 
 def unsearched(block: Mapping[str, Any], space: Iterable[str]) -> dict[str, Any]:
