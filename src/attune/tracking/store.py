@@ -27,7 +27,7 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI open
 SHOWN = ("tags.`method`", "tags.`trial.state`", "tags.`round`", "params.`beta`", "params.`lr`", "metrics.`score`")
 SHOWN += tuple(f"metrics.`{s}`" for s in ("oracle", "pickscore", "hpsv2", "aesthetic", "imagereward", "clipscore"))
 VIEW = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
-VIEW |= {"orderByKey": "attributes.start_time", "orderByAsc": False}
+VIEW |= {"orderByKey": "attributes.run_name", "orderByAsc": True}  # sorted by start, children are folded away
 TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
 DEFAULT = "sqlite:///mlflow.db"
 # Unless told otherwise MLflow phones home, and retries for minutes before it admits that a server is away.
