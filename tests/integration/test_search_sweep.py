@@ -90,5 +90,6 @@ def check_tracking(project: Path, table: pd.DataFrame) -> None:
         (lr, round(score, 6)) for lr, score in zip(table.lr, table.hpsv2, strict=True)
     }
     assert {r.info.status for r in runs} == {"FINISHED"}
+    assert sorted(r.data.params["batches"] for r in trials) == ["1", "1", "1", "3", "3"]
     assert sorted(r.info.run_name for r in trials if "round" in r.data.tags) == ["sft final 0", "sft final 1"]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"best_params.yaml", "history.png"}

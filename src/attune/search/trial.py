@@ -63,9 +63,10 @@ class Trial:
         model = self.folder / str(trial.number)
         tags = {**self.tags, "trial": str(trial.number)}
         name = f"{self.run} final {trial.number}" if self.final else f"{self.run} {trial.number}"
+        told = {"methods": {self.uses: profile.methods[self.run]}}  # all of them: trials are compared with trainings
         try:
             with tracking.trial(
-                name, values, tags=tags, parent=self.parent, uri=self.tracking, root=self.root
+                name, told, tags=tags, parent=self.parent, uri=self.tracking, root=self.root
             ) as tracked:
                 scores = self.train_and_score(trial, profile, model, tracked)
                 means = scores.mean(axis=0).tolist()
