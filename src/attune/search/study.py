@@ -225,5 +225,6 @@ def pruner(plan: Plan) -> optuna.pruners.BasePruner:
     if plan.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=first, max_resource=max(first, last))
     if plan.pruner == "wilcoxon":
-        return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=6)
+        with warnings.catch_warnings(action="ignore"):  # that Optuna may change the class
+            return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=6)
     return optuna.pruners.NopPruner()
