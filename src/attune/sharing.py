@@ -122,6 +122,7 @@ class Share:
         except RuntimeError as error:
             if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
+            before = signal.SIG_IGN  # the launcher stops us next, and must not before this has been told
             what = str(error).strip().splitlines()[0]
             raise LostProcessError(f"{self._lost('another is gone')} ({what})") from None
         finally:
