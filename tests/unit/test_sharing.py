@@ -1,10 +1,17 @@
-"""Whose rows are whose."""
+"""Whose rows are whose, and what is said when a process is gone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from attune.diffusion.sampling import normal
 from attune.sharing import Share
+
+SRC = str(Path(__file__).parents[2] / "src")
 
 
 def test_rows_lie_together_and_every_row_is_somebodys():
@@ -35,3 +42,20 @@ def test_one_process_is_left_alone():
     assert share.draw(draw, 3) is draw
     assert (share.rows(3), share.count(3), share.first) == (slice(0, 3), 3, True)
     assert (share.everyone("x"), share.total([1.5]), share.from_first(lambda: 7)) == (["x"], [1.5], 7)
+
+
+def test_what_is_said_of_a_lost_process_comes_out_though_the_launcher_stops_us():
+    """Its SIGTERM comes when the training is over and before Python has printed why."""
+    code = """
+import os, signal, sys
+from attune.sharing import Share
+def stopped_first(kind, error, trace):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(error, file=sys.stderr)
+sys.excepthook = stopped_first
+with Share(0, 2).in_company():
+    raise RuntimeError("gloo: connection closed by peer")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": SRC}, capture_output=True)
+    assert b"process 0 of the 2 that train together cannot go on: another is gone. " in done.stderr
+    assert done.returncode == 1
