@@ -176,13 +176,19 @@ def turns(trials: Sequence[FrozenTrial]) -> int:
     return len(trials) - waiting - lost
 
 
+def done(trials: Sequence[FrozenTrial]) -> int:
+    """How many of the turns are over."""
+    return turns(trials) - sum(trial.state == TrialState.RUNNING for trial in trials)
+
+
 def remaining(plan: Plan, trials: Sequence[FrozenTrial]) -> str:
     """What of a study is not done yet, in words; empty if all is."""
-    running = sum(trial.state == TrialState.RUNNING for trial in trials)
+    over = done(trials)
+    running = turns(trials) - over
     if not running and not is_wanted(plan, trials):
         return ""
     elsewhere = f", {running} at work in another session" if running else ""
-    return f"{turns(trials) - running} of {plan.trials} trials are done{elsewhere}; the same command goes on"
+    return f"{over} of {plan.trials} trials are done{elsewhere}; the same command goes on"
 
 
 def check_any_works(plan: Plan, trials: Sequence[FrozenTrial], begun: float) -> None:

@@ -84,9 +84,8 @@ def _rounds(plan: Plan, objective: Trial, work: Work, report: Path) -> tuple[Fro
     """
     names = {"profile": objective.tags["profile"], "run": objective.run}
     study, rest = work(plan, objective)
-    n, more = objective.search.finalists, {}
-    if n:
-        more = {"provisional": "the best of short trials; the last round is not over"}
+    n = objective.search.finalists
+    more = {"provisional": "the best of short trials; the last round is not over"} if n else {}
     found = write(study, plan, names, report, **more)
     draw(study, plan, report)
     if found is None:

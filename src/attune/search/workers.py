@@ -23,7 +23,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, exclusive, is_wanted, join, patiently, turns
+from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, done, exclusive, is_wanted, join, patiently
 from attune.tracking.labels import HOST, lives
 
 LOG = logging.getLogger("attune.search")
@@ -89,12 +89,12 @@ def run(
 
 def _show(bar: tqdm, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
     """Moves the bar to how many trials are done, with the best score so far beside it."""
-    done = turns(trials) - sum(trial.state == TrialState.RUNNING for trial in trials)
-    if done == bar.n:
+    over = done(trials)
+    if over == bar.n:
         return
     full = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
     bar.set_postfix({f"best {plan.objectives[0]}": f"{max(full):.4g}"} if full else {}, refresh=False)
-    bar.update(done - bar.n)
+    bar.update(over - bar.n)
 
 
 def _reaped(plan: Plan, study: optuna.Study, bury: Callable[[], None]) -> list[int]:
