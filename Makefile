@@ -4,7 +4,7 @@ VENV   ?= .venv
 READY  := $(VENV)/.ready
 TESTS  := python -m pytest -n auto --maxprocesses 8 --dist loadfile
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-export PYTHONPATH := src
+export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
@@ -44,7 +44,7 @@ replay: $(READY)  ## send what a tracking store that was away has not got yet
 	python -m attune.stages.replay
 
 embedded: $(READY)  ## train the embedded family again (about an hour on one core)
-	python -m attune.embedded.build
+	python -m recipes.embedded.build
 
 clean:  ## remove the environment and caches, keep data and results
 	rm -rf $(VENV) .pytest_cache .ruff_cache

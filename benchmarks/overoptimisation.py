@@ -20,20 +20,20 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from attune.aligning import seed_of, training_batches
-from attune.assembly import build_method, load_learner, load_scorer
-from attune.config import load
+from attune.build import build_method, load_learner, load_scorer
+from attune.config.check import load
+from attune.config.profile import Profile
+from attune.diffusion.generate import paint
 from attune.diffusion.policy import Policy
 from attune.evaluation.diversity import diversity
 from attune.evaluation.statistics import bootstrap_mean_ci
+from attune.finetune import seed_of, training_batches
 from attune.interfaces import Reward
-from attune.painting import paint
-from attune.params import Profile
-from attune.places import PREFERENCE, PREPARED
+from attune.paths import PREFERENCE, PREPARED
 from attune.training.loop import View, Watch, train
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED, HELD_OUT, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
+TRAINED, VALIDATION, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
 
 
 def looked_at(policy: Policy, profile: Profile, prompts: list[str], scorers: dict[str, Reward]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run(batches: int, every: int) -> list[dict[str, Any]]:
     torch.set_num_threads(profile.threads)
     policy = load_learner("alignprop", profile, "alignprop")
     method = build_method("alignprop", profile, policy, PREFERENCE, "alignprop")
-    scorers = {name: load_scorer(name, profile) for name in (TRAINED, *HELD_OUT)}
+    scorers = {name: load_scorer(name, profile) for name in (TRAINED, *VALIDATION)}
     table = pd.read_parquet(PREPARED / "prompts.parquet")
     prompts = table.prompt[table.split == "test"].head(profile.generate.prompts).tolist()
     rows: list[dict[str, Any]] = []
@@ -113,14 +113,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def written(rows: list[dict[str, Any]]) -> str:
     """The table and what early stopping would have done, in Markdown."""
-    names = (TRAINED, *HELD_OUT, "vendi")
+    names = (TRAINED, *VALIDATION, "vendi")
     lines = ["| batches | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         cells = " | ".join(f"{row[name]:.3f}" for name in names)
         lines.append(f"| {row['batches']} | {cells} |")
     stops = [
         f"- {name}: stops after {at} batches and keeps those of {best}"
-        for name in HELD_OUT
+        for name in VALIDATION
         for at, best in [stopped(rows, name)]
     ]
     head = "# AlignProp, run too long\n\n![curves](overoptimisation.png)\n\n" + __doc__.split("\n\n", 2)[2]

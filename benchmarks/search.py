@@ -23,12 +23,12 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from attune import tracking
-from attune.aligning import align, held_out_scores
-from attune.assembly import load_policy, load_scorer
-from attune.config import load, method_of, read_params
+from attune.build import load_policy, load_scorer
+from attune.config.check import load, method_of, read_params
+from attune.config.profile import Params, Profile
+from attune.config.search import Config
 from attune.evaluation.statistics import Comparison, compare
-from attune.params import Params, Profile
-from attune.search.settings import Config
+from attune.finetune import align, validation_scores
 from attune.search.space import settings
 from attune.search.sweep import sweep
 from attune.search.trial import together
@@ -129,7 +129,7 @@ def judged(run: str, params: Params, profile: Profile, folder: Path, name: str, 
     policy.load(str(model))
     scorer = together([load_scorer(judge, changed) for judge in JUDGES])
     index = held_out_index(changed).drop_duplicates("prompt")
-    scores = held_out_scores(policy, changed.generate.sampling, changed.seed, scorer, index.prompt.tolist())
+    scores = validation_scores(policy, changed.generate.sampling, changed.seed, scorer, index.prompt.tolist())
     note.write_text(json.dumps(block))
     np.save(file, scores)
     return scores

@@ -27,9 +27,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from attune import plugins
-from attune.assembly import device
-from attune.blocks import Model
+from attune.build import device
+from attune.config import plugins
+from attune.config.settings import Model
 from attune.data.batches import PairBatch
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
@@ -137,7 +137,7 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         candidates=2,
         threshold=0.3,
         steps=20,
-        plain_steps=4,
+        start_step=4,
         guidance_scale=5,
         minibatch_size=args.batch,
     )

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
-from attune.clip import load_tokenizer
+from attune.clip.model import load_tokenizer
+from attune.clip.open_clip import VIT_H_14, clip_config, to_open_clip
 from attune.interfaces import Reward
 from attune.rewards import hpsv2, pickscore
-from attune.rewards._open_clip import VIT_H_14, clip_config, to_open_clip
 
 
 def random_model(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:

@@ -17,7 +17,7 @@ from attune.backbones.sd import StableDiffusion  # noqa: E402
 from attune.backbones.sd import load as load_sd  # noqa: E402
 from attune.backbones.sdxl import StableDiffusionXL  # noqa: E402
 from attune.backbones.sdxl import load as load_sdxl  # noqa: E402
-from attune.blocks import Model  # noqa: E402
+from attune.config.settings import Model  # noqa: E402
 from attune.diffusion.policy import Policy  # noqa: E402
 
 

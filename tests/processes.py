@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 
 import tiny
-from attune import plugins
-from attune.assembly import build_method, share
 from attune.backbones.sd import load as load_sd
-from attune.blocks import Model
-from attune.config import check, method_of, read_params
+from attune.build import build_method, shard
+from attune.config import plugins
+from attune.config.check import method_of, read_params
+from attune.config.profile import Params, Profile
+from attune.config.schema import check
+from attune.config.settings import Model
 from attune.data.batches import PairBatch
 from attune.data.prepared import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
-from attune.params import Params, Profile
-from attune.preference.model import from_clip, save
-from attune.preference.objective import Config, SPMObjective
+from attune.spm.model import from_clip, save
+from attune.spm.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
 from attune.training.loop import Watch, epoch_rows, train
@@ -98,7 +99,7 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
     if changes.get("gradient_checkpointing"):
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
-    policy.share = share()
+    policy.shard = shard()
     return build_method(name, profile, policy, made.judge, name)
 
 
@@ -114,7 +115,7 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
     config = Config(**({"clip": "-", "lr": 1e-4, "batches": 4} | changes))
     base = Policy(made.backbone, made.backbone.encode_prompts([""]))
     objective = SPMObjective(config, *from_clip(made.clip), base)
-    objective.share = share()
+    objective.shard = shard()
     n = len(made.data.pairs)
     columns = {"label_0": [[1.0, 0.5, 0.2][i % 3] for i in range(n)], "weight": [1 / (1 + i % 2) for i in range(n)]}
     data = replace(made.data, pairs=made.data.pairs.assign(**columns))
@@ -135,7 +136,7 @@ def flat(weights: list[Tensor]) -> Tensor:
 
 def interrupted(folder: Path, at: int | None = None) -> End:
     """A training with a checkpoint in the folder; the last of several processes is killed before batch `at`."""
-    ours = share()
+    ours = shard()
     with parts() as made:
         drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
 
@@ -175,7 +176,7 @@ def errors() -> dict[str, str]:
 
 
 WHATS = {
-    "ends": lambda folder: ends(),
+    "at_start_and_end": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
     "errors": lambda folder: errors(),
 }
@@ -183,4 +184,4 @@ WHATS = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder = sys.argv[1], Path(sys.argv[2])
-    torch.save(WHATS[what](folder), folder / f"{share().rank}.pt")
+    torch.save(WHATS[what](folder), folder / f"{shard().rank}.pt")

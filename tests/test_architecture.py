@@ -17,7 +17,8 @@ import grimp
 import pytest
 from ruamel.yaml import YAML
 
-from attune import config, plugins
+from attune.config import check as config
+from attune.config import plugins
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
@@ -71,8 +72,8 @@ READS_PARAMS = ("stages", "search")  # may call config.load and config.read_para
 VIEW_ONLY = ("tracking",)
 # Imports inside functions that only some stages run; () = its result goes to the tracking UI alone.
 TAKEN_BY = {
-    ("attune.assembly", "attune.preference.model"): ("align",),
-    ("attune.aligning", "attune.evaluation.figures"): (),
+    ("attune.build", "attune.spm.model"): ("align",),
+    ("attune.finetune", "attune.evaluation.report.figures"): (),
 }
 # Sections of the profile that a stage reads and DVC need not watch for it.
 UNWATCHED = {
@@ -223,7 +224,7 @@ def test_exceptions_are_still_needed(graph):
 
 
 def test_the_exceptional_import_is_lazy():
-    assert not ours(imports("attune.plugins", into_functions=False))
+    assert not ours(imports("attune.config.plugins", into_functions=False))
 
 
 @pytest.mark.parametrize("folder", INDEPENDENT)
@@ -302,12 +303,12 @@ def strings(module: str) -> Iterator[str]:
 
 def test_only_config_reads_params_yaml():
     knowing = [m for m in files() if any(re.search(r"\bparams\.yaml", text) for text in strings(m))]
-    assert "attune.config" in knowing
+    assert "attune.config.check" in knowing
     wrong = [m for m in knowing if not within(m, NAMES_THE_FILE)]
     assert not wrong, f"{wrong} know of params.yaml; they should be handed values"
     for module in files():
         for node in walk(tree(module)):
-            if isinstance(node, ast.ImportFrom) and node.module == "attune.config":
+            if isinstance(node, ast.ImportFrom) and node.module == "attune.config.check":
                 readers = {alias.name for alias in node.names} & {"load", "read_params"}
                 assert not readers or within(module, READS_PARAMS), f"{module} reads params.yaml: {readers}"
 
@@ -468,7 +469,7 @@ def test_outputs_keep_the_run_cache(name):
 
 def sections_read(stage_name: str) -> set[str]:
     """Sections of the profile (`profile.<section>`) that a stage's module, or assembly for it, reads."""
-    assembly = {f.name: f for f in tree("attune.assembly").body if isinstance(f, ast.FunctionDef)}
+    assembly = {f.name: f for f in tree("attune.build").body if isinstance(f, ast.FunctionDef)}
     todo, seen, found = [tree(f"attune.stages.{stage_name}")], set(), set()
     while todo:
         for node in walk(todo.pop()):

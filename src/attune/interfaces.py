@@ -96,7 +96,7 @@ class Objective(Protocol):
 
         A minibatch has a length and takes a slice of rows, `minibatch[2:4]`: several processes share it. The
         rows' mean of `loss` and of each metric is that of the whole; what is computed of all rows at once is
-        computed of `trained.share.gather`.
+        computed of `trained.shard.gather`.
         """
         ...
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import tiny
-from attune import plugins
-from attune.assembly import build_method
-from attune.blocks import TrainingConfig
-from attune.config import check, method_of, plugin_config, read_params
+from attune.build import build_method
+from attune.config import plugins
+from attune.config.check import method_of, read_params
+from attune.config.plugins import plugin_config
+from attune.config.profile import Params, Profile
+from attune.config.schema import check
 from attune.diffusion.policy import fingerprint
-from attune.params import Params, Profile
-from attune.preference.model import from_clip, save
+from attune.spm.model import from_clip, save
 from attune.training.checkpoint import Checkpoint
 from attune.training.loop import batch_generator
 
@@ -55,13 +56,6 @@ def build(preference, monkeypatch):
         return build_method(name, profile, policy, preference, name)
 
     return build
-
-
-def test_config_is_read_without_running_the_module(name):
-    module, extracted = plugins.load("methods", name), plugins.config_class("methods", name)
-    assert extracted is not module.Config
-    assert extracted.model_json_schema() == module.Config.model_json_schema()
-    assert issubclass(module.Config, TrainingConfig)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -132,12 +126,12 @@ def losses(method, data):
 def of_parts(method, parts):
     """The losses of parts of one minibatch, each told by the others what is computed of all rows at once."""
     heard = []
-    method.policy.share = SimpleNamespace(gather=lambda rows: heard.append(rows.detach()) or rows)
+    method.policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows.detach()) or rows)
     for part in parts:
         method.loss(part)
     calls = len(heard) // len(parts)
     answers = cycle([torch.cat(heard[i::calls]) for i in range(calls)])
-    method.policy.share = SimpleNamespace(gather=lambda rows: next(answers))
+    method.policy.shard = SimpleNamespace(gather=lambda rows: next(answers))
     return [method.loss(part) for part in parts]
 
 
@@ -153,8 +147,8 @@ def test_processes_can_share_its_minibatches(name, new_policy, data, build):
         whole, metrics = method.loss(minibatch)
         parts = [minibatch[:1], minibatch[1:]] if n > 1 else [minibatch[:]]
         assert sum(map(len, parts)) == n
-        share, ends = method.policy.share, of_parts(method, parts)
-        method.policy.share = share
+        shard, ends = method.policy.shard, of_parts(method, parts)
+        method.policy.shard = shard
         mean = sum(len(part) * loss for part, (loss, _) in zip(parts, ends, strict=True)) / n
         assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
         for key, value in metrics.items():

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
-from attune.assembly import load_policy
-from attune.config import load
+from attune.build import load_policy
+from attune.config.check import load
+from attune.diffusion.generate import paint
 from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, write_scores
 from attune.evaluation.summary import summarise
-from attune.painting import paint
 from attune.stages.champion import challenge
 from attune.tracking import registry
 

@@ -96,7 +96,7 @@ def shrunk(name: str, folder: Path) -> dict[str, Any]:
     profile["preference"] |= {"tokenizer": None, "tokenizer_revision": None}
     for block in (profile["preference"], *profile["methods"].values()):
         block |= {"batches": 2, "batch_size": 2, "accumulation": 1, "warmup": 0}
-    profile["methods"]["spo"] |= {"steps": 10, "plain_steps": 2, "threshold": 0.0, "lr": 1e-3}
+    profile["methods"]["spo"] |= {"steps": 10, "start_step": 2, "threshold": 0.0, "lr": 1e-3}
     for name in ("spin_1", "spin_2"):
         profile["methods"][name]["steps"] = 2
     profile["generate"]["prompts"] = 2

@@ -355,7 +355,7 @@ def test_a_mistake_in_params_stops_the_pipeline_at_once(project):
 
 
 NEW_METHOD = """
-from attune.blocks import MethodConfig
+from attune.config.settings import MethodConfig
 from attune.diffusion import losses, process
 
 class Config(MethodConfig):

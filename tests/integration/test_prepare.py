@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from ruamel.yaml import YAML
 
-from attune import config, plugins
+from attune.config import check as config
+from attune.config import plugins
 from attune.data.prepared import PreparedData
 from attune.stages import prepare as stage
 from attune.world.grammar import all_scenes
@@ -86,7 +87,7 @@ def test_too_many_bad_rows_end_the_stage_with_one_message(project):
 
 
 def test_data_that_is_not_there_ends_the_stage_before_a_model_loads(project, monkeypatch):
-    monkeypatch.setattr("attune.assembly.load_policy", None)
+    monkeypatch.setattr("attune.build.load_policy", None)
     with pytest.raises(SystemExit, match=r"data\.path: data/raw/none\.csv is not there"):
         project(path="data/raw/none.csv")
     assert Path("data/quarantine.csv").read_text() == "source,file,row,prompt,reason\n"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import processes
 import tiny
+from attune.distributed import Shard
 from attune.methods import sft
-from attune.sharing import Share
 
 pytestmark = pytest.mark.integration
 
@@ -211,7 +211,7 @@ def test_a_launcher_that_does_not_launch_is_an_error(project, env, said):
 
 def test_processes_that_nobody_coordinates_are_an_error(policy, data):
     """Two were started, as RANK and WORLD_SIZE say, but accelerate runs one: each would train alone and write."""
-    policy.share = Share(0, 2)
+    policy.shard = Shard(0, 2)
     trained = sft.Method(sft.Config(lora=None, lr=1e-3, batches=1, batch_size=2), policy)
     with pytest.raises(RuntimeError, match="2 processes were started to train together, but accelerate knows of 1"):
         tiny.run(trained, data)

@@ -18,7 +18,8 @@ from optuna.trial import TrialState
 from ruamel.yaml import YAML
 
 import searching
-from attune import config, tracking
+from attune import tracking
+from attune.config import check as config
 from attune.search import sweep, workers
 from attune.search.study import RETRY_OF, Plan, SearchError, create
 from attune.stages import sweep as stage

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from attune import tracking
-from attune.hashing import values_sha
+from attune.files import values_sha
 from attune.tracking import labels
 from attune.tracking import sender as senders
 from attune.tracking import store as stores

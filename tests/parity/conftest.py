@@ -9,8 +9,8 @@ import torch
 from golden.pipelines import write_pipeline
 from golden.reading import assert_close, largest_errors
 
-from attune import plugins
-from attune.blocks import Model
+from attune.config import plugins
+from attune.config.settings import Model
 
 
 @dataclass

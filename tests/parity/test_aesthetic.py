@@ -10,7 +10,7 @@ from golden.reading import HERE, tensors
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
-from attune.clip import image_features
+from attune.clip.model import image_features
 from attune.rewards import aesthetic
 
 pytestmark = pytest.mark.parity

@@ -6,7 +6,7 @@ import os
 import pytest
 from golden.reading import HERE
 
-from attune.clip import load_tokenizer, tokenise
+from attune.clip.model import load_tokenizer, tokenise
 from attune.rewards.hpsv2 import clean_text
 
 FOLDER = os.environ.get("ATTUNE_CLIP_TOKENIZER")

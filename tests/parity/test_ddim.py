@@ -6,7 +6,7 @@ from golden.pipelines import Recorded, write_pipeline
 from golden.reading import tensors
 
 from attune.backbones import sd as sd_backbone
-from attune.blocks import Model
+from attune.config.settings import Model
 from attune.diffusion import process
 from attune.interfaces import Conditioning
 

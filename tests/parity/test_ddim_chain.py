@@ -4,7 +4,7 @@ import pytest
 from golden.pipelines import adapted, conditioning
 from golden.reading import tensors
 
-from attune.diffusion.sampling import sample
+from attune.diffusion.ddim import sample
 
 pytestmark = pytest.mark.parity
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from golden.reading import PROMPTS, TOKENIZER, tensors, write_hps
 
-from attune.clip import image_features, load_tokenizer, normalise, text_features
+from attune.clip.model import image_features, load_tokenizer, normalise, text_features
+from attune.clip.open_clip import save_open_clip, to_open_clip
 from attune.rewards import hpsv2
-from attune.rewards._open_clip import save_open_clip, to_open_clip
 
 pytestmark = pytest.mark.parity
 

@@ -6,19 +6,19 @@ from golden.pipelines import StoredTokens, conditioning, own
 from golden.reading import PROMPTS, assert_close, tensors, write_clip, write_spm
 
 from attune.data.batches import PairBatch
+from attune.data.labels import relabel
 from attune.diffusion.policy import Policy
 from attune.diffusion.process import add_noise, at
-from attune.preference import objective
-from attune.preference.labels import relabel
-from attune.preference.model import (
+from attune.spm import objective
+from attune.spm.model import (
     StepAwareReward,
     inference_pixels,
     load,
     timestep_embedding,
     training_pixels,
 )
-from attune.preference.noising import one_step_latents
-from attune.preference.objective import preference_criterion
+from attune.spm.noising import one_step_latents
+from attune.spm.objective import preference_criterion
 
 pytestmark = pytest.mark.parity
 

@@ -17,7 +17,7 @@ SDXL = {"candidates": 2, "threshold": 0.4, "inner_steps": 3}
 
 
 def config(model="sd"):
-    paper = {"beta": 10.0, "clip": 0.1, "candidates": 4, "threshold": 0.3, "steps": 20, "plain_steps": 4}
+    paper = {"beta": 10.0, "clip": 0.1, "candidates": 4, "threshold": 0.3, "steps": 20, "start_step": 4}
     loop = {"lora": None, "lr": 6e-5, "batches": 1, "batch_size": 2, "minibatch_size": 8, "guidance_scale": 5.0}
     return spo.Config(**(paper | loop | (SDXL if model == "sdxl" else {})))
 

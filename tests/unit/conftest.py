@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from attune.preference.model import from_clip
+from attune.spm.model import from_clip
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import torch
 from ruamel.yaml import YAML
 
 import tiny
-from attune import config
-from attune.assembly import load_rewards, load_scorer
+from attune.build import load_rewards, load_scorer
+from attune.config import check as config
+from attune.config.profile import Profile
 from attune.data.batches import PromptBatch
 from attune.diffusion import process
-from attune.diffusion.sampling import Sampler, normal, sample
+from attune.diffusion.ddim import Sampler, normal, sample
 from attune.methods import alignprop
 from attune.methods.alignprop import first_with_gradient, reward_loss
-from attune.params import Profile
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a cat", "a dog", "two owls"]

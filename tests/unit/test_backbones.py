@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from attune import plugins
 from attune.backbones import sd, sdxl
-from attune.blocks import Model
+from attune.config import plugins
+from attune.config.settings import Model
 from attune.diffusion import process
+from attune.diffusion.ddim import sample
 from attune.diffusion.policy import Policy
-from attune.diffusion.sampling import sample
 
 CPU = torch.device("cpu")
 PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

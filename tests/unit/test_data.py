@@ -17,8 +17,8 @@ from attune.data.images import decode, squared
 from attune.data.prepared import PreparedData
 from attune.data.quarantine import Quarantine, Rejected, TooManyBadRows, harmless
 from attune.data.rows import Rules
+from attune.data.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split, ranked_pairs, same_prompt
 from attune.data.writing import write_prepared
-from attune.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split, ranked_pairs, same_prompt
 
 
 def pixels(seed: int, width: int = 16, height: int = 16) -> np.ndarray:

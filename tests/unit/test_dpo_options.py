@@ -12,11 +12,13 @@ import torch
 from ruamel.yaml import YAML
 
 import tiny
-from attune.blocks import AIFeedback
-from attune.config import ConfigError, plugin_config, read_params
+from attune.config.check import read_params
+from attune.config.plugins import plugin_config
+from attune.config.schema import ConfigError
+from attune.config.settings import AIFeedback
+from attune.data.labels import with_ai_feedback
 from attune.diffusion.losses import hinge_loss, ipo_loss, preference_loss
 from attune.methods import dpo
-from attune.preference.labels import with_ai_feedback
 from attune.stages import align
 from attune.training.loop import batch_generator
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from attune.blocks import TrainingConfig
+from attune.config.settings import TrainingConfig
 from attune.diffusion.noised import Noised
 from attune.diffusion.policy import fingerprint
 from attune.methods import dpo, sft, spo
@@ -23,7 +23,7 @@ from attune.training.loop import View, Watch, batch_generator, epoch_rows, train
 OWN = {
     "sft": {},
     "dpo": {"beta": 500.0},
-    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "plain_steps": 1}
+    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "start_step": 1}
     | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
 }
 METHODS = {"sft": sft, "dpo": dpo, "spo": spo}

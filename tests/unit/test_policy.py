@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from attune.blocks import Lora
+from attune.config.settings import Lora
+from attune.diffusion.ddim import sample
 from attune.diffusion.policy import ADAPTER_FILE, fingerprint
-from attune.diffusion.sampling import sample
 from attune.interfaces import Conditioning
 
 

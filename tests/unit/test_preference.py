@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from attune.clip import image_features, text_features
+from attune.clip.model import image_features, text_features
 from attune.interfaces import StepReward
-from attune.preference.model import (
+from attune.spm.model import (
     StepAwareReward,
     inference_pixels,
     load,
@@ -126,7 +126,7 @@ def test_a_saved_folder_stands_alone(spm, images, tmp_path):
 SRC = Path(__file__).parents[2] / "src"
 SAVE = """
 import sys
-from attune.preference.model import from_clip, save
+from attune.spm.model import from_clip, save
 save(*from_clip(sys.argv[1]), sys.argv[2])
 """
 

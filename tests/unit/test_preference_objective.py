@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from attune.blocks import AIFeedback
+from attune.config.settings import AIFeedback
 from attune.data.batches import PairBatch
+from attune.data.labels import relabel, with_ai_feedback
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
-from attune.preference.labels import relabel, with_ai_feedback
-from attune.preference.model import inference_pixels, load, save
-from attune.preference.objective import Config, SPMObjective, accuracy, preference_criterion, starting_model
+from attune.spm.model import inference_pixels, load, save
+from attune.spm.objective import Config, SPMObjective, accuracy, preference_criterion, starting_model
 
 PROMPTS = ["a red cat", "two blue dogs", "a cat"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from attune.evaluation import figures
-from attune.evaluation.document import Paragraph, Picture, Table, escape_html, render_html, render_markdown
 from attune.evaluation.protocol import Protocol, hash_prompts
-from attune.evaluation.report import escape_markdown, summarise, to_html, to_markdown, verdict, write_report
+from attune.evaluation.report import figures
+from attune.evaluation.report.document import Paragraph, Picture, Table, escape_html, render_html, render_markdown
+from attune.evaluation.report.verdict import escape_markdown, summarise, to_html, to_markdown, verdict, write_report
 
 HOSTILE = [
     "a | b",

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from attune.clip import clip_pixels, clip_pixels_pil
+from attune.clip.model import clip_pixels, clip_pixels_pil
+from attune.clip.open_clip import VIT_H_14, clip_config, from_open_clip, key_map, load_open_clip, to_open_clip
 from attune.rewards import aesthetic, clipscore, hpsv2, oracle, pickscore
-from attune.rewards._open_clip import VIT_H_14, clip_config, from_open_clip, key_map, load_open_clip, to_open_clip
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 HPS = {

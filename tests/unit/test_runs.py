@@ -8,11 +8,11 @@ import torch
 from ruamel.yaml import YAML
 
 import tiny
-from attune import config
-from attune.aligning import seed_of
-from attune.assembly import load_learner
-from attune.config import ConfigError
-from attune.params import Profile
+from attune.build import load_learner
+from attune.config import check as config
+from attune.config.profile import Profile
+from attune.config.schema import ConfigError
+from attune.finetune import seed_of
 from attune.stages.report import trained_on
 from attune.training.loop import epoch_rows
 

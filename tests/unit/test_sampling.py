@@ -6,10 +6,10 @@ import torch
 from diffusers import DDIMScheduler
 
 import tiny
-from attune.blocks import Sampling
+from attune.config.settings import Sampling
 from attune.diffusion import process
-from attune.diffusion.sampling import normal, per_row_normal, sample
-from attune.painting import paint
+from attune.diffusion.ddim import normal, per_row_normal, sample
+from attune.diffusion.generate import paint
 
 SEEDS = [11, 22, 33]
 PROMPTS = ["a cat", "a dog", "two owls"]

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from attune.blocks import Commit, Real, ScorerConfig, Sha256
-from attune.config import ConfigError, plugin_config, read_params
+from attune.config.check import read_params
+from attune.config.plugins import plugin_config
+from attune.config.profile import Profile
+from attune.config.schema import ConfigError, Float
+from attune.config.settings import Commit, ScorerConfig, Sha256
 from attune.evaluation.protocol import Protocol, hash_prompts, read_scores, scorer_identity
-from attune.evaluation.report import to_markdown
-from attune.params import Profile
+from attune.evaluation.report.verdict import to_markdown
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.stages import evaluate, report
 from attune.world.grammar import all_scenes
@@ -39,7 +41,7 @@ class Example(ScorerConfig):
     head_revision: Commit | None = None
     head_sha256: Sha256 | None = None
     license: str = "none"
-    sharpness: Real = 1.0
+    sharpness: Float = 1.0
     mode: str = "plain"
 
 
@@ -228,7 +230,7 @@ def test_with_features_it_does_not(generated):
 
 
 def report_summary(tables, protocol, extras):
-    from attune.evaluation.report import summarise
+    from attune.evaluation.report.verdict import summarise
 
     return summarise(tables, protocol, extras=extras)
 

@@ -15,9 +15,10 @@ from optuna.trial import TrialState, create_trial
 from ruamel.yaml import YAML
 
 import test_architecture as house
-from attune import config, plugins
-from attune.blocks import Dimension
-from attune.config import ConfigError
+from attune.config import check as config
+from attune.config import plugins
+from attune.config.schema import ConfigError, SearchRange
+from attune.config.search import Config as SearchConfig
 from attune.search import figures, results, space, study, sweep, workers
 from attune.search.study import Plan
 from attune.search.trial import keep_if_best, tell, together
@@ -119,9 +120,9 @@ def test_a_search_needs_a_block_of_its_run(tmp_path):
 def test_what_is_drawn_is_of_the_settings_own_type():
     """beta is a float though its bounds are written without a point, lora.rank is whole."""
     dimensions = {
-        "beta": Dimension(low=100, high=5000, log=True),
-        "lora.rank": Dimension(low=2, high=16),
-        "schedule": Dimension(choices=["constant", "linear"]),
+        "beta": SearchRange(low=100, high=5000, log=True),
+        "lora.rank": SearchRange(low=2, high=16),
+        "schedule": SearchRange(choices=["constant", "linear"]),
     }
     assert space.distributions(dimensions, DPO) == {
         "beta": FloatDistribution(100.0, 5000.0, log=True),
@@ -131,7 +132,7 @@ def test_what_is_drawn_is_of_the_settings_own_type():
 
 
 def test_cells_are_every_combination():
-    grid = {"a": Dimension(choices=[1, 2]), "b": Dimension(choices=["x", "y"])}
+    grid = {"a": SearchRange(choices=[1, 2]), "b": SearchRange(choices=["x", "y"])}
     assert space.cells(grid) == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
 
 
@@ -145,9 +146,9 @@ def test_settings_are_the_block_with_what_is_fixed_and_drawn():
 def test_what_is_used_is_found_by_its_dotted_key():
     config = DPO.model_validate({"lora": {"rank": 4}, "lr": 0.00012345, "batches": 5, "batch_size": 2, "beta": 500})
     dimensions = {
-        "lora.rank": Dimension(low=2, high=8),
-        "lr": Dimension(low=1, high=2),
-        "warmup": Dimension(low=1, high=2),
+        "lora.rank": SearchRange(low=2, high=8),
+        "lr": SearchRange(low=1, high=2),
+        "warmup": SearchRange(low=1, high=2),
     }
     assert space.in_use(dimensions, config) == {"lora.rank": 4, "lr": 0.000123, "warmup": config.warmup}
 
@@ -295,9 +296,7 @@ def test_a_study_is_another_if_weights_are_other_than_they_were(tmp_path, monkey
     model = profile.model.model_copy(update={"path": "base"})
     scorers = {"oracle": {}, "pickscore": {"path": "taste"}}
     profile = profile.model_copy(update={"methods": methods, "model": model, "scorers": scorers})
-    search = plugins.config_class("search", "settings").model_validate(
-        {**profile.search["dpo"], "objectives": ["oracle"]}
-    )
+    search = SearchConfig.model_validate({**profile.search["dpo"], "objectives": ["oracle"]})
 
     def names() -> dict[str, str]:
         return {uses: sweep.identity(uses, uses, profile, search) for uses in ("dpo", "spo", "alignprop")}
@@ -464,7 +463,7 @@ def test_apply_refuses_to_change_a_block_that_another_profile_shares(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"profiles\.b\.methods\.dpo\.beta: another block shares these"):
-        config.rewrite({"profiles.b.methods.dpo.beta": 2}, file)
+        config.update_params_file({"profiles.b.methods.dpo.beta": 2}, file)
     assert file.read_text() == text
 
 

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from attune import plugins
-from attune.config import ConfigError, plugin_config
+from attune.config import plugins
+from attune.config.plugins import plugin_config
+from attune.config.schema import ConfigError
 from attune.data.prepared import PreparedData
 from attune.data.quarantine import Quarantine
 from attune.data.rows import Rules
+from attune.data.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split
 from attune.data.writing import write_prepared
-from attune.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split
 
 
 def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> bytes:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny
-from attune.blocks import Lora
-from attune.diffusion.sampling import normal, sample
+from attune.config.settings import Lora
+from attune.diffusion.ddim import normal, sample
 from attune.methods import spin
 from attune.training.loop import batch_generator
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 import tiny
-from attune.diffusion.sampling import normal
+from attune.diffusion.ddim import normal
 from attune.interfaces import Conditioning
 from attune.methods.spo import Config, Method, StepPairs, compare, spo_loss
 
@@ -15,7 +15,7 @@ LN_2 = math.log(2)
 
 
 def config(**changes):
-    own = {"beta": 10.0, "clip": 0.1, "candidates": 3, "threshold": 0.0, "steps": 5, "plain_steps": 2}
+    own = {"beta": 10.0, "clip": 0.1, "candidates": 3, "threshold": 0.0, "steps": 5, "start_step": 2}
     loop = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 2, "minibatch_size": 4, "guidance_scale": 2.0}
     return Config(**(own | loop | changes))
 
@@ -230,8 +230,8 @@ def test_both_sides_share_one_forward_where_they_share_x_t(policy, batch, inner_
 
 
 def test_a_rollout_without_candidates_is_refused():
-    with pytest.raises(ValidationError, match="plain_steps must be less than steps"):
-        config(plain_steps=5)
+    with pytest.raises(ValidationError, match="start_step must be less than steps"):
+        config(start_step=5)
 
 
 # ---------------------------------------------------------------- which candidate goes on
@@ -243,7 +243,7 @@ def brightest(images, prompts, t):
 
 def final_brightness(policy, batch, continuation):
     """Mean brightness of what the rollout ends in: the last step's chosen and rejected candidates."""
-    method = Method(config(continuation=continuation, candidates=4, steps=8, plain_steps=1), policy, brightest)
+    method = Method(config(continuation=continuation, candidates=4, steps=8, start_step=1), policy, brightest)
     pairs = rollout(method, batch)
     last = pairs.t == pairs.t.min()
     latents = torch.cat([pairs.chosen[last], pairs.rejected[last]])

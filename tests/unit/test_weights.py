@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from attune.config import ConfigError, plugin_config
-from attune.preference import model as preference
+from attune.config.plugins import plugin_config
+from attune.config.schema import ConfigError
+from attune.hub import build_with, find_file, load_strictly, read_tensors
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
-from attune.weights import build_with, find_file, load_strictly, read_tensors
+from attune.spm import model as preference
 from tiny_scorers import write_imagereward
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"

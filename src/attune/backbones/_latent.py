@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from attune.blocks import Model, is_hub_id
+from attune.config.settings import Model, is_hub_id
 from attune.diffusion.process import at, velocity_to_noise
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from attune.backbones import _latent
-from attune.blocks import Model
+from attune.config.settings import Model
 from attune.interfaces import Conditioning
 
 

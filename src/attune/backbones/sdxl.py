@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from attune.backbones import _latent
-from attune.blocks import Model
+from attune.config.settings import Model
 from attune.interfaces import Conditioning
 
 

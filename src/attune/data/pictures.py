@@ -16,8 +16,8 @@ from torch import Tensor
 from attune.data.arrays import ArrayFile
 from attune.data.images import decode, squared
 from attune.data.quarantine import Rejected
+from attune.data.sources import Picture
 from attune.interfaces import Backbone, Reward
-from attune.sources import Picture
 
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 64, 2**21  # 64 images, but 8 of 512 pixels or 2 of 1024: an encoder needs GBs
 

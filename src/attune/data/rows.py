@@ -11,7 +11,7 @@ import pandas as pd
 
 from attune.data.pictures import Opened, Pictures, digest
 from attune.data.quarantine import Quarantine, Rejected
-from attune.sources import SPLITS, Bad, Pair, Prompt, Quota, same_prompt
+from attune.data.sources import SPLITS, Bad, Pair, Prompt, Quota, same_prompt
 
 CHECK_EVERY = 1000  # rows
 

@@ -18,8 +18,8 @@ from attune.data.arrays import ArrayFile
 from attune.data.pictures import Pictures
 from attune.data.quarantine import Quarantine
 from attune.data.rows import Kept, Rules
+from attune.data.sources import SPLITS, Bad, Pair, Prompt, SourceError
 from attune.interfaces import Backbone, Reward
-from attune.sources import SPLITS, Bad, Pair, Prompt, SourceError
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from attune.blocks import Lora
-from attune.diffusion import adapters
-from attune.diffusion.adapters import ADAPTER_FILE as ADAPTER_FILE
+from attune.config.settings import Lora
+from attune.diffusion import lora as adapters
+from attune.diffusion.lora import ADAPTER_FILE as ADAPTER_FILE
+from attune.distributed import Shard
 from attune.interfaces import Backbone, Conditioning
-from attune.sharing import Share
 
 
 class Policy:
@@ -40,7 +40,7 @@ class Policy:
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.frozen_copy: nn.Module | None = None  # the reference, where it is not the denoiser without its adapter
-        self.share = Share()  # of the training this process takes part in
+        self.shard = Shard()  # of the training this process takes part in
 
     def add_adapter(self, rank: int, seed: int, targets: str | Sequence[str] = "attention") -> None:
         """Adds a trainable LoRA: Gaussian A, zero B, alpha = rank, kept in float32.

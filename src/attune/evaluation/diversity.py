@@ -95,7 +95,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def saturation(images: np.ndarray) -> np.ndarray:
-    """Share of burnt or crushed pixels of images (B, H, W, 3), as (B,).
+    """Shard of burnt or crushed pixels of images (B, H, W, 3), as (B,).
 
     A pixel counts if any channel, in 8-bit levels, is 0, 1, 254 or 255.
     """
@@ -104,7 +104,7 @@ def saturation(images: np.ndarray) -> np.ndarray:
 
 
 def high_frequency(images: np.ndarray) -> np.ndarray:
-    """Share of the energy of grey images (B, H, W, 3) above half the Nyquist frequency, as (B,); 0 if flat.
+    """Shard of the energy of grey images (B, H, W, 3) above half the Nyquist frequency, as (B,); 0 if flat.
 
     Grids, ringing and speckle, the usual debris of over-optimised rewards, live there. The mean is left out.
     """

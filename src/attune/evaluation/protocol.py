@@ -20,9 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attune.blocks import ScorerConfig
-from attune.evaluation.files import write_atomically
-from attune.hashing import digest, values_sha
+from attune.config.settings import ScorerConfig
+from attune.files import digest, values_sha, write_atomically
 
 _METADATA_KEY = b"attune.protocol"
 KEY_COLUMNS = ("prompt", "ordinal", "file")

@@ -24,9 +24,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PromptBatch
-from attune.diffusion import sampling
+from attune.diffusion import ddim as sampling
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics, Reward
 
@@ -35,7 +36,7 @@ DECODER_SCALE = 2.0**12
 
 
 class Config(MethodConfig):
-    rewards: dict[str, Real] = Field(
+    rewards: dict[str, Float] = Field(
         min_length=1, description="scorer of the profile -> weight in the sum; 0 = only watched, and thus held out"
     )
     preprocess: Literal["tensor", "square"] = Field(
@@ -46,17 +47,17 @@ class Config(MethodConfig):
     loss: Literal["raise", "distance", "hinge"] = Field(
         "raise", description="of the sum r: -r, |r - target| or max(0, target - r)"
     )
-    target: Real | None = Field(
+    target: Float | None = Field(
         None, description="AlignProp: 10 (aesthetic, distance), 1 (HPS, distance: 1 - r); ReFL: 2 (hinge)"
     )
-    coefficient: Real = Field(0.01, gt=0, description="factor of the loss; AlignProp 0.01, ReFL 0.001")
+    coefficient: Float = Field(0.01, gt=0, description="factor of the loss; AlignProp 0.01, ReFL 0.001")
     steps: int = Field(ge=1, le=999, description="DDIM steps N; 50 in the paper, 40 in ReFL")
-    eta: Real = Field(1.0, ge=0, le=1, description="of DDIM; 1 in the paper")
-    guidance_scale: Real = Field(ge=0, description="guidance in every step; 5 in the paper")
+    eta: Float = Field(1.0, ge=0, le=1, description="of DDIM; 1 in the paper")
+    guidance_scale: Float = Field(ge=0, description="guidance in every step; 5 in the paper")
     cut: Literal["gaussian", "uniform", "fixed"] = Field(
         "gaussian", description="how the first step with a gradient is drawn, anew for each batch"
     )
-    cut_at: list[Real] = Field(
+    cut_at: list[Float] = Field(
         [0.84, 0.1],
         description="shares of N. gaussian: mean, standard deviation; uniform: lowest, highest; fixed: [1 - K / N]. "
         "Paper: [0.84, 0.1], [0, 1] or [0.98]; ReFL: uniform [0.75, 1]",
@@ -148,17 +149,17 @@ class Method:
 
     def begin(self, cond: Conditioning, draw: sampling.Normal, left: int) -> sampling.Unfinished:
         """The part without a gradient, for all prompts: each process runs it for its own."""
-        share, n = self.policy.share, len(cond)
-        ours = self.sampler.begin(cond[share.rows(n)], share.draw(draw, n), left).of(slice(share.count(n)))
-        noise = share.gather(ours.noise.transpose(0, 1)).transpose(0, 1)
-        return sampling.Unfinished(share.gather(ours.x_t), noise, cond)
+        shard, n = self.policy.shard, len(cond)
+        ours = self.sampler.begin(cond[shard.rows(n)], shard.local_noise(draw, n), left).of(slice(shard.count(n)))
+        noise = shard.gather(ours.noise.transpose(0, 1)).transpose(0, 1)
+        return sampling.Unfinished(shard.gather(ours.x_t), noise, cond)
 
     @torch.no_grad()
     def with_renoised(self, run: sampling.Unfinished, draw: sampling.Normal) -> sampling.Unfinished:
         """The run with one step to go, and copies of its finished images one step of noise away (DRaFT-LV)."""
-        n, share, images = self.config.renoised, self.policy.share, len(run.x_t)
-        ours = self.sampler.finish(run.of(share.rows(images)))
-        x_0 = share.gather(ours[: share.count(images)]).repeat(n, 1, 1, 1)
+        n, shard, images = self.config.renoised, self.policy.shard, len(run.x_t)
+        ours = self.sampler.finish(run.of(shard.rows(images)))
+        x_0 = shard.gather(ours[: shard.count(images)]).repeat(n, 1, 1, 1)
         x_t = self.sampler.add_noise(x_0, draw(tuple(x_0.shape)), left=1)
         noise = torch.cat([run.noise, draw(tuple(x_0.shape))[None]], 1)
         return sampling.Unfinished(torch.cat([run.x_t, x_t]), noise, Conditioning.cat([run.cond, run.cond.repeat(n)]))

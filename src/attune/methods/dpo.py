@@ -19,7 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.blocks import AIFeedback, MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import AIFeedback, MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
 from attune.diffusion.noised import Noised, policy_and_reference_error
@@ -28,10 +29,12 @@ from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
-    beta: Real = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000 (SD 1.5), 5000 (SDXL)")
-    caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2")
+    beta: Float = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000 (SD 1.5), 5000 (SDXL)")
+    caption_dropout: Float = Field(
+        0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2"
+    )
     loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the margin; sigmoid is the paper's")
-    label_smoothing: Real = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO)")
+    label_smoothing: Float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO)")
     ai_feedback: AIFeedback | None = Field(None, description="labels from a scorer, hard or soft; null = people's")
 
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.noised import Noised, policy_and_reference_error
 from attune.diffusion.policy import Policy
@@ -27,13 +28,15 @@ from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
-    beta: Real = Field(gt=0, description="strength of the implicit reward, no factor 1/2; authors' code: 1000")
-    lambda_desirable: Real = Field(1.0, ge=0, description="weight of liked images")
-    lambda_undesirable: Real = Field(1.0, ge=0, description="weight of disliked images")
+    beta: Float = Field(gt=0, description="strength of the implicit reward, no factor 1/2; authors' code: 1000")
+    lambda_desirable: Float = Field(1.0, ge=0, description="weight of liked images")
+    lambda_undesirable: Float = Field(1.0, ge=0, description="weight of disliked images")
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = Field(
         "kahneman_tversky", description="kahneman_tversky is the paper's choice"
     )
-    caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2")
+    caption_dropout: Float = Field(
+        0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2"
+    )
 
 
 UTILITIES = {
@@ -78,7 +81,7 @@ class Method:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         reward = c.beta * (reference_error - error)
         liked = torch.arange(len(reward), device=reward.device) < len(minibatch)
-        z_ref = reference_point(self.policy.share.gather(reward))
+        z_ref = reference_point(self.policy.shard.gather(reward))
         loss = kto_loss(reward - z_ref, liked, c.utility, c.lambda_desirable, c.lambda_undesirable).mean()
         return loss, {
             "loss": loss,

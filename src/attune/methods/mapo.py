@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import preference_loss
 from attune.diffusion.noised import Noised, policy_error
@@ -26,9 +27,9 @@ from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
-    beta: Real = Field(0.1, gt=0, description="weight of the margin's loss beside the denoising loss")
-    snr: Real = Field(0.5, gt=0, description="constant in the place of the signal-to-noise ratio: scales the error")
-    caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0")
+    beta: Float = Field(0.1, gt=0, description="weight of the margin's loss beside the denoising loss")
+    snr: Float = Field(0.5, gt=0, description="constant in the place of the signal-to-noise ratio: scales the error")
+    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0")
 
 
 def score(error: Tensor, snr: float) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.noised import Noised, policy_error
 from attune.diffusion.policy import Policy
@@ -20,7 +21,7 @@ from attune.interfaces import Metrics
 
 
 class Config(MethodConfig):
-    caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt; usual: 0.1")
+    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="share trained without their prompt; usual: 0.1")
 
 
 class Method:

@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PairBatch
-from attune.diffusion import sampling
+from attune.diffusion import ddim as sampling
 from attune.diffusion.losses import implicit_reward, preference_loss
 from attune.diffusion.noised import Noised, policy_and_reference_error
 from attune.diffusion.policy import Policy
@@ -30,11 +31,11 @@ from attune.interfaces import Conditioning, Metrics
 
 
 class Config(MethodConfig):
-    beta: Real = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000, then 5000")
-    caption_dropout: Real = Field(0.0, ge=0, lt=1, description="share trained without their prompt")
+    beta: Float = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000, then 5000")
+    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="shard trained without their prompt")
     steps: int = Field(ge=1, le=999, description="DDIM steps of the opponent's images")
-    eta: Real = Field(0.0, ge=0, le=1, description="of the opponent's images: 0 deterministic, 1 ancestral")
-    guidance_scale: Real = Field(ge=0, description="of the opponent's images; 7.5 in the paper")
+    eta: Float = Field(0.0, ge=0, le=1, description="of the opponent's images: 0 deterministic, 1 ancestral")
+    guidance_scale: Float = Field(ge=0, description="of the opponent's images; 7.5 in the paper")
 
 
 class Method:
@@ -51,11 +52,11 @@ class Method:
 
     def paint(self, cond: Conditioning, generator: torch.Generator) -> Tensor:
         """Latents (B, C, h, w) of the policy as it was at the start of this iteration."""
-        c, share, n = self.config, self.policy.share, len(cond)
-        draw = share.draw(sampling.normal(generator), n)
+        c, shard, n = self.config, self.policy.shard, len(cond)
+        draw = shard.local_noise(sampling.normal(generator), n)
         with self.policy.reference():
-            ours = sampling.sample(self.policy, cond[share.rows(n)], draw, c.steps, c.eta, c.guidance_scale)
-        return share.gather(ours[: share.count(n)])
+            ours = sampling.sample(self.policy, cond[shard.rows(n)], draw, c.steps, c.eta, c.guidance_scale)
+        return shard.gather(ours[: shard.count(n)])
 
     def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)

@@ -23,23 +23,25 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from attune.blocks import MethodConfig, Real
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
 from attune.data.batches import PromptBatch
-from attune.diffusion import process, sampling
+from attune.diffusion import ddim as sampling
+from attune.diffusion import process
 from attune.diffusion.losses import preference_loss
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning, Metrics, StepReward
 
 
 class Config(MethodConfig):
-    beta: Real = Field(gt=0, description="strength of the margin in log-ratio; 10 in the paper")
-    clip: Real = Field(gt=0, lt=1, description="ratios are clamped to 1 +- clip; 0.1 in the paper")
+    beta: Float = Field(gt=0, description="strength of the margin in log-ratio; 10 in the paper")
+    clip: Float = Field(gt=0, lt=1, description="ratios are clamped to 1 +- clip; 0.1 in the paper")
     candidates: int = Field(ge=2, description="k proposals per step; 4 for SD 1.5, 2 for SDXL")
-    threshold: Real = Field(ge=0, lt=1, description="keep a pair if softmax gap exceeds this; 0.3 SD 1.5, 0.4 SDXL")
+    threshold: Float = Field(ge=0, lt=1, description="keep a pair if softmax gap exceeds this; 0.3 SD 1.5, 0.4 SDXL")
     steps: int = Field(ge=2, description="DDIM steps N of a rollout, eta 1; 20 in the paper")
-    plain_steps: int = Field(ge=0, description="first steps without candidates; 4 in the paper")
+    start_step: int = Field(ge=0, description="first steps without candidates; 4 in the paper")
     inner_steps: int = Field(0, ge=0, description="steps each candidate runs on before it is judged; 3 for SDXL")
-    guidance_scale: Real = Field(ge=0, description="guidance in rollout and loss; 5 in the paper")
+    guidance_scale: Float = Field(ge=0, description="guidance in rollout and loss; 5 in the paper")
     minibatch_size: int = Field(ge=1, description="step pairs per minibatch")
     continuation: Literal["random", "chosen", "rejected"] = Field(
         "random", description="the candidate a rollout goes on from; the others are the paper's ablation"
@@ -47,8 +49,8 @@ class Config(MethodConfig):
 
     @model_validator(mode="after")
     def _candidates_are_drawn(self) -> Config:
-        if self.plain_steps >= self.steps:
-            raise ValueError("plain_steps must be less than steps, or no candidate is ever drawn")
+        if self.start_step >= self.steps:
+            raise ValueError("start_step must be less than steps, or no candidate is ever drawn")
         return self
 
 
@@ -108,14 +110,14 @@ class Method:
         self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
 
     def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[StepPairs]:
-        share, n = self.policy.share, len(batch.prompts)
+        shard, n = self.policy.shard, len(batch.prompts)
 
         def choose(k: int, ours: int) -> Tensor:
-            return torch.randint(k, (n,), generator=generator)[share.rows(n)]
+            return torch.randint(k, (n,), generator=generator)[shard.rows(n)]
 
-        draw = share.draw(sampling.normal(generator), n)
-        pairs = self.rollout(batch[share.rows(n)], draw, choose)
-        pairs = pairs if share.world == 1 else self.gathered(pairs[: None if share.count(n) else 0])
+        draw = shard.local_noise(sampling.normal(generator), n)
+        pairs = self.rollout(batch[shard.rows(n)], draw, choose)
+        pairs = pairs if shard.world_size == 1 else self.gathered(pairs[: None if shard.count(n) else 0])
         order = torch.randperm(len(pairs), generator=generator)
         for rows in order.split(self.config.minibatch_size):
             if len(rows):  # the judge may have been sure of nothing
@@ -127,7 +129,7 @@ class Method:
         c, n, draw = self.config, len(batch.prompts), sampling.on(self.policy.device, draw)
         x, group, kept = draw((n, *self.policy.backbone.latent_shape)), [], []
         for i, t in enumerate(self.timesteps):
-            branches = i >= c.plain_steps and (i - c.plain_steps) % (c.inner_steps + 1) == 0
+            branches = i >= c.start_step and (i - c.start_step) % (c.inner_steps + 1) == 0
             noise_pred = self.predict(x, t, batch.cond)
             if branches and group:  # the candidates made so far are judged here, and one of them goes on
                 a_t = process.at(self.schedule, t.expand(len(x)), x)
@@ -140,7 +142,7 @@ class Method:
             if branches:
                 mean, std = mean.repeat(c.candidates, 1, 1, 1), std.repeat(c.candidates, 1, 1, 1)
             x_prev = mean + std * draw(tuple(mean.shape))
-            if i >= c.plain_steps:
+            if i >= c.start_step:
                 group.append((x, t, x_prev))
             x = x_prev
         pairs, _, _ = self.judged(batch, group, x, torch.zeros_like(t))
@@ -148,7 +150,7 @@ class Method:
 
     def gathered(self, ours: StepPairs) -> StepPairs:
         """The pairs of all processes, in the order of one: by step, then by prompt."""
-        gather = self.policy.share.gather
+        gather = self.policy.shard.gather
         halves = ours.x_t.tensor_split(2) if self.config.inner_steps else [ours.x_t]
         columns = [torch.cat(list(map(gather, halves))), *map(gather, (ours.chosen, ours.rejected, ours.t))]
         cond = Conditioning({name: gather(value) for name, value in ours.cond.tensors.items()})

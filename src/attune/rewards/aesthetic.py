@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel
 
-from attune.blocks import Commit, Preprocess, ScorerConfig, Sha256
-from attune.clip import PREPARATIONS, check_images, full_precision, load_model, prepared_features
+from attune.clip.model import PREPARATIONS, check_images, full_precision, load_model, prepared_features
+from attune.config.settings import Commit, Preprocess, ScorerConfig, Sha256
+from attune.hub import find_file, read_tensors
 from attune.rewards._head import Head, head_of
-from attune.weights import find_file, read_tensors
 
 PUBLISHED = {"sac+logos+ava1-l14-linearMSE": (3, 9), "aesthetic-model": (3, 9)}
 

@@ -19,8 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from attune.blocks import Commit, ScorerConfig, Sha256
-from attune.clip import (
+from attune.clip.model import (
     TextFeatures,
     check_images,
     full_precision,
@@ -29,8 +28,9 @@ from attune.clip import (
     prepared_features,
     square_pixels,
 )
-from attune.rewards._open_clip import load_open_clip
-from attune.weights import find_file
+from attune.clip.open_clip import load_open_clip
+from attune.config.settings import Commit, ScorerConfig, Sha256
+from attune.hub import find_file
 
 PUBLISHED = {"HPS_v2_compressed": (0.15, 0.36), "HPS_v2.1_compressed": (0.15, 0.36)}
 

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from attune.blocks import Commit, ScorerConfig, Sha256
-from attune.clip import check_exists, check_images, clip_pixels, clip_pixels_pil, full_precision, rounded_crop
+from attune.clip.model import check_exists, check_images, clip_pixels, clip_pixels_pil, full_precision, rounded_crop
+from attune.config.settings import Commit, ScorerConfig, Sha256
+from attune.hub import build_with, find_file, read_json, read_tensors
 from attune.rewards._head import LAYERS, Head
-from attune.weights import build_with, find_file, read_json, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 CONTEXT = 35  # tokens, [CLS] and [SEP] included

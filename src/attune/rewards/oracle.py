@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attune.blocks import ScorerConfig
-from attune.clip import check_images
+from attune.clip.model import check_images
+from attune.config.settings import ScorerConfig
 from attune.world.oracle import VERDICT_FIELDS, judge, scores
 
 

@@ -15,8 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from attune.blocks import Commit, Preprocess, ScorerConfig
-from attune.clip import (
+from attune.clip.model import (
     PREPARATIONS,
     TextFeatures,
     check_images,
@@ -25,6 +24,7 @@ from attune.clip import (
     load_tokenizer,
     prepared_features,
 )
+from attune.config.settings import Commit, Preprocess, ScorerConfig
 
 PUBLISHED = {"PickScore_v1": (17, 25)}
 

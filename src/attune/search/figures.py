@@ -94,7 +94,7 @@ def slices(trials: list[FrozenTrial], plan: Plan) -> Figure:
 
 
 def importances(study: optuna.Study, plan: Plan) -> list[dict[str, float]] | None:
-    """Share of each parameter in what decides between better and worse trials (PED-ANOVA), per objective.
+    """Shard of each parameter in what decides between better and worse trials (PED-ANOVA), per objective.
 
     None where there are too few parameters or trials, or too little difference between them, to say.
     """

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from attune.evaluation.statistics import Comparison, compare
-from attune.hashing import values_sha
+from attune.files import values_sha
 from attune.search.figures import draw_finals
 from attune.search.results import ranked, table, write_best
 from attune.search.space import drawn, unsearched

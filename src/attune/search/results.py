@@ -11,7 +11,8 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from attune.config import ConfigError, read_params, rewrite, write_yaml
+from attune.config.check import read_params, update_params_file, write_yaml
+from attune.config.schema import ConfigError
 from attune.search.space import drawn
 from attune.search.study import RETRY_OF, Plan
 
@@ -100,5 +101,5 @@ def apply(folder: Path, profile: str, run: str) -> dict[str, Any]:
             raise ConfigError(f"{file}: {key} is {found.get(key)!r}, and {wanted!r} is to be changed")
     if "provisional" in found:
         raise ConfigError(f"{file}: {found['provisional']}; run the search again, it goes on")
-    rewrite({f"profiles.{profile}.methods.{run}.{key}": value for key, value in found["params"].items()})
+    update_params_file({f"profiles.{profile}.methods.{run}.{key}": value for key, value in found["params"].items()})
     return found["params"]

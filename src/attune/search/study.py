@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from attune.hashing import values_sha
+from attune.files import values_sha
 
 LOG = logging.getLogger("attune.search")
 RANDOM_TRIALS = 6  # before tpe and gp learn from the others: half of a sweep of twelve

@@ -14,16 +14,18 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from attune import plugins, tracking
-from attune.config import method_of, plugin_config
+from attune import tracking
+from attune.config import plugins
+from attune.config.check import method_of
+from attune.config.plugins import plugin_config
+from attune.config.profile import Params, Profile
+from attune.config.search import Config
 from attune.evaluation.protocol import scorer_identity
-from attune.hashing import digest, values_sha
-from attune.params import Params, Profile
-from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
+from attune.files import digest, values_sha
+from attune.paths import PREFERENCE, PREPARED, REPORTS, project_root
 from attune.search import finals
 from attune.search.figures import draw
 from attune.search.results import write
-from attune.search.settings import Config
 from attune.search.space import cells, distributions, in_use, settings, unsearched
 from attune.search.study import Plan, SearchError, create, fresh_start, located, remaining
 from attune.search.trial import Trial, interval
@@ -145,7 +147,7 @@ def identity(name: str, uses: str, profile: Profile, search: Config) -> str:
     Raises:
         SearchError: weights that trials need are not there.
     """
-    block = settings(profile.methods[name], search.fixed, {}) | {"held_out": None}  # trials have their own
+    block = settings(profile.methods[name], search.fixed, {}) | {"validation": None}  # trials have their own
     kept = unsearched(block, search.space)
     decided = search.model_dump(exclude=set(SESSION))
     asked = dict.fromkeys([*search.objectives, *block.get("rewards", ())])

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from filelock import FileLock
 
-from attune import plugins, tracking
-from attune.config import ConfigError, check
-from attune.params import Profile
-from attune.search.settings import Config
+from attune import tracking
+from attune.config import plugins
+from attune.config.profile import Profile
+from attune.config.schema import ConfigError, check
+from attune.config.search import Config
 from attune.search.space import drawn, settings
 from attune.search.study import patiently
 
@@ -81,14 +82,14 @@ class Trial:
         search = self.search
         block = settings(self.profile.methods[self.run], search.fixed, values)
         if not self.final:
-            block["held_out"] = None
+            block["validation"] = None
         if search.pruner in WATCHING:
-            block["held_out"] = {
+            block["validation"] = {
                 "scorer": search.objectives[0],
                 "prompts": search.prompts,
                 "sampling": self.profile.generate.sampling.model_dump(),
                 "every": interval(search, block["batches"]),
-                "ends": False,
+                "at_start_and_end": False,
             }
         try:
             check(plugins.config_class("methods", self.uses), block, self.run)
@@ -100,8 +101,8 @@ class Trial:
         """Trains, with the model in `model`, and returns scores (prompts, objectives)."""
         import numpy as np
 
-        from attune.aligning import align, held_out_scores, validation_prompts
-        from attune.assembly import load_policy, load_scorer
+        from attune.build import load_policy, load_scorer
+        from attune.finetune import align, validation_prompts, validation_scores
 
         def report(batch: int, score: float) -> None:
             tell(trial, {batch: score})
@@ -114,7 +115,7 @@ class Trial:
         paired = self.search.pruner == "wilcoxon"
         chunk = quarter(len(prompts)) if paired else len(prompts)
         for start in range(0, len(prompts), chunk):
-            part = held_out_scores(
+            part = validation_scores(
                 policy, profile.generate.sampling, profile.seed, scorer, prompts[start : start + chunk]
             )
             if not np.isfinite(part).all():

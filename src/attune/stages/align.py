@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from attune.places import MODELS, REPORTS, project_root
+from attune.paths import MODELS, REPORTS, project_root
 from attune.stages.common import is_first, launch, remember_run, stage
 from attune.stages.history import write_history
 
@@ -17,7 +17,7 @@ def main() -> None:
     name = given.run or given.method
     launch("attune.stages.align")
     with stage(f"align@{name}", "model", f"methods.{name}", method=name, uses=given.method) as (profile, run):
-        from attune.aligning import align
+        from attune.finetune import align
 
         history, facts = align(name, given.method, profile, run, MODELS / name, checkpoints=project_root())
         if not is_first():

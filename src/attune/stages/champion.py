@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attune.config import ConfigError, load
-from attune.hashing import digest
-from attune.params import Profile
-from attune.places import MODELS, REPORTS, project_root
+from attune.config.check import load
+from attune.config.profile import Profile
+from attune.config.schema import ConfigError
+from attune.files import digest
+from attune.paths import MODELS, REPORTS, project_root
 from attune.tracking import registry
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from attune import tracking
-from attune.config import ConfigError, load
-from attune.params import Params, Profile
-from attune.places import RUNS
+from attune.config.check import load
+from attune.config.profile import Params, Profile
+from attune.config.schema import ConfigError
+from attune.paths import RUNS
 
 BASE = "base"
 

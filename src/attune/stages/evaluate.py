@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attune.config import plugin_config
-from attune.params import Profile
-from attune.places import GENERATED, REPORTS, RUNS
+from attune.config.plugins import plugin_config
+from attune.config.profile import Profile
+from attune.paths import GENERATED, REPORTS, RUNS
 from attune.stages.common import stage
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def evaluate(name: str, profile: Profile) -> tuple[pd.DataFrame, Protocol]:
     import numpy as np
     import pandas as pd
 
-    from attune.assembly import load_scorer
+    from attune.build import load_scorer
     from attune.evaluation.protocol import write_scores
 
     folder = GENERATED / name

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from attune.params import Profile
-from attune.places import GENERATED, MODELS, PREPARED
+from attune.config.profile import Profile
+from attune.paths import GENERATED, MODELS, PREPARED
 from attune.stages.common import BASE, stage
 
 
@@ -32,8 +32,8 @@ def generate(name: str, profile: Profile, source: str | None):
     """
     from PIL import Image
 
-    from attune.assembly import load_policy
-    from attune.painting import paint
+    from attune.build import load_policy
+    from attune.diffusion.generate import paint
 
     index = held_out_index(profile)
     policy = load_policy(profile)

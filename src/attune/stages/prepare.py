@@ -7,9 +7,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from attune import plugins
-from attune.params import Profile
-from attune.places import PREPARED, REPORTS
+from attune.config import plugins
+from attune.config.profile import Profile
+from attune.paths import PREPARED, REPORTS
 from attune.stages.common import stage
 
 QUARANTINE = Path("data/quarantine.csv")
@@ -29,12 +29,12 @@ def prepare(profile: Profile) -> dict[str, float]:
 
     Data that is not there, or too bad, ends the process with one message; the source looks before a model loads.
     """
-    from attune.assembly import load_policy, load_scorer
+    from attune.build import load_policy, load_scorer
     from attune.data.quarantine import Quarantine, TooManyBadRows
     from attune.data.rows import Rules
+    from attune.data.sources import Quota, SourceError
     from attune.data.writing import write_prepared
-    from attune.painting import paint
-    from attune.sources import Quota, SourceError
+    from attune.diffusion.generate import paint
 
     source = plugins.load("sources", profile.data["source"])
     config = source.Config.model_validate({k: v for k, v in profile.data.items() if k != "source"})

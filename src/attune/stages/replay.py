@@ -6,7 +6,7 @@ import logging
 import sys
 
 from attune import tracking
-from attune.places import project_root
+from attune.paths import project_root
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from attune.params import Profile
-from attune.places import GENERATED, MODELS, REPORTS
+from attune.config.profile import Profile
+from attune.paths import GENERATED, MODELS, REPORTS
 from attune.stages.common import BASE, stage
 
 GRID_PROMPTS = 10
@@ -14,7 +14,7 @@ GRID_PROMPTS = 10
 
 def main() -> None:
     with stage("report", "generate", "scorers") as (profile, run):
-        from attune.config import read_params
+        from attune.config.check import read_params
 
         params = read_params()
         names = [BASE, *params["run_methods"], *params["evaluate"]["extra"]]
@@ -28,7 +28,7 @@ def main() -> None:
 def report(names: list[str], profile: Profile) -> Mapping:
     """Compares all models under one protocol and writes reports/."""
     from attune.evaluation.protocol import read_comparable
-    from attune.evaluation.report import summarise, write_report
+    from attune.evaluation.report.verdict import summarise, write_report
 
     tables, protocol = read_comparable({name: REPORTS / "scores" / f"{name}.parquet" for name in names})
     summary = summarise(
@@ -100,8 +100,8 @@ def figures(names, summary, tables) -> list:
     import numpy as np
     import pandas as pd
 
-    from attune.evaluation import figures as draw
-    from attune.evaluation.document import Picture
+    from attune.evaluation.report import figures as draw
+    from attune.evaluation.report.document import Picture
 
     rows = np.linspace(0, len(tables[BASE]) - 1, GRID_PROMPTS).astype(int)
     prompts = tables[BASE].prompt.iloc[rows].tolist()

@@ -6,8 +6,9 @@ import argparse
 import logging
 import sys
 
-from attune.config import ConfigError, load
-from attune.places import REPORTS
+from attune.config.check import load
+from attune.config.schema import ConfigError
+from attune.paths import REPORTS
 
 LOG = logging.getLogger("attune.sweep")
 

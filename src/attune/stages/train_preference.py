@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from attune.params import Profile
-from attune.places import PREFERENCE, PREPARED, REPORTS, project_root
+from attune.config.profile import Profile
+from attune.paths import PREFERENCE, PREPARED, REPORTS, project_root
 from attune.stages.common import is_first, launch, stage
 from attune.stages.history import write_history
 
 if TYPE_CHECKING:  # at run time these wait until params.yaml has been checked
-    from attune.preference.objective import SPMObjective
+    from attune.spm.objective import SPMObjective
     from attune.tracking import Run
 
 TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
@@ -34,11 +34,11 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
 
     Of several processes that train it together, the first saves it, and it alone asks how accurate it is.
     """
-    from attune.assembly import load_policy, share
+    from attune.build import load_policy, shard
+    from attune.data.labels import with_ai_feedback
     from attune.data.prepared import PreparedData
-    from attune.preference.labels import with_ai_feedback
-    from attune.preference.model import save
-    from attune.preference.objective import Config, SPMObjective, starting_model
+    from attune.spm.model import save
+    from attune.spm.objective import Config, SPMObjective, starting_model
     from attune.training.checkpoint import resumable
     from attune.training.loop import View, epoch_rows, train
 
@@ -49,9 +49,11 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", len(data.pairs))
     model, tokenizer = starting_model(config)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
-    objective.share = share()
+    objective.shard = shard()
     values = [profile.seed, profile.model.model_dump(), config.model_dump()]
-    with resumable(project_root(), "train_preference", values, [PREPARED], objective.share.first) as checkpoint:
+    with resumable(
+        project_root(), "train_preference", values, [PREPARED], objective.shard.is_main_process
+    ) as checkpoint:
         history, _ = train(
             objective,
             objective,
@@ -61,9 +63,9 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
             checkpoint=checkpoint,
             view=View("train preference", run.log),
         )
-        if objective.share.first:
+        if objective.shard.is_main_process:
             save(model, tokenizer, PREFERENCE)
-    return history, accuracy_by_t(objective, profile.seed) if objective.share.first else {}
+    return history, accuracy_by_t(objective, profile.seed) if objective.shard.is_main_process else {}
 
 
 def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, list[float]]]:
@@ -78,7 +80,7 @@ def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, lis
 
     from attune.data.prepared import PreparedData
     from attune.evaluation.statistics import bootstrap_mean_ci
-    from attune.preference.model import from_clip
+    from attune.spm.model import from_clip
 
     data = PreparedData.read(PREPARED, "validation", objective.base.device)
     if data.pairs.empty:

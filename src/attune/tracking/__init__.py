@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 
-from attune.hashing import digest
+from attune.files import digest
 from attune.tracking import sender as senders
 from attune.tracking import spool as spools
 from attune.tracking import store as stores

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from attune.hashing import values_sha
+from attune.files import values_sha
 
 HOST = socket.gethostname()
 CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from attune.hashing import digest, values_sha
+from attune.files import digest, values_sha
 
 PATIENCE = 20  # times as long as a save took pass before the next: at most a twentieth of the time goes there
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attune.blocks import TrainingConfig
+from attune.config.settings import TrainingConfig
+from attune.distributed import Shard
 from attune.interfaces import Log, Objective
-from attune.sharing import Share
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
-from attune.training.update import Trained, Update, learning_rate
+from attune.training.step import Trained, Update, learning_rate
 
 Batches = Callable[[int, torch.Generator], Any]
 """Batch number b, given its generator: offline data picks rows by b, online data picks prompts."""
@@ -56,19 +56,19 @@ class Watch:
     patience: int | None = None  # scores; None: train to the end and keep the last weights
     told: Callable[[int, int, float], None] = lambda batch, step, score: None  # may raise, to end it otherwise
 
-    def look(self, progress: Progress, parameters: list[Tensor], share: Share, end: bool = False) -> None:
+    def look(self, progress: Progress, parameters: list[Tensor], shard: Shard, end: bool = False) -> None:
         """Takes the score if one is due and not yet taken; the first process does, and all of them know."""
         end = end or progress.batch == 0
         taken = progress.scores and progress.scores[-1]["batch"] == progress.batch
         if taken or not (self.ends if end else progress.batch % self.every == 0):
             return
-        score = share.from_first(self.score)
+        score = shard.broadcast_from_main(self.score)
         if not math.isfinite(score):
             raise NonFiniteError(f"the held-out score is {score} after batch {progress.batch}")
         if self.patience is not None and all(score > past["score"] for past in progress.scores):
             progress.best = [weight.detach().to("cpu", copy=True) for weight in parameters]
         progress.scores.append({"batch": progress.batch, "step": progress.step, "score": score})
-        share.from_first(lambda: self.told(progress.batch, progress.step, score))
+        shard.broadcast_from_main(lambda: self.told(progress.batch, progress.step, score))
 
     def is_over(self, progress: Progress) -> bool:
         """Whether patience is at its end."""
@@ -101,7 +101,7 @@ def train(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Runs `config.batches` batches, or fewer where `watch` ends them.
 
-    Where several processes train together (`trained.share`), each calls this with the same arguments and returns
+    Where several processes train together (`trained.shard`), each calls this with the same arguments and returns
     the same; `view` and the scores of `watch` are the first one's business.
 
     Returns:
@@ -112,7 +112,7 @@ def train(
         LostProcessError: another process is gone; the same.
     """
     update = Update(trained, config)
-    with update.share.in_company():
+    with update.shard.process_group_guard():
         progress = resume(update, checkpoint)
         run(objective, update, batches, progress, seed=seed, checkpoint=checkpoint, watch=watch, view=view)
         return finish(progress, update, watch)
@@ -130,14 +130,14 @@ def run(
     view: View,
 ) -> None:
     """The batches that are left; `progress` is where it began, and becomes where it ended."""
-    config, first = update.config, update.share.first
+    config, first = update.config, update.shard.is_main_process
     left = range(progress.batch, config.batches)
     silent = {} if first else {"disable": True}  # the first one's bar is for the user to silence, by TQDM_DISABLE
     bar = tqdm(left, view.title, config.batches, initial=progress.batch, unit="batch", **silent)
     waiting: list[Any] = []  # of a group that is not complete yet: groups run across batches
     for b in bar:
         if watch is not None:
-            watch.look(progress, update.parameters, update.share)
+            watch.look(progress, update.parameters, update.shard)
             if watch.is_over(progress):
                 break
         generator, last = batch_generator(seed, b), b + 1 == config.batches
@@ -166,7 +166,7 @@ def finish(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The last held-out score, and the best weights instead of the last where patience asks for them."""
     if watch is not None:
-        watch.look(progress, update.parameters, update.share, end=True)
+        watch.look(progress, update.parameters, update.shard, end=True)
     with torch.no_grad():
         for weight, best in zip(update.parameters, progress.best, strict=False):  # best is of all of them, or empty
             weight.copy_(best)
@@ -184,7 +184,7 @@ def resume(update: Update, checkpoint: Checkpoint | None) -> Progress:
     progress = Progress(**checkpoint.restore(update.parameters, update.optimizer, default={}))
     if progress.scaler:
         update.scaler.load_state_dict(progress.scaler)
-    if len(found := set(update.share.everyone(progress.batch))) > 1:
+    if len(found := set(update.shard.all_gather_object(progress.batch))) > 1:
         raise RuntimeError(
             f"processes would go on from different batches, {sorted(found)}: all must see the same {checkpoint.folder}"
         )

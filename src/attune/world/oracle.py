@@ -161,7 +161,7 @@ def _assign(scene: Scene, blobs: list[_Blob]) -> list[_Blob | None]:
 
 
 def _background(scene: Scene, membership: np.ndarray) -> float:
-    """Share of the non-object pixels that wear the requested background."""
+    """Shard of the non-object pixels that wear the requested background."""
     groups = membership[..., len(COLOURS) :]
     outside = 1 - membership[..., : len(COLOURS)].sum(-1)
     solid = outside > 0.5

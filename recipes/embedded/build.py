@@ -1,0 +1,111 @@
+"""`make embedded`: trains the whole embedded family from its recipe and writes models/embedded.
+
+About 50 minutes on one core, resumable between steps (intermediate results stay in .checkpoints/embedded).
+The written card records seed, cost and figures. The weights in git were made by this recipe; training on
+other hardware gives other bits but the same quality.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from recipes.embedded import base, scorers
+from recipes.embedded.card import GUIDANCE, base_figures, base_policy, write_card
+from recipes.embedded.vae import train_vae
+from safetensors.torch import save_file
+from torch import nn
+
+from attune.clip.open_clip import save_open_clip
+from attune.config.settings import Sampling
+from attune.diffusion.generate import paint
+
+OUT = Path("models/embedded")
+WORK = Path(".checkpoints/embedded")
+SEED = 0
+VAE_STEPS, BASE_STEPS = 4200, 1600
+JUDGE_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
+TEST_RENDERED = 300
+SEEDS = {"pickscore": 11, "hpsv2": 12, "aesthetic": 13, "test": 99}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    WORK.mkdir(parents=True, exist_ok=True)
+    vae = cached("vae", lambda: train_vae(VAE_STEPS, batch_size=16, seed=SEED), AutoencoderKL)
+    tokenizer = base.build_tokenizer()
+    if not (WORK / "base").exists():  # in OUT lies the family that is being replaced
+        training = base.BaseTraining(base.web_data(vae, tokenizer, 65_536, SEED + 1), tokenizer, SEED)
+        base.train_base(training, BASE_STEPS, 96, WORK / "base.pt")
+        base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(WORK / "base")
+    shutil.copytree(WORK / "base", OUT / "base", dirs_exist_ok=True)
+    painter = base_painter(OUT / "base")
+    test = pool(painter, "test", TEST_RENDERED, 150)
+    figures = {}
+    for name in ("pickscore", "hpsv2", "aesthetic"):
+        started = time.monotonic()
+        figures[name] = {**build_scorer(name, painter, test), "seconds": round(time.monotonic() - started)}
+    write_card(OUT, {w: base_figures(OUT / "base", w) for w in GUIDANCE}, figures)
+
+
+def build_scorer(name: str, painter: scorers.Painter, test: scorers.Pool) -> dict[str, float]:
+    """Trains one scorer, saves it in its real layout, and returns how often it agrees with the oracle."""
+    tokenizer, seed, head = base.build_tokenizer(), SEEDS[name], None
+    pictures = pool(painter, name, 6000, 350)
+    if name == "aesthetic":
+        model, head = scorers.train_aesthetic(pictures, tokenizer, JUDGE_STEPS[name], seed)
+    else:
+        model = scorers.train_judge(pictures, name, tokenizer, JUDGE_STEPS[name], seed, temperature=0.1)
+    figures = scorers.agreement(model, test, TEST_RENDERED, tokenizer, head)
+    save_scorer(name, model, head, OUT / name)
+    return figures
+
+
+def save_scorer(name: str, model: nn.Module, head: nn.Module | None, folder: Path) -> None:
+    """PickScore: a CLIPModel folder. HPSv2: open_clip keys. Aesthetic: a CLIP folder and the head's layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base.build_tokenizer().save_pretrained(folder)
+    if name == "hpsv2":
+        save_open_clip(model.half(), folder / "open_clip_model.safetensors")
+        return
+    model.half().save_pretrained(folder)
+    if head is not None:
+        save_file({key: value.half() for key, value in head.state_dict().items()}, folder / "head.safetensors")
+
+
+def base_painter(folder: Path) -> scorers.Painter:
+    """Paints with the base in 12 steps: scorers learn from pictures unlike those they will be asked about."""
+    policy = base_policy(folder)
+    sampling = Sampling(steps=12, eta=0, guidance_scale=2, batch_size=64)
+
+    def painter(prompts: Sequence[str], seed: int) -> np.ndarray:
+        return paint(policy, prompts, range(len(prompts)), sampling, seed, "paint")
+
+    return painter
+
+
+def pool(painter: scorers.Painter, name: str, rendered: int, painted: int) -> scorers.Pool:
+    """The named pool of pictures, kept on disk because painting it takes minutes."""
+    file = WORK / f"pool-{name}.pt"
+    if not file.exists():
+        made = scorers.picture_pool(painter, rendered, painted, SEEDS[name])
+        torch.save(made.state(), file)
+    return scorers.Pool.from_state(torch.load(file, weights_only=True))
+
+
+def cached(name: str, make: Callable[[], Any], kind: type) -> Any:
+    """A model made once and read back after an interruption."""
+    folder = WORK / name
+    if not folder.exists():
+        make().save_pretrained(folder)
+    return kind.from_pretrained(folder).eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    main()

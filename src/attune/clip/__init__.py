@@ -1,0 +1,1 @@
+"""CLIP as all scorers use it."""

@@ -1,0 +1,1 @@
+"""Settings: what may be decided, read and checked before any work; nothing here imports torch."""

@@ -1,0 +1,161 @@
+"""Files that sources read: in a folder here or, one at a time, from a data set on the Hub; and prompt lists."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from attune.data.sources import Bad, Prompt, SourceError
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a data set: its name inside, its bytes, and how to get it, which may download it."""
+
+    name: str
+    size: int
+    fetch: Callable[[], Path]
+
+
+def data_files(path: str, revision: str | None, endings: Sequence[str]) -> list[DataFile]:
+    """The files with those endings, by name: of a file, a folder or a pattern here, else of a Hub data set.
+
+    Raises:
+        SourceError: there are none, the Hub cannot be asked, or its id comes without the commit it is pinned to.
+    """
+    here = Path(path)
+    if here.is_dir():
+        found = _local(sorted(file for file in here.rglob("*") if file.is_file()), here)
+    elif here.exists():
+        found = _local([here], here.parent)
+    elif any(sign in path for sign in "*?["):
+        root = Path(here.anchor or ".")
+        found = _local(sorted(root.glob(str(here.relative_to(here.anchor) if here.anchor else here))), root)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        found = _on_hub(path, revision)
+    else:
+        raise SourceError(f"data.path: {path} is neither a file or folder here nor the owner/name of a Hub data set")
+    matching = [file for file in found if file.name.endswith(tuple(endings))]
+    if not matching:
+        raise SourceError(f"data.path: {path} holds no {' or '.join(endings)} file")
+    return matching
+
+
+def _local(files: Sequence[Path], root: Path) -> list[DataFile]:
+    return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, lambda f=f: f) for f in files]
+
+
+def _on_hub(repository: str, revision: str | None) -> list[DataFile]:
+    if revision is None:
+        raise SourceError(
+            f"data.revision: no {repository} here, and to read it from the Hub the commit must be named: what "
+            "`main` holds can change"
+        )
+    from huggingface_hub import HfApi, hf_hub_download
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+
+    try:
+        tree = HfApi().list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
+        files = [entry for entry in tree if hasattr(entry, "size")]
+    except Exception as error:  # no such repository, no access, no network: the message says which
+        raise SourceError(f"data.path: {repository} at {revision}: {error}") from error
+    return [
+        DataFile(f.path, f.size, lambda name=f.path: fetch(name)) for f in sorted(files, key=lambda entry: entry.path)
+    ]
+
+
+def inside(root: Path, name: Any) -> Path | None:
+    """The file of that name in a folder; None for what is no name or leads out of it: the name is untrusted."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        return None
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return None if parts.is_absolute() or ".." in parts.parts else root / parts
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        SourceError: it is not there, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        SourceError: it is not there, or not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path} is not JSON: {error}") from None
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a .csv with a header or a .jsonl, line by line; a line that is no object is a `Bad`.
+
+    Raises:
+        SourceError: the file is no CSV.
+    """
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(file)
+            try:
+                yield from ((reader.line_num, row) for row in reader)
+            except csv.Error as error:
+                raise SourceError(f"{path}, after line {reader.line_num}: {error}") from None
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = _parsed(line)
+                yield number, row if isinstance(row, dict) else Bad("malformed_row", path.name, number)
+
+
+def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | Bad]:
+    """The prompts of a list: .txt, one per line and blank lines skipped; .json or .jsonl, strings or objects
+    with `prompt` or `caption`. `split` gives the split of each.
+
+    Raises:
+        SourceError: the file is not there or not a list.
+    """
+    file = Path(path)
+    if file.suffix == ".txt":
+        rows = [line for line in io.StringIO(read_text(file)) if line.strip()]
+    elif file.suffix == ".json":
+        rows = read_json(file)
+    elif file.suffix == ".jsonl":
+        rows = [_parsed(line) for line in io.StringIO(read_text(file)) if line.strip()]
+    else:
+        raise SourceError(f"{path}: a prompt list is a .txt, .json or .jsonl file")
+    if not isinstance(rows, list):
+        raise SourceError(f"{path}: must be a list of prompts")
+    return (_listed(row, split, file.name, number) for number, row in enumerate(rows))
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _listed(row: Any, split: Callable[[str], str], file: str, number: int) -> Prompt | Bad:
+    text = row.get("prompt", row.get("caption")) if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        return Bad("malformed_row", file, number)
+    return Prompt(text.strip(), split(text), file, number)

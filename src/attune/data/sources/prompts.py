@@ -1,0 +1,42 @@
+"""Data source `prompts`: prompt lists and no pairs, for methods that paint their own.
+
+A list is a .txt with a prompt per line, or a .json or .jsonl of strings or of objects with `prompt` or `caption`.
+Validation and test prompts have lists of their own or are taken from `path` by hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+
+from pydantic import Field
+
+from attune.config.schema import Float
+from attune.config.settings import SourceConfig
+from attune.data.sources import Bad, Painter, Prompt, Quota, hashed_split
+from attune.data.sources._files import prompt_list
+
+
+class Config(SourceConfig):
+    path: str = Field("data/raw/prompts.txt", description="a prompt list")
+    validation_list: str | None = Field(None, description="a prompt list; null = a share of `path`")
+    test_list: str | None = Field(None, description="a prompt list; null = a share of `path`")
+    validation_share: Float = Field(0.05, ge=0, le=0.5, description="of `path`, if there is no validation_list")
+    test_share: Float = Field(0.05, ge=0, le=0.5, description="of `path`, if there is no test_list")
+    max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
+
+
+def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Bad]:
+    """The prompts of all lists.
+
+    Raises:
+        SourceError: a list is not there or no list.
+    """
+    shares = [
+        0.0 if config.validation_list else config.validation_share,
+        0.0 if config.test_list else config.test_share,
+    ]
+    own = partial(hashed_split, validation_share=shares[0], test_share=shares[1])
+    lists = [(config.test_list, lambda prompt: "test"), (config.validation_list, lambda prompt: "validation")]
+    return chain.from_iterable([prompt_list(path, split) for path, split in (*lists, (config.path, own)) if path])

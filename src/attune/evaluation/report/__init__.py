@@ -1,0 +1,1 @@
+"""The published comparison: tables, figures and words from one summary."""

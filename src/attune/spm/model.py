@@ -1,0 +1,288 @@
+"""The step-aware preference model: PickScore's CLIP, told at which timestep a picture was predicted.
+
+A timestep embedding modulates every vision layer (adaptive layer norm, as in DiT): it shifts and scales what
+attention and MLP read and gates what they add. Gates start at 1 and the rest at 0, so at the start the model
+is the CLIP it came from, bit for bit, whatever t. The text tower is untouched.
+
+Source: Liang et al. 2024 (SPO), arXiv:2406.04314, section 3.2; authors' `time_conditioned_clip.py`, whose
+constructor sets all modulation biases to 1 and is saved by a later initialisation: here only gates are 1.
+
+`StepAwareCLIP.state_dict()` is the released checkpoints' layout, prefix `model.` included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from attune.clip.model import (
+    TextFeatures,
+    full_precision,
+    image_size,
+    load_model,
+    load_tokenizer,
+    normalise,
+    rounded_crop,
+)
+from attune.hub import build_with, misfit, read_json, read_tensors
+
+FREQUENCIES = 256  # width of the sinusoidal embedding
+WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
+_ADDED = ("adaLN_modulation", "t_embedder")
+
+
+def timestep_embedding(t: Tensor, width: int = FREQUENCIES) -> Tensor:
+    """Sinusoidal embedding of timesteps (B,), raw indices 0..T-1: (B, width), cosines first."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) to conditions (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+
+
+class StepAwareLayer(CLIPEncoderLayer):
+    """A vision layer whose attention and MLP are shifted, scaled and gated by a condition (B, 1, D)."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.adaLN_modulation = _modulation(config.hidden_size, 6)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        attended, _ = self.self_attn(self.layer_norm1(hidden) * (1 + scale_a) + shift_a, attention_mask=None)
+        hidden = hidden + gate_a * attended
+        return hidden + gate_m * self.mlp(self.layer_norm2(hidden) * (1 + scale_m) + shift_m)
+
+
+def _modulation(width: int, n: int) -> nn.Sequential:
+    """SiLU and a linear map of the condition to n vectors."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, n * width))
+
+
+class StepAwareCLIP(nn.Module):
+    """A CLIP with a time-conditioned vision tower; at construction its additions are neutral."""
+
+    checkpointing = False  # recompute vision layers in the backward pass: less memory, same numbers
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.model = CLIPModel(config)
+        vision, width = self.model.vision_model, config.vision_config.hidden_size
+        depth = config.vision_config.num_hidden_layers
+        # the tower's own config, not `config`'s: transformers records the attention kernel there
+        vision.encoder.layers = nn.ModuleList(StepAwareLayer(vision.config) for _ in range(depth))
+        vision.adaLN_modulation = _modulation(width, 2)
+        self.model.t_embedder = TimestepEmbedder(width)
+        self.make_neutral()
+
+    @torch.no_grad()
+    def make_neutral(self, seed: int = 0) -> None:
+        """Gates 1, shifts and scales 0, random timestep embedding: scores become plain CLIP's."""
+        vision = self.model.vision_model
+        for layer in vision.encoder.layers:
+            _zero(layer.adaLN_modulation[1])
+            for gate in (2, 5):
+                layer.adaLN_modulation[1].bias.unflatten(0, (6, -1))[gate] = 1.0
+        _zero(vision.adaLN_modulation[1])
+        generator = torch.Generator().manual_seed(seed)  # its own: the same start whatever ran before
+        for linear in (self.model.t_embedder.mlp[0], self.model.t_embedder.mlp[2]):
+            linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator, device="cpu"))
+            linear.bias.zero_()
+
+    def additions(self) -> list[nn.Parameter]:
+        """What a CLIP does not have. While these are neutral, the model does not know the timestep."""
+        return [weight for name, weight in self.named_parameters() if any(part in name for part in _ADDED)]
+
+    def image_features(self, pixel_values: Tensor, t: Tensor) -> Tensor:
+        """Projected features (B, D), not normalised, of pixel values (B, 3, S, S) predicted at t (B,)."""
+        vision = self.model.vision_model
+        condition = self.model.t_embedder(t)
+        hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
+        for layer in vision.encoder.layers:
+            if self.checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, condition[:, None], use_reentrant=False)
+            else:
+                hidden = layer(hidden, condition[:, None])
+        shift, scale = vision.adaLN_modulation(condition).chunk(2, dim=-1)
+        pooled = vision.post_layernorm(hidden[:, 0]) * (1 + scale) + shift
+        return self.model.visual_projection(pooled)
+
+    def cosine_scores(self, pixel_values: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """exp(logit_scale) cos(image at t, text), (B,); text features (B, D) of unit length."""
+        image = F.normalize(self.image_features(pixel_values, t), dim=-1)
+        return self.model.logit_scale.exp() * (image * text).sum(-1)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, t: Tensor) -> Tensor:
+        """Scores (K, B) of K candidate images per prompt.
+
+        One call for all candidates encodes each prompt once, and is what a distributed wrapper can see.
+
+        Args:
+            pixel_values: (K, B, 3, S, S), see `training_pixels`.
+            input_ids: (B, L) token ids.
+            t: (B,) timesteps the images were predicted at.
+        """
+        text = F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
+        k = len(pixel_values)
+        return self.cosine_scores(pixel_values.flatten(0, 1), text.repeat(k, 1), t.repeat(k)).unflatten(0, (k, -1))
+
+
+def _zero(linear: nn.Linear) -> None:
+    linear.weight.zero_()
+    linear.bias.zero_()
+
+
+# ---------------------------------------------------------------- images
+
+
+def inference_pixels(images: Tensor, size: int) -> Tensor:
+    """What a judge sees: shortest side to `size`, bicubic without antialias, centre crop, only then a clamp.
+
+    The authors resize the unclamped image in [-1, 1]; resizing is linear and keeps constants, so [0, 1] does
+    as well.
+
+    Args:
+        images: (B, 3, H, W) as decoded, nominally in [0, 1].
+        size: side of the model's input, pixels.
+
+    Returns: normalised pixel values (B, 3, size, size).
+    """
+    height, width = images.shape[-2:]
+    scale = size / min(height, width)
+    if scale != 1:
+        images = _bicubic(images, (int(height * scale + 0.5), int(width * scale + 0.5)))
+    return normalise(rounded_crop(images, size).clamp(0, 1))  # torchvision's crop, not that of CLIP's processor
+
+
+def training_pixels(images: Tensor, size: int) -> Tensor:
+    """What the model is trained on: clamped, squeezed to a square, clamped again; else as `inference_pixels`.
+
+    The authors' two paths differ and both are kept: one resizes the decoder's overshoot, the other cuts it.
+    """
+    images = images.clamp(0, 1)
+    if tuple(images.shape[-2:]) != (size, size):
+        images = _bicubic(images, (size, size)).clamp(0, 1)
+    return normalise(images)
+
+
+def _bicubic(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, shape, mode="bicubic", align_corners=False)
+
+
+# ---------------------------------------------------------------- files
+
+
+def from_clip(
+    path: str, revision: str | None = None, tokenizer: CLIPTokenizer | None = None
+) -> tuple[StepAwareCLIP, CLIPTokenizer]:
+    """A trainable model that scores exactly as the CLIP (PickScore) it starts from; folder or Hub id."""
+    clip = load_model(path, revision)
+    model = StepAwareCLIP(clip.config)
+    missing, unexpected = model.model.load_state_dict(clip.state_dict(), strict=False)
+    foreign = [name for name in missing if not any(part in name for part in _ADDED)]
+    if foreign or unexpected:
+        raise ValueError(f"{path} does not fit its configuration: {misfit(foreign, unexpected)}")
+    return model, tokenizer or load_tokenizer(path, revision)
+
+
+def load(
+    path: str | Path,
+    clip: str | None = None,
+    revision: str | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+) -> tuple[StepAwareCLIP, CLIPTokenizer]:
+    """A saved model and its tokenizer.
+
+    Args:
+        path: a folder written by `save`, or one file in the released layout (`.bin` or `.safetensors`).
+        clip: folder or Hub id whose configuration a single file lacks; ignored for a folder.
+        revision: Hub commit of `clip`.
+        tokenizer: if not the one beside the configuration.
+
+    Raises:
+        ValueError: tensors are missing or unexpected, the file holds more than tensors, or it comes without `clip`.
+    """
+    path = Path(path)
+    source, revision, file = (str(path), None, path / WEIGHTS) if path.is_dir() else (clip, revision, path)
+    if source is None:
+        raise ValueError(f"{path} is no folder; a single file needs the CLIP that it fits")
+    config = CLIPConfig.from_pretrained(source, revision=revision)
+    tensors = {name: value.float() for name, value in released_tensors(read_tensors(file)).items()}
+    model = build_with(lambda: StepAwareCLIP(config), tensors, file)
+    return model.eval(), tokenizer or load_tokenizer(source, revision)
+
+
+def released_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names with the prefix `model.`, without the position indices that transformers 4.27 used to save."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    return {name if name.startswith("model.") else f"model.{name}": tensor for name, tensor in kept.items()}
+
+
+def save(model: StepAwareCLIP, tokenizer: CLIPTokenizer, folder: str | Path) -> None:
+    """Writes weights, configuration and tokenizer: the folder stands alone."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # clones, because safetensors refuses tensors that share storage
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # every value, defaults too: a default activation that changes would change scores silently
+    model.model.config.to_json_file(folder / CONFIG, use_diff=False)
+    _save_tokenizer(tokenizer, folder)
+
+
+def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """What the tokenizer is, without how it was found: that would change the folder's digest and nothing else."""
+    tokenizer.save_pretrained(folder)
+    file = folder / TOKENIZER_CONFIG
+    config = {key: value for key, value in read_json(file).items() if key not in ("is_local", "local_files_only")}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the judge
+
+
+class StepAwareReward:
+    """A frozen step-aware preference model as a `StepReward`; differentiable in the images."""
+
+    differentiable = True
+
+    def __init__(self, model: StepAwareCLIP, tokenizer: CLIPTokenizer) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._text = TextFeatures(model.model, tokenizer)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
+        """Scores (B,), higher is better, in units where a difference d wins with probability sigmoid(d).
+
+        Args:
+            images: (B, 3, H, W) as decoded, nominally in [0, 1] but not clamped.
+            prompts: B prompts.
+            t: (B,) timesteps the images were predicted at; 0 for true images.
+
+        Raises:
+            ValueError: the three do not have the same length.
+        """
+        if not len(images) == len(prompts) == len(t):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts and {len(t)} timesteps")
+        with full_precision(images.device):
+            pixels = inference_pixels(images.float(), image_size(self.model.model))
+            return self.model.cosine_scores(pixels, self._text(prompts), t.to(images.device))
