@@ -47,7 +47,7 @@ def generate(name: str, profile: Profile, source: str | None):
     for file, image in zip(index.file, images, strict=True):
         Image.fromarray(image).save(folder / file)
     index.to_parquet(folder / "index.parquet", index=False)
-    protocol = protocol_so_far(profile, index.prompt.unique().tolist(), images.shape[1])
+    protocol = generation_protocol(profile, index.prompt.unique().tolist(), images.shape[1])
     (folder / "protocol.json").write_text(json.dumps(protocol.to_dict(), indent=2) + "\n")
     return images
 
@@ -67,7 +67,7 @@ def held_out_index(profile: Profile):
     return index
 
 
-def protocol_so_far(profile: Profile, prompts: list[str], resolution: int):
+def generation_protocol(profile: Profile, prompts: list[str], resolution: int):
     """How these images were made; evaluate adds who scored them."""
     from attune.evaluation.protocol import Protocol, hash_prompts
 
