@@ -17,7 +17,7 @@ from attune.config.plugins import plugin_config
 from attune.config.profile import Profile
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.generate import paint
 from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import scorer_identity

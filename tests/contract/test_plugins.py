@@ -19,7 +19,8 @@ from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.config.settings import SourceConfig
-from attune.data.sources import SPLITS, Pair, Prompt, Quota, SourceError
+from attune.data.rows import Pair, Prompt, Quota, SourceError
+from attune.data.splits import SPLITS
 from attune.interfaces import Reward
 from attune.world.grammar import all_scenes
 from attune.world.render import render

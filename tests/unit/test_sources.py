@@ -19,11 +19,12 @@ from PIL import Image
 from attune.config import plugins
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
-from attune.data.prepared import PreparedData
+from attune.data.ingest.ingest import Rules
+from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
-from attune.data.rows import Rules
-from attune.data.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split
-from attune.data.writing import write_prepared
+from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.splits import hashed_split
+from attune.data.store import PreparedData
 
 
 def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> bytes:
@@ -33,7 +34,7 @@ def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> byt
         return file.getvalue()
 
 
-def rows_from(name: str, quota: Quota | None = None, **block) -> list[Prompt | Pair | Bad]:
+def rows_from(name: str, quota: Quota | None = None, **block) -> list[Prompt | Pair | BadRow]:
     """What a source yields for a block of params.yaml."""
     module, config = plugins.load("sources", name), plugin_config("sources", name, block, "data")
     return list(module.read(module.Config.model_validate(config.model_dump()), 0, None, quota or Quota()))
@@ -189,7 +190,7 @@ def test_a_broken_sample_or_shard_is_one_bad_row(tmp_path):
     data = bytearray((tmp_path / "2.parquet").read_bytes())
     (tmp_path / "3.parquet").write_bytes(data[:-40])
     rows = rows_from("pickapic", path=str(tmp_path))
-    bad = [(row.reason, row.file, row.row) for row in rows if isinstance(row, Bad)]
+    bad = [(row.reason, row.file, row.row) for row in rows if isinstance(row, BadRow)]
     malformed = [("malformed_row", "0.tar", key) for key in "123"]
     assert bad == [*malformed, ("unreadable_file", "1.tar", 0), ("unreadable_file", "3.parquet", 0)]
     pairs = [row for row in rows if isinstance(row, Pair)]
@@ -394,8 +395,8 @@ def test_hpdv2(hpdv2):
     assert (cat.label_0, cat.image_1) == (0.0, hpdv2 / "train/001.jpg")
     assert (dog.label_0, dog.image_0) == (1.0, hpdv2 / "train/002.jpg")
     assert (lost.image_1, out.image_0) == (None, None)
-    assert short == Bad("malformed_row", "train.json", 4, "short")
-    assert nonsense == Bad("malformed_row", "train.json", 5)
+    assert short == BadRow("malformed_row", "train.json", 4, "short")
+    assert nonsense == BadRow("malformed_row", "train.json", 5)
 
 
 def test_hpdv2_without_a_test_file_takes_test_prompts_from_train(hpdv2):
@@ -453,7 +454,9 @@ def test_imagerewarddb_with_holes(tmp_path):
     table.to_parquet(folder / "metadata-train.parquet")
     (folder / "images/validation/validation_1.zip").write_bytes(b"PK no zip")
     rows = rows_from("imagerewarddb", path=str(folder))
-    assert [row for row in rows if isinstance(row, Bad)] == [Bad("no_label", "metadata-train.parquet", 1, "train a")]
+    assert [row for row in rows if isinstance(row, BadRow)] == [
+        BadRow("no_label", "metadata-train.parquet", 1, "train a")
+    ]
     (train,) = (row for row in rows if isinstance(row, Pair) and row.split == "train")
     assert train.image_1 is None
     assert not any(row.image_0.exists() for row in rows if isinstance(row, Pair) and row.split == "validation")
@@ -561,8 +564,8 @@ def test_prompt_lists_of_their_own(tmp_path):
     rows = rows_from("prompts", **paths, validation_share=0.4)
     assert rows[:3] == [
         Prompt("held out", "test", "test.json", 0),
-        Bad("malformed_row", "test.json", 1),
-        Bad("malformed_row", "test.json", 2),
+        BadRow("malformed_row", "test.json", 1),
+        BadRow("malformed_row", "test.json", 2),
     ]
     assert [row.split for row in rows[3:]] == [hashed_split(p, 0.4, 0) for p in prompts]
     assert {row.split for row in rows[3:]} == {"train", "validation"}

@@ -30,17 +30,16 @@ def prepare(profile: Profile) -> dict[str, float]:
     Data that is not there, or too bad, ends the process with one message; the source looks before a model loads.
     """
     from attune.build import load_policy, load_scorer
+    from attune.data.ingest.ingest import Rules
+    from attune.data.ingest.write import write_prepared
     from attune.data.quarantine import Quarantine, TooManyBadRows
-    from attune.data.rows import Rules
-    from attune.data.sources import Quota, SourceError
-    from attune.data.writing import write_prepared
+    from attune.data.rows import Quota, SourceError
     from attune.diffusion.generate import paint
 
     source = plugins.load("sources", profile.data["source"])
     config = source.Config.model_validate({k: v for k, v in profile.data.items() if k != "source"})
     decided = config.model_dump()
-    held_out = decided.get("held_out_pairs")
-    quota = Quota({"train": decided.get("pairs"), "validation": held_out, "test": held_out})
+    quota = Quota.of(config)
     rules = Rules(quota, **{key: decided[key] for key in ("min_side", "max_bad_share") if key in decided})
     policy = cache(lambda: load_policy(profile))
 

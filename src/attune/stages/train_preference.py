@@ -36,7 +36,7 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     """
     from attune.build import load_policy, shard
     from attune.data.labels import with_ai_feedback
-    from attune.data.prepared import PreparedData
+    from attune.data.store import PreparedData
     from attune.spm.model import save
     from attune.spm.objective import Config, SPMObjective, starting_model
     from attune.training.checkpoint import resumable
@@ -78,7 +78,7 @@ def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, lis
     import torch
     from tqdm import tqdm
 
-    from attune.data.prepared import PreparedData
+    from attune.data.store import PreparedData
     from attune.evaluation.statistics import bootstrap_mean_ci
     from attune.spm.model import from_clip
 
