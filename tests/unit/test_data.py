@@ -19,7 +19,7 @@ from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine, RejectedRow, TooManyBadRows, escape_csv_cell
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
 from attune.data.sources._labels import ranked_pairs
-from attune.data.splits import hashed_split, normalize_prompt
+from attune.data.splits import SPLITS, check_splits, count_rows, hashed_split, normalize_prompt
 from attune.data.store import PreparedData
 
 
@@ -187,6 +187,19 @@ def test_the_split_of_a_prompt_is_its_own():
 def test_ranks_make_every_pair_once():
     assert ranked_pairs([2, 1, 2]) == [(0, 1, 0.0), (0, 2, 0.5), (1, 2, 1.0)]
     assert normalize_prompt("  A   Cat ") == normalize_prompt("a cat")
+
+
+def test_too_few_of_a_split_name_what_asks_and_what_to_set():
+    counts = {"prompts/test": 12, "prompts/validation": 3, "pairs/train": 0}
+    check_splits(counts, {"prompts/test": 12, "prompts/validation": 3})
+    check_splits(counts, {"prompts/train": 1000})  # not known yet
+    with pytest.raises(SourceError) as error:
+        check_splits(counts, {"prompts/test": 240, "prompts/validation": 3, "pairs/train": 1})
+    first, second = str(error.value).split("; ")
+    assert first.startswith("data: 12 test prompts, but 240 are needed by generate.prompts: set data.test_list, ")
+    assert "data.test_share" in first
+    assert "lower generate.prompts" in first
+    assert second.startswith("data: 0 train pairs, but 1 are needed by the runs that learn from pairs: choose a data.s")
 
 
 # --- quarantine -------------------------------------------------------------------------------------------
@@ -410,6 +423,48 @@ def test_no_row_at_all_is_an_error_and_old_data_stays_until_new_is_whole(write, 
     write([pair(1, "a dog")])
     assert PreparedData.read(tmp_path / "prepared", "train").prompts == ["a dog"]
     assert not (tmp_path / "prepared.part").exists()
+
+
+def test_too_few_of_what_is_wanted_stop_before_prompts_are_encoded_and_old_data_stays(write, tmp_path, monkeypatch):
+    write([pair(0)])
+    monkeypatch.setattr("attune.data.ingest.write.write_prompts", None)
+    with pytest.raises(SourceError, match=r"1 test prompts, but 2 are needed by generate\.prompts"):
+        write([pair(1, "a dog"), Prompt("a cat", "test")], wanted={"prompts/train": 1, "prompts/test": 2})
+    assert PreparedData.read(tmp_path / "prepared", "train").prompts == ["a cat"]
+
+
+def test_prompts_do_not_change_when_only_pairs_do(write, tmp_path):
+    """Images are generated from prompts.parquet; no other label, image, score, column or pair may touch it."""
+
+    def rows(shift, label_0, **more):
+        splits = {"a cat": "train", "a dog": "test", "bees": "train", "A  Dog": "train", "a hen": "validation"}
+        for i, (prompt, split) in enumerate(splits.items()):
+            yield pair(i + shift, prompt, label_0=label_0, split=split, **more)
+        yield Prompt("an owl", "test")
+
+    def written(rows, scorers=None):
+        write(rows, scorers)
+        return (tmp_path / "prepared/prompts.parquet").read_bytes(), pd.read_parquet(
+            tmp_path / "prepared/pairs.parquet"
+        )
+
+    prompts, pairs = written(rows(0, 1.0))
+    more_pairs = [*rows(40, 0.5, extra={"utility_0": 1.0}), *(pair(90 + i, "bees") for i in range(3))]
+    changed, other_pairs = written(more_pairs, {"score": lambda images, prompts: images.mean((1, 2, 3))})
+    assert changed == prompts
+    assert len(other_pairs) == len(pairs) + 3
+    assert {"utility_0", "score_0"} <= {*other_pairs} - {*pairs}
+
+
+def test_rows_are_counted_as_they_will_be_written(write):
+    """As long as all are good: spellings, leaks into later splits, and quotas count as they do in the tables."""
+    rows = [pair(i, f"prompt {i % 7}", split=SPLITS[i % 3]) for i in range(20)]
+    rows += [Prompt("PROMPT  0", "train"), Prompt(" new ", "train"), Prompt("new", "train"), Prompt("New", "train")]
+    limits = {"train": 5, "validation": 4}
+    counts, _ = write(rows, quota=Quota(limits))
+    counted = count_rows([*rows, BadRow("malformed_row"), Prompt(" ", "test")], Quota(limits))
+    assert counted == {name: counts[name] for name in counted}
+    assert set(counted) == {f"{kind}/{split}" for kind in ("prompts", "pairs") for split in SPLITS}
 
 
 def test_scorers_see_the_image_at_its_own_size(write, tmp_path):

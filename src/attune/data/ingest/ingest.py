@@ -78,7 +78,8 @@ class Ingest:
     def finish(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Prompts, split by split, and pairs; a prompt found in several splits stays in the last of them only.
 
-        The prompts depend on the prompts and splits of the rows and their order, not on images, labels or scores.
+        The prompts depend on the prompts and splits of the good rows and on their order, not on what their images,
+        labels or scores are: images are generated from them, and must not be again when only pairs change.
 
         Raises:
             TooManyBadRows: in the end.
