@@ -138,21 +138,27 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
         sampling=settings.sampling,
         source=_plugin("sources", settings.source, settings.data),
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
-        wanted=wanted_prompts(settings),
+        wanted=wanted_rows(settings),
         files=digests.of(files),
         code=code_digests(modules),
     )
 
 
-def wanted_prompts(settings: Settings) -> dict[str, dict[str, int]]:
-    """Split -> the key that asks for prompts of that split -> how many."""
-    validation = {
-        f"methods.{name}.validation.prompts": config.validation.prompts
-        for name, config in settings.methods.items()
-        if name in settings.runs and config.validation
+def wanted_rows(settings: Settings) -> dict[str, int]:
+    """`prompts/<split>` and `pairs/<split>` -> the fewest that what is asked for needs, as `prepare` counts them."""
+    trained = {name: run for name, run in settings.runs.items() if run.method is not None}
+    consumed = {plugins.load("methods", run.method).Method.consumes for run in trained.values()}
+    watched = [config.validation for name, config in settings.methods.items() if name in trained]
+    validation = [each.prompts for each in watched if each] + [
+        search.prompts for name, search in settings.search.items() if name in trained
+    ]
+    wanted = {
+        "prompts/train": int(bool(trained)),
+        "prompts/validation": max(validation, default=0),
+        "prompts/test": settings.generate.prompts,
+        "pairs/train": int("pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())),
     }
-    validation |= {f"search.{name}.prompts": 1 for name in settings.search if name in settings.runs}
-    return {"train": {"runs": 1}, "validation": validation, "test": {"generate.prompts": settings.generate.prompts}}
+    return {name: n for name, n in wanted.items() if n}
 
 
 def _preference(settings: Settings, digests: Digests) -> PreferencePlan:

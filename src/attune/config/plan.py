@@ -53,7 +53,7 @@ class PreparePlan(StagePlan):
     sampling: Sampling
     source: Plugin
     score_with: Mapping[str, Plugin]
-    wanted: Mapping[str, Mapping[str, int]]  # split -> the key that asks for prompts of it -> how many
+    wanted: Mapping[str, int]  # `prompts/<split>`, `pairs/<split>` -> the fewest there must be
 
 
 class PreferencePlan(StagePlan):

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attune.config import plugins
-from attune.config.make_plan import needs
+from attune.config.make_plan import needs, wanted_rows
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
+from attune.data.rows import SourceError
+from attune.data.splits import check_splits
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
@@ -105,8 +107,6 @@ def _scorers(s: Settings) -> Iterator[str]:
         asked[f"{where}:methods.{name}.validation.scorer"] = [config.validation.scorer] if config.validation else []
     for name, search in s.search.items():
         asked[f"{where}:search.{name}.objectives"] = list(search.objectives)
-    for name, run in s.runs.items():
-        asked[f"runs.{name}.trained_on"] = []  # may name scorers that this profile does not ask
     for key, names in asked.items():
         for unknown in [name for name in names if name not in s.scorers]:
             yield f"{key}: {unknown!r} is not in scorers ({', '.join(s.scorers)}); add its block there"
@@ -131,28 +131,10 @@ def _data(s: Settings) -> Iterator[str]:
             yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use a source of pairs"
     if s.preference is not None and not source.HAS_PAIRS and any(r.after == PREFERENCE for r in s.runs.values()):
         yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
-    sizes = source.split_sizes(s.data)
-    if sizes is None:
-        return
-    prompts = sizes["prompts"]
-    if prompts.get("test", 0) < s.generate.prompts:
-        yield (
-            f"{where}:generate.prompts: {s.generate.prompts} is more than the {prompts.get('test', 0)} test prompts of "
-            f"data.source {s.source}; lower it, or {_more_test_prompts(s)}"
-        )
-    for name, search in s.search.items():
-        if name in s.runs and prompts.get("validation", 0) < search.prompts:
-            yield (
-                f"{where}:search.{name}.prompts: {search.prompts} is more than the {prompts.get('validation', 0)} validation "
-                f"prompts of data.source {s.source}; lower it, or give the source more"
-            )
-
-
-def _more_test_prompts(s: Settings) -> str:
-    fields = type(s.data).model_fields
-    if "test_prompts" in fields:
-        return "raise data.test_prompts"
-    return "name a list of test prompts in data.test_list" if "test_list" in fields else "give the source more"
+    try:
+        check_splits(source.split_sizes(s.data) or {}, wanted_rows(s))
+    except SourceError as error:
+        yield f"{where}:{error}"
 
 
 def _prompts(s: Settings) -> Iterator[str]:
@@ -181,7 +163,7 @@ def _is_of_the_world(prompt: str) -> bool:
 
 def _searches(s: Settings) -> Iterator[str]:
     """A search may only ask for settings that its run's method accepts, at both ends of every range."""
-    for name, search in s.search.items():
+    for name in s.search:
         where = f"params/{s.profile}.yaml:search.{name}"
         if name not in s.methods:
             yield f"{where}: there is no run and no block methods.{name}; remove it, or add the run"

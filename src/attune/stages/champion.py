@@ -6,9 +6,9 @@ import argparse
 import logging
 import sys
 
-from attune.config.check import load
+from attune.config.resolve import load
 from attune.config.schema import ConfigError
-from attune.paths import MODELS, REPORTS, project_root
+from attune.paths import Paths, project_root
 
 LOG = logging.getLogger("attune.champion")
 
@@ -20,20 +20,21 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     LOG.setLevel(logging.INFO)
     try:
-        params, profile = load()
+        settings = load()
     except ConfigError as error:
-        sys.exit(f"params.yaml: {error}")
-    if params.tracking is None:
+        sys.exit(str(error))
+    if settings.tracking is None:
         sys.exit("params.yaml: tracking: null, and the registry is in the tracking store")
 
     from attune.evaluation.champion import NoCandidate, find_candidate
     from attune.tracking.promote import promote
     from attune.tracking.registry import RegistryError
 
-    store, base_model = (params.tracking, project_root()), (profile.model.path, profile.model.revision)
+    paths, store = Paths(settings.profile), (settings.tracking, project_root())
+    base_model = (settings.model.path, settings.model.revision)
     try:
-        candidate = find_candidate(REPORTS, MODELS)
-        LOG.info(promote(f"attune-{params.profile}", candidate, base_model, store, seed=profile.seed, anew=anew))
+        candidate = find_candidate(paths.reports, paths.model("base").parent)
+        LOG.info(promote(f"attune-{settings.profile}", candidate, base_model, store, seed=settings.seed, anew=anew))
     except NoCandidate as none:
         LOG.info("%s: nothing to register", none)
     except (FileNotFoundError, ValueError, RegistryError) as error:

@@ -40,16 +40,16 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
     is loaded.
     """
     from attune.build import load_policy, load_scorer
-    from attune.data.ingest import Rules, write_prepared
+    from attune.data.ingest.ingest import Rules
+    from attune.data.ingest.write import write_prepared
     from attune.data.quarantine import Quarantine, TooManyBadRows
-    from attune.data.sources import Quota, SourceError
+    from attune.data.rows import Quota, SourceError
     from attune.diffusion.generate import generate_images
 
     paths, source, config = Paths(plan.profile), plugins.load("sources", plan.source.name), plan.source.config
     decided = config.model_dump()
-    held_out = decided.get("held_out_pairs")
-    quota = Quota({"train": decided.get("pairs"), "validation": held_out, "test": held_out})
-    rules = Rules(quota, **{key: decided[key] for key in ("min_side", "max_bad_share") if key in decided})
+    limits = {key: decided[key] for key in ("min_side", "max_bad_share") if key in decided}
+    rules = Rules(Quota.of(config), **limits, wanted=plan.wanted)
     policy = cache(lambda: load_policy(plan.model))
 
     def generate(prompts, ordinals, desc):
@@ -57,9 +57,9 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
 
     try:
         with Quarantine(paths.quarantine, plan.source.name) as quarantine:
-            rows = source.read(config, plan.seed, generate, quota)
+            rows = source.read(config, plan.seed, generate, rules.quota)
             scorers = {name: load_scorer(scorer) for name, scorer in plan.score_with.items()}
-            return write_prepared(paths.prepared, rows, policy().backbone, scorers, quarantine, rules, plan.wanted)
+            return write_prepared(paths.prepared, rows, policy().backbone, scorers, quarantine, rules)
     except (SourceError, TooManyBadRows) as error:
         sys.exit(str(error))
 
