@@ -21,7 +21,7 @@ from attune.config.plan import (
     Session,
     plan_file,
 )
-from attune.config.profile import DATA, PREFERENCE
+from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import StrictModel
 from attune.config.settings import MethodConfig
@@ -205,7 +205,7 @@ def _report(settings: Settings, runs: Mapping[str, RunPlan]) -> ReportPlan:
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
-        runs=list(runs),
+        runs=[BASE, *(name for name in runs if name != BASE)],
         trained_on={name: run.trained_on for name, run in runs.items() if run.trained_on},
         selected_by={name: run.selected_by for name, run in runs.items() if run.selected_by},
         code=code_digests(["attune.stages.report"]),

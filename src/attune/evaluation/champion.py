@@ -5,6 +5,7 @@ What the registry does with it is in `attune.tracking.promote`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def find_candidate(reports: Path, models: Path) -> Candidate:
     """
     path = reports / "summary.json"
     summary = Summary.from_json(path.read_text())
-    run = best_run(summary, [name for name in summary.tuned if (models / name).is_dir()])
+    run = best_run(summary, [name for name in summary.tuned if _is_trained_here(models / name)])
     if run is None:
         raise NoCandidate(f"no run of the report is better than {summary.base} by {summary.headline} beyond doubt")
     adapter = find_adapter(models / run)
@@ -69,6 +70,12 @@ def find_candidate(reports: Path, models: Path) -> Candidate:
         raise ValueError(f"{scores} and {path} are of different protocols: `dvc repro` first")
     difference = summary.methods[run].vs_base[summary.headline].difference
     return Candidate(run, summary.headline, difference, protocol, adapter, scores)
+
+
+def _is_trained_here(folder: Path) -> bool:
+    """Whether a run's folder holds what a method has trained, by its run.json."""
+    note = folder / "run.json"
+    return note.exists() and json.loads(note.read_text())["method"] is not None
 
 
 def best_run(summary: Summary, runs: Iterable[str]) -> str | None:

@@ -89,8 +89,9 @@ def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated
 
 def _training_figures(runs: Sequence[str], train: Path) -> dict[str, tuple[str, Image.Image]]:
     """What the trainings logged: the runs' curves, and the preference model's accuracy where one was trained."""
-    curves = {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}
-    drawn = {"curves": ("Training curves", figures.training_curves(curves))}
+    logged = {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}
+    curves = {name: frame for name, frame in logged.items() if len(frame)}  # a run that trains nothing has no rows
+    drawn = {"curves": ("Training curves", figures.training_curves(curves))} if curves else {}
     preference = train / "preference.json"
     if preference.exists() and (accuracy := json.loads(preference.read_text())["accuracy_by_t"]):
         drawn["accuracy_by_t"] = ("Preference accuracy by timestep", figures.accuracy_by_t_plot(accuracy))
