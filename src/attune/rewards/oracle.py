@@ -27,7 +27,7 @@ class Scorer:
     license = "part of this repository"
 
     def __init__(self, config: Config) -> None:
-        self.range = config.sane_mean({})
+        self.expected_range = config.range_of_mean({})
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1].

@@ -15,6 +15,7 @@ from attune.config.check import load
 from attune.config.profile import Profile
 from attune.config.schema import ConfigError
 from attune.files import digest
+from attune.hub import parse
 from attune.paths import MODELS, REPORTS, project_root
 from attune.tracking import registry
 
@@ -69,15 +70,16 @@ def challenge(name: str, profile: Profile, place: tuple[str, Path], *, anew: boo
     if protocol.to_dict() != summary["protocol"]:
         raise ValueError(f"{scores} and {REPORTS / 'summary.json'} are of different protocols: `dvc repro` first")
     tags = {"run": run, "headline": headline, "protocol": protocol.sha, "adapter": digest(adapter)}
-    tags |= {"base": profile.model.path, "difference": f"{difference(summary, run)[0]:.6g}"}
-    tags |= {"base.revision": profile.model.revision} if profile.model.revision else {}
+    base = parse(profile.model.path)
+    tags |= {"base": base.place, "difference": f"{difference(summary, run)[0]:.6g}"}
+    tags |= {"base.revision": base.commit} if base.commit else {}
     for alias in (registry.CHAMPION, registry.CHALLENGER):
         known = registry.holder(name, alias, *place)
         if known and (known.tags["adapter"], known.tags["protocol"]) == (tags["adapter"], protocol.sha):
             return f"{run} is {alias} already, version {known.number} of {name}"
     old = registry.holder(name, registry.CHAMPION, *place)
     found = None if old is None or anew else against(old, scores, headline, profile.seed, place)
-    version = registry.register(name, adapter, profile.model.path, scores, tags, place)
+    version = registry.register(name, adapter, base.place, scores, tags, place)
     wins = found is None or found.difference_ci95[0] > 0
     registry.appoint(name, registry.CHAMPION if wins else registry.CHALLENGER, version.number, *place)
     return verdict(f"{run}, version {version.number} of {name},", old, found, headline)

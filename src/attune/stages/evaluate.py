@@ -57,7 +57,7 @@ def evaluate(name: str, profile: Profile) -> tuple[pd.DataFrame, Protocol]:
         wanted = features is None and hasattr(scorer, "features")
         columns, found = score(scorer_name, scorer, folder, frame, wanted)
         features = found if wanted else features
-        check_mean(scorer_name, columns[scorer_name].mean(), getattr(scorer, "range", None))
+        check_mean(scorer_name, columns[scorer_name].mean(), getattr(scorer, "expected_range", None))
         frame = frame.assign(**columns)
     write_scores(REPORTS / "scores" / f"{name}.parquet", frame, protocol)
     (REPORTS / "features").mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def check_mean(name: str, mean: float, sane: tuple[float, float] | None) -> None
         raise SystemExit(
             f"scorer {name}: mean {mean:.3f} lies outside {sane[0]:g} to {sane[1]:g}. Check, in this order: that the "
             f"weights are the ones you mean, that hidden_act is theirs, that preprocess is as published, and that the "
-            f"images are images. If all is right, scorers.{name}.expected_mean sets another interval."
+            f"images are images. If all is right, scorers.{name}.expected_range sets another interval."
         )
 
 

@@ -13,12 +13,9 @@ from attune.stages.common import BASE, stage
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", required=True, help="a run trained into models/, base, or a name for --adapter")
-    parser.add_argument("--adapter", help="a LoRA file, a folder, or owner/name[/file][@revision] on the hub")
-    parser.add_argument("--revision", help="hub commit of --adapter, if not written behind an @")
+    parser.add_argument("--adapter", help="a LoRA file, a folder, or owner/name[/file]@commit on the Hub")
     given = parser.parse_args()
-    name, source = given.method, str(MODELS / given.method)
-    if given.adapter:
-        source = given.adapter if given.revision is None else f"{given.adapter}@{given.revision}"
+    name, source = given.method, given.adapter or str(MODELS / given.method)
     with stage(f"generate@{name}", "model", "generate", method=name) as (profile, run):
         images = generate(name, profile, None if name == BASE else source)
         run.summary({"images": len(images)})
@@ -28,7 +25,7 @@ def generate(name: str, profile: Profile, source: str | None):
     """Paints test prompts and writes PNGs, their index and the protocol so far.
 
     Args:
-        source: what was learnt, `place[@revision]`; None = the base as it is.
+        source: where what was learnt is, see `attune.hub`; None = the base as it is.
     """
     from PIL import Image
 
@@ -38,8 +35,7 @@ def generate(name: str, profile: Profile, source: str | None):
     index = held_out_index(profile)
     policy = load_policy(profile)
     if source is not None:
-        place, _, revision = source.partition("@")
-        policy.load(place, revision or None)
+        policy.load(source)
     prompts, ordinals = index.prompt.tolist(), index.ordinal.tolist()
     images = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, f"generate {name}")
     folder = GENERATED / name
