@@ -76,12 +76,16 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
 
     Raises:
         FileNotFoundError: there is no such folder, or its vocabulary is missing or empty.
+        ValueError: its files cannot be read.
         HubError: it could not be downloaded.
     """
     folder = fetch_folder(source, TOKENIZER_FILES)
-    whole, *parts = sorted(kind.vocab_files_names.values(), key=lambda name: name != "tokenizer.json")
-    there = (folder / whole).is_file() or all((folder / part).is_file() for part in parts)
-    tokenizer = kind.from_pretrained(folder) if there else None
+    parts = [name for name in kind.vocab_files_names.values() if name != "tokenizer.json"]
+    there = (folder / "tokenizer.json").is_file() or all((folder / part).is_file() for part in parts)
+    try:
+        tokenizer = kind.from_pretrained(folder) if there else None
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
     if tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise FileNotFoundError(f"{source}: no vocabulary; a tokenizer needs {whole}, or {' and '.join(parts)}")
+        raise FileNotFoundError(f"{source}: no vocabulary; a tokenizer needs tokenizer.json, or {' and '.join(parts)}")
     return tokenizer
