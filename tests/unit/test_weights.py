@@ -246,7 +246,7 @@ def test_what_is_in_the_cache_needs_no_network(on_the_hub):
     )
     assert identity(source / "head.safetensors") == f"{commit[:12]}/head.safetensors"
     block = {"path": str(source), "head": str(source / "head.safetensors"), "hidden_act": "gelu"}
-    here = block | {"path": str(EMBEDDED / "aesthetic"), "head": str(head)}
+    here = block | {"path": str(EMBEDDED / "aesthetic"), "head": str(EMBEDDED / "aesthetic/head.safetensors")}
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scores = [aesthetic.load(aesthetic.Config(**b))(images, ["", ""]) for b in (block, here)]
     assert torch.equal(*scores)
