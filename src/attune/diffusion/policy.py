@@ -66,7 +66,7 @@ class Policy:
         self.frozen_copy = copy.deepcopy(self.denoiser, shared).requires_grad_(False)
 
     def go_on(self, start: str, lora: Lora | None) -> None:
-        """Takes on what `place[@revision]` holds, to be trained further; it is the reference from now on.
+        """Takes on what is at `start`, see `attune.hub`, to be trained further; it is the reference from now on.
 
         Args:
             lora: the adapter that is expected there; None = a whole denoiser, of which every weight will move.
@@ -75,10 +75,9 @@ class Policy:
             ValueError: it is something else; or as `load` does.
         """
         wanted = {} if lora is None else dict.fromkeys(self._modules(lora.targets), lora.rank)
-        place, _, revision = start.partition("@")
-        self.load(place, revision or None)
+        self.load(start)
         if (found := self.adapted()) != wanted:
-            raise ValueError(f"start: {place} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
+            raise ValueError(f"start: {start} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
         if lora is None:
             self.backbone.denoiser = self.denoiser  # lets go of the base, which is of no more use
             self.unfreeze()
@@ -132,17 +131,16 @@ class Policy:
         else:
             self.denoiser.save_pretrained(folder / "unet")
 
-    def load(self, source: Path | str, revision: str | None = None) -> None:
+    def load(self, source: Path | str) -> None:
         """Takes on what a file or folder holds, in the place of any adapter there was; needs no configuration.
 
         Args:
-            source: a LoRA as diffusers, peft or kohya write it, a denoiser, a pipeline, or a hub id of one.
-            revision: hub commit, required for a hub id.
+            source: a LoRA as diffusers, peft or kohya write it, a denoiser, or a pipeline; here or on the Hub.
 
         Raises:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
         """
-        found = adapters.locate(source, revision)
+        found = adapters.locate(source)
         if found.is_dir():
             network = adapters.read_denoiser(found, self._bare(self.denoiser))
             self.frozen_copy, self.denoiser, self.module = self.denoiser, network, network

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attune.config.settings import ScorerConfig
-from attune.files import digest, values_sha, write_atomically
+from attune.files import values_sha, write_atomically
+from attune.hub import identity
 
 _METADATA_KEY = b"attune.protocol"
 KEY_COLUMNS = ("prompt", "ordinal", "file")
@@ -112,13 +113,12 @@ def noise_seed(prompt: str, ordinal: int, seed: int) -> int:
 def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:
     """What a scorer's numbers depend on, for a protocol: its name, its weights and its settings.
 
-    Weights are a Hub commit (12 hex digits), or the digest of a local folder, or of a file and of the layout beside
-    it (`.json` of the same stem), for each of the scorer's locations. Where they lie, their licence and the guard
-    rail do not count; every other field of the scorer's block does.
+    Weights are identified by `hub.identity`, for each of the scorer's locations. Where local ones lie, their licence
+    and the expected range do not count; every other field of the scorer's block does.
 
     Raises: FileNotFoundError for a local location that is not there.
     """
-    weights = [f"{_plus(field)}{_fingerprint(*place)}" for field, place in config.locations().items()]
+    weights = [f"{_plus(field)}{identity(source)}" for field, source in config.locations().items()]
     settings = [f"{key}={value}" for key, value in sorted(config.settings().items())]
     return name, " ".join(weights) or "built-in", " ".join(settings) or "default"
 
@@ -126,18 +126,6 @@ def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:
 def _plus(field: str) -> str:
     """Names every location but the main one."""
     return "" if field == "path" else f"{field}:"
-
-
-def _fingerprint(place: str, commit: str | None) -> str:
-    if commit is not None:
-        return commit[:12]
-    path = Path(place)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {place}")
-    layout = path.with_suffix(".json")
-    beside = [layout] if path.is_file() and layout != path and layout.exists() else []
-    digests = [digest(file)[:12] for file in (path, *beside)]
-    return "+".join(digests)
 
 
 def assert_comparable(protocols: Mapping[str, Protocol]) -> None:

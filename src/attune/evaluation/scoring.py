@@ -127,5 +127,5 @@ def check_mean(name: str, mean: float, expected: tuple[float, float] | None) -> 
         raise UnexpectedMean(
             f"scorer {name}: mean {mean:.3f} lies outside {expected[0]:g} to {expected[1]:g}. Check, in this order: "
             f"that the weights are the ones you mean, that hidden_act is theirs, that preprocess is as published, and "
-            f"that the images are images. If all is right, scorers.{name}.expected_mean sets another interval."
+            f"that the images are images. If all is right, scorers.{name}.expected_range sets another interval."
         )

@@ -25,7 +25,7 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
     data = PreparedData.read(prepared, "validation", objective.base.device)
     if data.pairs.empty:
         return {}
-    untimed, _ = from_clip(objective.config.clip, objective.config.revision, objective.tokenizer)
+    untimed, _ = from_clip(objective.config.clip, objective.tokenizer)
     models = {"spm": objective.model.eval(), "untimed": untimed.eval().to(objective.base.device)}
     known = "utility_0" in data.pairs
     truth = data.pairs.utility_0 - data.pairs.utility_1 if known else data.pairs.label_0 - 0.5

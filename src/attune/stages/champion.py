@@ -8,6 +8,7 @@ import sys
 
 from attune.config.resolve import load
 from attune.config.schema import ConfigError
+from attune.hub import parse
 from attune.paths import Paths, project_root
 
 LOG = logging.getLogger("attune.champion")
@@ -31,7 +32,8 @@ def main() -> None:
     from attune.tracking.registry import RegistryError
 
     paths, store = Paths(settings.profile), (settings.tracking, project_root())
-    base_model = (settings.model.path, settings.model.revision)
+    source = parse(settings.model.path)
+    base_model = (source.place, source.commit)
     try:
         candidate = find_candidate(paths.reports, paths.model("base").parent)
         LOG.info(promote(f"attune-{settings.profile}", candidate, base_model, store, seed=settings.seed, anew=anew))
