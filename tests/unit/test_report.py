@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from attune.evaluation.protocol import Protocol, hash_prompts
+from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
 from attune.evaluation.report import figures
 from attune.evaluation.report.document import (
     Paragraph,
@@ -23,7 +24,7 @@ from attune.evaluation.report.document import (
     render_html,
     render_markdown,
 )
-from attune.evaluation.report.make import write_report
+from attune.evaluation.report.make import make_report, write_report
 from attune.evaluation.report.render import to_html, to_markdown
 from attune.evaluation.summarise import summarise
 from attune.evaluation.summary import ComparisonEntry, Diagnostics, Extreme, Location, MethodSummary, Summary
@@ -332,6 +333,37 @@ def test_write_report_leaves_three_files(summary, tmp_path):
     written = {path.name for path in (tmp_path / "reports").iterdir()}
     assert written == {"summary.json", "report.md", "report.html"}
     assert Summary.from_json((tmp_path / "reports" / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_report_is_made_of_what_finished_stages_left(tmp_path, trained):
+    """A base and a run; where nothing was trained here, no curves and no accuracy, as of released models alone."""
+    prompts = [f"prompt {i}" for i in range(12)]
+    reports, generated = tmp_path / "reports", tmp_path / "generated"
+    (reports / "train").mkdir(parents=True)
+    (reports / "features").mkdir()
+    for seed, name in enumerate(("base", "spo")):
+        frame = table(prompts, 0.3 * seed, seed)
+        write_scores(reports / "scores" / f"{name}.parquet", frame, protocol_for(prompts))
+        np.save(reports / "features" / f"{name}.npy", np.random.default_rng(seed).normal(size=(24, 4)))
+        (generated / name).mkdir(parents=True)
+        for file in frame["file"]:
+            Image.new("RGB", (8, 8), (40, 90, 200 * seed)).save(generated / name / file)
+    if trained:
+        pd.DataFrame({"step": range(5), "loss": 0.69}).to_csv(reports / "train/spo.csv")
+        accuracy = {"spm": {"t": [0, 500], "accuracy": [0.8, 0.6]}}
+        (reports / "train/preference.json").write_text(json.dumps({"accuracy_by_t": accuracy}))
+    summary = make_report(
+        ["base", "spo"], reports, generated, trained_on={"spo": ["oracle"]}, selected_by={"spo": ["hps"]}, seed=0
+    )
+    assert Summary.from_json((reports / "summary.json").read_text()) == summary
+    assert set(summary.methods["spo"].diagnostics.drift) == {"cmmd"}
+    assert summary.methods["base"].diagnostics.drift is None
+    assert summary.methods["spo"].diagnostics.indices["saturation"] == 0
+    drawn = {path.stem for path in (reports / "figures").iterdir()}
+    assert drawn == {"samples", "win_rate", "difference"} | ({"curves", "accuracy_by_t"} if trained else set())
+    text = (reports / "report.md").read_text()
+    assert all(f"](figures/{name}.png)" in text for name in drawn)
 
 
 def test_small_images_are_enlarged_by_whole_factors():

@@ -49,8 +49,8 @@ def diversity(features: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
         prompts: N prompts.
 
     Returns:
-        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images. The
-        latter collapse first when a reward is hacked.
+        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images, which are the
+        first to fall when a reward is hacked.
 
     Raises:
         ValueError: lengths differ, or a feature vector is zero or not finite.

@@ -1,4 +1,4 @@
-"""The report's figures: every function returns a picture (PIL, RGB) and leaves matplotlib's globals alone."""
+"""The report's figures: every function returns a picture (PIL, RGB) and changes no global state of matplotlib."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def score_difference_plot(summary: Summary) -> Image.Image:
 
 
 def accuracy_by_t_plot(metrics: Mapping[str, Mapping[str, Sequence[Any]]]) -> Image.Image:
-    """Pair accuracy of preference models against the timestep of the noise they judge through.
+    """Pair accuracy of preference models against the timestep of the noise in the images.
 
     Args:
         metrics: model (e.g. "step-aware", "untimed") -> {"t": timesteps, "accuracy": shares in [0, 1], and
@@ -94,7 +94,7 @@ def training_curves(frames: Mapping[str, pd.DataFrame]) -> Image.Image:
 
 
 def _curve(axes: Axes, frame: pd.DataFrame, metric: str, colour: str) -> None:
-    """The raw values, faint, under their running mean."""
+    """One metric of one method: the raw values, faint, under their running mean."""
     _tidy(axes)
     if metric not in frame or frame[metric].isna().all():
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=SOFT, size=8)
@@ -104,7 +104,7 @@ def _curve(axes: Axes, frame: pd.DataFrame, metric: str, colour: str) -> None:
     smooth = values[metric].rolling(max(1, len(values) // 15), center=True, min_periods=1).mean()
     axes.plot(values["step"], values[metric], color=colour, lw=0.8, alpha=0.3)
     axes.plot(values["step"], smooth, color=colour, lw=2)
-    # a preference loss starts at ln 2, where policy == reference: a start elsewhere is a bug, a stay is not
+    # a preference loss is exactly ln 2 while policy == reference; the line shows whether training left it
     level = {"margin": 0.0, "loss": _LN2 if abs(values[metric].iloc[0] - _LN2) < 0.01 else None}.get(metric)
     if level is not None:
         _rule(axes, level, "ln 2" if metric == "loss" else "")
@@ -149,7 +149,7 @@ def _forest_row(axes: Axes, y: int, entry: ComparisonEntry, shown: Value, note: 
     axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="round", zorder=2)
     axes.plot(value, y, "o", ms=7, mfc=colour if significant else "white", mec=colour, mew=1.6, zorder=3)
     text = (f"{100 * value:.1f} %" if is_share else f"{value:+.3g}") + note
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # keeps the dashed line out of the number
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or the dashed line runs through the number
     offset = {"xytext": (0, 7), "textcoords": "offset points"}
     axes.annotate(text, (value, y), **offset, ha="center", size=8, color=colour, bbox=box)
 

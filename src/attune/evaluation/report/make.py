@@ -57,12 +57,11 @@ def make_report(
         diagnostics=diagnostics(tables, generated, reports / "features", base),
         seed=seed,
     )
-    drawn = {
-        "samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated)),
-        "win_rate": ("Win rate against base", figures.win_rate_plot(summary)),
-        "difference": ("Score difference to base", figures.score_difference_plot(summary)),
-        **_training_figures(runs, reports / "train"),
-    }
+    drawn = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
+    if summary.tuned:
+        drawn["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))
+        drawn["difference"] = ("Score difference to base", figures.score_difference_plot(summary))
+    drawn |= _training_figures(runs, reports / "train")
     write_report(reports, summary, _save(drawn, reports / "figures"))
     return summary
 
@@ -88,10 +87,10 @@ def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated
 
 
 def _training_figures(runs: Sequence[str], train: Path) -> dict[str, tuple[str, Image.Image]]:
-    """What the trainings logged: the runs' curves, and the preference model's accuracy where one was trained."""
-    logged = {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}
-    curves = {name: frame for name, frame in logged.items() if len(frame)}  # a run that trains nothing has no rows
-    drawn = {"curves": ("Training curves", figures.training_curves(curves))} if curves else {}
+    """What the trainings here logged, if there were any: the runs' curves, and the preference model's accuracy."""
+    drawn = {}
+    if curves := {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}:
+        drawn["curves"] = ("Training curves", figures.training_curves(curves))
     preference = train / "preference.json"
     if preference.exists() and (accuracy := json.loads(preference.read_text())["accuracy_by_t"]):
         drawn["accuracy_by_t"] = ("Preference accuracy by timestep", figures.accuracy_by_t_plot(accuracy))
