@@ -129,6 +129,17 @@ def fetch_folder(source: Source, patterns: Sequence[str]) -> Path:
     return folder
 
 
+def is_here(source: Source) -> bool:
+    """Whether the source is a local path or, of the Hub, in the cache already; nothing is asked over the network."""
+    if source.commit is None:
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    names = [source.inner] if source.inner else ["model_index.json", "config.json", "tokenizer_config.json"]
+    found = [try_to_load_from_cache(source.place, name, revision=source.commit) for name in names]
+    return any(isinstance(path, str) for path in found)
+
+
 def download_size(source: Source, patterns: Sequence[str]) -> int:
     """Bytes that `fetch_folder` would still download. Raises HubError if the Hub cannot be asked."""
     if source.commit is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from attune.config import plugins
 from attune.config.code import code_digests
@@ -24,7 +23,7 @@ from attune.config.plan import (
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import StrictModel
-from attune.config.settings import MethodConfig
+from attune.config.settings import MethodConfig, locations
 
 PREVIEW_PROMPTS = 6
 
@@ -74,9 +73,7 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         scorers={scorer: _scorer(scorer, settings) for scorer in asked},
         trained_on=trained_on(name, settings),
         selected_by=selected_by(name, settings),
-        files=digests.of(
-            [*_paths(settings.model), *_paths(config), *_paths_of(run.released), *_weights(asked, settings)]
-        ),
+        files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
         code=code_digests(modules if config else ["attune.stages.align"]),
     )
 
@@ -152,11 +149,14 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
     validation = [each.prompts for each in watched if each] + [
         search.prompts for name, search in settings.search.items() if name in trained
     ]
+    pairs = "pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())
     wanted = {
         "prompts/train": int(bool(trained)),
         "prompts/validation": max(validation, default=0),
         "prompts/test": settings.generate.prompts,
-        "pairs/train": int("pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())),
+        "pairs/train": int(
+            "pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())
+        ),
     }
     return {name: n for name, n in wanted.items() if n}
 
@@ -185,7 +185,7 @@ def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
         seed=settings.seed,
         model=settings.model,
         generate=settings.generate,
-        files=digests.of([*_paths(settings.model), *_paths_of(run.released)]),
+        files=digests.of([*_paths(settings.model), *_paths(run)]),
         code=code_digests(modules),
     )
 
@@ -250,15 +250,7 @@ def _weights(names: Iterable[str], settings: Settings) -> list[str]:
 
 
 def _paths(config: StrictModel | None) -> list[str]:
-    """The local files and folders that settings name."""
-    values = [] if config is None else [value for _, value in config]
-    return [path for value in values for path in _paths_of(value)]
-
-
-def _paths_of(value: Any) -> list[str]:
-    """The value, if it is the path of something here; and the layout (.json) that may lie beside a file of weights."""
-    if not isinstance(value, str) or not ("/" in value or "." in value) or not Path(value).exists():
-        return []
-    layout = Path(value).with_suffix(".json")
-    beside = Path(value).is_file() and layout != Path(value) and layout.exists()
-    return [value, str(layout)] if beside else [value]
+    """The local files and folders that settings name, with the layout (.json) that may lie beside a file of weights."""
+    found = [] if config is None else [s.place for s in locations(config).values() if s.commit is None]
+    layouts = [str(Path(place).with_suffix(".json")) for place in found if Path(place).is_file()]
+    return found + [layout for layout in layouts if layout not in found and Path(layout).exists()]

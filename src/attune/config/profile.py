@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from attune.config.schema import StrictModel
-from attune.config.settings import Model, Sampling
+from attune.config.settings import Location, Model, Sampling
 
 BASE = "base"
 """The run that every other is compared with: the base model as it is."""
@@ -30,10 +30,10 @@ class Run(StrictModel):
     """Whatever gives a model: trained here, the base as it is, or released by somebody."""
 
     method: str | None = Field(None, description="trained here: a file of attune/methods")
-    released: str | None = Field(
+    released: Location | None = Field(
         None,
         alias="from",
-        description="released by somebody: a LoRA file, a denoiser or a pipeline; local path or owner/name[/file]@commit",
+        description="released by somebody: a LoRA file, a denoiser or a pipeline, here or owner/name[/file]@commit",
     )
     trained_on: list[ScorerName] = Field([], description="scorers that a released model was trained on")
     after: RunName = Field(

@@ -144,8 +144,8 @@ def _profile_values(root: Path, profile: str) -> dict[str, Any]:
     local = read_yaml(root / LOCAL)
     if unknown := sorted(set(local) - {path.stem for path in (root / PROFILES).glob("*.yaml")}):
         raise ConfigError(
-            f"{LOCAL}: {unknown[0]} is not a profile; it overrides values of profiles, say `{profile}: {{threads: 4}}`, "
-            f"and DVC reads profile and runs from {PARAMS} alone"
+            f"{LOCAL}: {unknown[0]} is not a profile; this file overrides values of profiles, say "
+            f"`{profile}: {{threads: 4}}`, and DVC reads profile and runs from {PARAMS} alone"
         )
     return merged(values, local.get(profile) or {})
 

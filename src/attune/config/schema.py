@@ -62,7 +62,7 @@ def check(model: type[StrictModel], values: Any, where: str = "") -> Any:
 
 
 def join(where: str, *keys: str) -> str:
-    """A key inside a block: dots between, and none behind the colon of `params/tiny.yaml:`, which is as DVC writes it."""
+    """A key inside a block: `params/tiny.yaml:seed` as DVC writes it, with dots between all further keys."""
     inner = ".".join(keys)
     return f"{where}{inner}" if not where or not inner or where.endswith(":") else f"{where}.{inner}"
 

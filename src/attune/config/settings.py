@@ -108,11 +108,10 @@ class MethodConfig(TrainingConfig):
     """What every method decides about the policy it trains."""
 
     lora: Lora | None = Field(description="null = full fine-tuning: every weight of the denoiser, in float32")
-    start: str | None = Field(
+    start: Location | None = Field(
         None,
-        pattern="^[^@]+(@[0-9a-f]{40})?$",
-        description="an adapter, or whole denoiser, to go on from, which is then the reference as well: a file or "
-        "folder, say models/spin_1, or a hub id with @commit; null = the base model",
+        description="a released adapter or denoiser to go on from, which is then the reference as well; null = the "
+        "base model, or the run that this one comes after",
     )
     validation: Validation | None = Field(
         None, description="watch a scorer while training, and stop early; null = do not"
@@ -184,8 +183,7 @@ class ScorerConfig(StrictModel):
 
     def locations(self) -> dict[str, Source]:
         """Field -> where its weights are, of those that are set."""
-        places = {name: getattr(self, name) for name in self.location_fields()}
-        return {name: parse(place) for name, place in places.items() if place is not None}
+        return locations(self)
 
     def settings(self) -> dict[str, Any]:
         """The fields that change scores, whatever the weights are."""
@@ -201,6 +199,12 @@ class ScorerConfig(StrictModel):
         known = (published.get(source.stem) for source in self.locations().values())
         interval = self.expected_range or next(filter(None, known), None)
         return (float(interval[0]), float(interval[1])) if interval else None
+
+
+def locations(config: StrictModel) -> dict[str, Source]:
+    """Field -> where something is, of the fields of type `Location` that are set."""
+    fields = [name for name, field in type(config).model_fields.items() if _is_location(field)]
+    return {name: parse(place) for name in fields if (place := getattr(config, name)) is not None}
 
 
 def _is_location(field: FieldInfo) -> bool:

@@ -14,9 +14,10 @@ from attune.config import plugins
 from attune.config.make_plan import needs, wanted_rows
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
+from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
+from attune.config.settings import locations
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
-from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -42,11 +43,11 @@ def machine() -> Machine:
     return Machine(gpus, min(memory, default=0), psutil.virtual_memory().total, shutil.disk_usage(".").free)
 
 
-def problems(settings: Settings, denoiser_weights: int | None, here: Machine) -> list[str]:
+def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[str]:
     """All that would stop a run later on.
 
     Args:
-        denoiser_weights: how many the base model's denoiser has; None if unknown.
+        denoiser_weights: how many the base model's denoiser has.
     """
     checks = (_runs, _orders, _scorers, _labels, _data, _prompts, _searches)
     found = [problem for one in checks for problem in one(settings)]
@@ -60,7 +61,7 @@ def _runs(s: Settings) -> Iterator[str]:
             yield f"runs.{name}: the name is taken by a folder of models/{s.profile}; choose another"
     base = s.runs.get(BASE)
     if base is None or base.method or base.released:
-        yield f"runs.{BASE}: is what every run is compared with; write `{BASE}: {{after: {DATA}}}`, without method or from"
+        yield f"runs.{BASE}: is what every run is compared with; write `after: {DATA}` below it, and no method or from"
     for name in s.methods:
         if name in s.runs and s.runs[name].method is None:
             yield f"{where}:methods.{name}: runs.{name} has no method, so its settings are never used; remove them"
@@ -84,7 +85,8 @@ def _orders(s: Settings) -> Iterator[str]:
         elif run.method is None and run.after != DATA:
             yield f"runs.{name}.after: nothing is trained, so write {DATA}"
         elif run.method and s.methods[name].start and run.after in s.runs:
-            yield f"params/{s.profile}.yaml:methods.{name}.start: the run starts from runs.{run.after}; remove one of the two"
+            where = f"params/{s.profile}.yaml:methods.{name}.start"
+            yield f"{where}: the run starts from runs.{run.after}; remove one of the two"
 
 
 def _chain(name: str, s: Settings) -> list[str] | None:
@@ -128,7 +130,7 @@ def _data(s: Settings) -> Iterator[str]:
     for name, run in s.runs.items():
         wants = run.method and plugins.load("methods", run.method).Method.consumes
         if wants == "pairs" and not source.HAS_PAIRS:
-            yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use a source of pairs"
+            yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use one that has"
     if s.preference is not None and not source.HAS_PAIRS and any(r.after == PREFERENCE for r in s.runs.values()):
         yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
     try:
@@ -146,8 +148,8 @@ def _prompts(s: Settings) -> Iterator[str]:
     foreign = next((prompt for prompt in source.listed_prompts(s.data) or () if not _is_of_the_world(prompt)), None)
     said = "prompts of data.source " + s.source if foreign is None else f"the prompt {foreign!r}"
     yield (
-        f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and cannot "
-        f"judge {said}; remove scorers.{oracles[0]}"
+        f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
+        f"cannot judge {said}; remove scorers.{oracles[0]}"
     )
 
 
@@ -195,9 +197,9 @@ def _changed(method: type[StrictModel], values: dict, key: str, value: object, w
     return changed
 
 
-def _machine(s: Settings, denoiser_weights: int | None, here: Machine) -> Iterator[str]:
+def _machine(s: Settings, denoiser_weights: int, here: Machine) -> Iterator[str]:
     trains = any(run.method for run in s.runs.values())
-    if trains and (denoiser_weights or 0) >= LARGE and not here.gpus and not s.allow_cpu:
+    if trains and denoiser_weights >= LARGE and not here.gpus and not s.allow_cpu:
         yield (
             f"params/{s.profile}.yaml:allow_cpu: this machine has no GPU, and training a denoiser of "
             f"{denoiser_weights / 1e6:.0f} million weights on a CPU takes weeks; use a GPU, or set allow_cpu: true"
@@ -205,7 +207,18 @@ def _machine(s: Settings, denoiser_weights: int | None, here: Machine) -> Iterat
 
 
 def missing_files(s: Settings) -> Iterator[str]:
-    """Local data that the source reads and that is not there."""
+    """What the settings name here and is not here: weights, and the data that the source reads."""
+    where = f"params/{s.profile}.yaml"
     for path in plugins.load("sources", s.source).needs_files(s.data):
         if not Path(path).exists():
-            yield f"params/{s.profile}.yaml:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
+            yield f"{where}:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
+    named = {f"{where}:model": s.model, f"{where}:preference": s.preference}
+    named |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
+    named |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
+    named |= {f"runs.{name}": run for name, run in s.runs.items()}
+    for key, config in named.items():
+        for field, source in locations(config).items() if config else ():
+            if source.commit is None and not Path(source.place).exists():
+                page = "docs/scorers.md" if "scorers" in key else "docs/full_size.md"
+                field = "from" if field == "released" else field
+                yield f"{key}.{field}: {source.place} is not here; {page} says where to get it, or correct the path"

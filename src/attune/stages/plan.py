@@ -12,16 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from attune import hub
 from attune.config import costs
 from attune.config.local_files import Digests
 from attune.config.make_plan import make
 from attune.config.plan import FOLDER, to_json
+from attune.config.profile import BASE
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
+from attune.config.settings import locations
 from attune.config.together import machine, missing_files, problems
 from attune.files import write_atomically
-from attune.paths import Paths, project_root
-from attune.stages.common import TIMES
+from attune.paths import TIMES, Paths, project_root
 
 
 def main() -> None:
@@ -32,10 +34,8 @@ def main() -> None:
     try:
         settings = load()
     except ConfigError as error:
-        sys.exit(
-            "\n".join(f"params.yaml: {line}" if ":" not in line.split(" ")[0][:-1] else line for line in _lines(error))
-        )
-    found = [*missing_files(settings), *problems(settings, costs.base_weights(settings).denoiser, machine())]
+        sys.exit(str(error))
+    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, machine())]
     found += list(_missing_on_the_hub(settings)) if given.online else []
     if given.show:
         say(costs.as_text(list(costs.rows(settings, _downloads(settings), _seconds(), _rows_here(settings)))))
@@ -62,10 +62,6 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _lines(error: ConfigError) -> list[str]:
-    return str(error).splitlines()
-
-
 def _seconds() -> dict[str, float]:
     """Stage -> how long it took here the last time."""
     try:
@@ -85,30 +81,29 @@ def _rows_here(settings: Settings) -> dict[str, int]:
 
 def _downloads(settings: Settings) -> dict[str, float | None]:
     """Stage -> bytes to download: None where something on the Hub is not in the cache and its size is not known."""
-    from attune import hub
-
-    asked = {
+    configs = {
         "prepare": [settings.model, settings.data],
         "train_preference": [settings.preference],
-        **{f"evaluate@{name}": [s.config for s in settings.scorers.values()] for name in list(settings.runs)[:1]},
+        f"evaluate@{BASE}": [scorer.config for scorer in settings.scorers.values()],
     }
-    missing = {
-        stage: [s for c in configs if c for s in hub.sources_of(c) if not hub.is_here(s)]
-        for stage, configs in asked.items()
-    }
-    return {stage: None if sources else 0 for stage, sources in missing.items()}
+    sources = {stage: [s for c in some if c for s in locations(c).values()] for stage, some in configs.items()}
+    return {stage: 0 if all(map(hub.is_here, found)) else None for stage, found in sources.items()}
 
 
 def _missing_on_the_hub(settings: Settings) -> Iterator[str]:
     """What the settings name on the Hub and the Hub does not have."""
-    from attune import hub
-
-    configs = [settings.model, settings.data, settings.preference, *settings.methods.values()]
+    configs = [settings.model, settings.preference, *settings.runs.values()]
     configs += [scorer.config for scorer in settings.scorers.values()]
-    for config in filter(None, configs):
-        for source in hub.sources_of(config):
-            if problem := hub.problem_online(source):
-                yield problem
+    sources = [(source, "model") for config in configs if config for source in locations(config).values()]
+    sources += [(source, "dataset") for source in locations(settings.data).values()]
+    for source, kind in dict.fromkeys(sources):
+        if source.commit is None or hub.is_here(source):
+            continue
+        try:
+            if not hub.list_files(hub.Source(source.place, "", source.commit), kind):
+                yield f"{source}: the repository is empty at this commit"
+        except hub.HubError as error:
+            yield str(error)
 
 
 if __name__ == "__main__":
