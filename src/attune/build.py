@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from attune.config.plugins import plugin_config
 from attune.config.profile import Profile
 from attune.config.settings import MethodConfig, Model
 from attune.distributed import Shard
-from attune.interfaces import Backbone, Objective, Reward, StepReward
+from attune.interfaces import Backbone, Method, Reward, StepReward
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -70,7 +69,7 @@ def load_learner(name: str, profile: Profile, method: str) -> Policy:
         if config.start is None:
             policy.unfreeze()
     if config.start is not None:
-        policy.go_on(config.start, config.lora)
+        policy.continue_from(config.start, config.lora)
     if config.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
     policy.shard = shard()
@@ -88,22 +87,18 @@ def method_config(name: str, profile: Profile, method: str) -> MethodConfig:
     return plugins.load("methods", method).Config.model_validate(profile.methods[name])
 
 
-def build_method(name: str, profile: Profile, policy: Policy, preference: Path, method: str) -> Objective:
-    """A run's method, handed what its constructor names: `judge`, the step-aware preference model, or `rewards`."""
-    module = plugins.load("methods", method)
+def build_method(name: str, profile: Profile, policy: Policy, preference: Path, method: str) -> Method:
+    """A run's method, given what it says it needs: the step-aware preference model in `preference`, or its rewards."""
+    plugin = plugins.load("methods", method).Method
     config = method_config(name, profile, method)
     provided: Mapping[str, Callable[[], Any]] = {
-        "judge": lambda: load_judge(preference),
+        "preference_model": lambda: load_preference_model(preference),
         "rewards": lambda: load_rewards(config, profile),
     }
-    wanted = list(inspect.signature(module.Method).parameters)[2:]
-    unknown = [parameter for parameter in wanted if parameter not in provided]
-    if unknown:
-        raise TypeError(f"methods/{method}.py: Method wants {unknown[0]!r}; on offer: {', '.join(provided)}")
-    return module.Method(config, policy, **{parameter: provided[parameter]() for parameter in wanted})
+    return plugin(config, policy, **{need: provided[need]() for need in plugin.needs})
 
 
-def load_judge(folder: Path) -> StepReward:
+def load_preference_model(folder: Path) -> StepReward:
     """The step-aware preference model saved by train_preference."""
     from attune.spm.model import StepAwareReward, load
 

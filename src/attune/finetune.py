@@ -18,11 +18,11 @@ from attune.config.profile import Profile
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
 from attune.data.prepared import PreparedData
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import scorer_identity
 from attune.files import values_sha
-from attune.interfaces import Objective, Reward
+from attune.interfaces import Method, Reward
 from attune.paths import PREFERENCE, PREPARED
 from attune.training.checkpoint import resumable
 from attune.training.loop import Batches, View, Watch, epoch_rows, train
@@ -64,7 +64,7 @@ def align(
     n, batches = training_batches(method, policy.device, seed)
     run.dataset(PREPARED / "pairs.parquet", "preference pairs", n)
     settings = {uses: dict(profile.methods[name]), "rewards": rewards_seen(config, profile)}
-    needs = [PREPARED, *([PREFERENCE] if hasattr(method, "judge") else [])]
+    needs = [PREPARED, *([PREFERENCE] if "preference_model" in method.needs else [])]
     if config.start is not None and Path(config.start).exists():  # one from the hub is named with its commit
         needs.append(Path(config.start))
     values = [profile.seed, profile.model.model_dump(), settings]
@@ -89,13 +89,13 @@ def align(
         if policy.shard.is_main_process:
             policy.save(folder)
     return history, {
-        "trained_on": list(getattr(method, "trained_on", ())),
+        "trained_on": [*config.trained_on, *(["pickscore"] if "preference_model" in method.needs else [])],
         "start": config.start,
         **({"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}),
     }
 
 
-def training_batches(method: Objective, device: torch.device, seed: int) -> tuple[int, Batches]:
+def training_batches(method: Method, device: torch.device, seed: int) -> tuple[int, Batches]:
     """How many rows a method learns from, pairs or prompts, and batch number b of them."""
     data = PreparedData.read(PREPARED, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
@@ -136,7 +136,7 @@ def validation_scores(
     policy: Policy, sampling: Sampling, seed: int, scorer: Reward, prompts: Sequence[str]
 ) -> np.ndarray:
     """Scores (n,) of one image per prompt, with the noise that every policy gets for it."""
-    images = paint(policy, prompts, [0] * len(prompts), sampling, seed, None)
+    images = generate_images(policy, prompts, [0] * len(prompts), sampling, seed, None)
     scores = []
     for start in range(0, len(prompts), sampling.batch_size):
         rows = slice(start, start + sampling.batch_size)
@@ -164,7 +164,7 @@ def preview(policy: Policy, profile: Profile, run: Run) -> Callable[[int], None]
         return None
 
     def images() -> np.ndarray:
-        return paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+        return generate_images(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
 
     @cache  # not before it is shown: of several processes only one ever shows anything
     def before() -> np.ndarray:

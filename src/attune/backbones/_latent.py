@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from attune.config.settings import Model, is_hub_id
-from attune.diffusion.process import at, velocity_to_noise
+from attune.diffusion.process import extract, velocity_to_noise
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -107,7 +107,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """A denoiser's output as epsilon, in the dtype of x_t."""
     output = output.to(x_t.dtype)
-    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, at(alphas_cumprod, t, x_t))
+    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, extract(alphas_cumprod, t, x_t))
 
 
 def _load(kind: type[Any], path: str, dtype: torch.dtype, device: torch.device, **where: Any) -> nn.Module:

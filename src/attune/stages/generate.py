@@ -33,7 +33,7 @@ def generate(name: str, profile: Profile, source: str | None):
     from PIL import Image
 
     from attune.build import load_policy
-    from attune.diffusion.generate import paint
+    from attune.diffusion.generate import generate_images
 
     index = held_out_index(profile)
     policy = load_policy(profile)
@@ -41,7 +41,7 @@ def generate(name: str, profile: Profile, source: str | None):
         place, _, revision = source.partition("@")
         policy.load(place, revision or None)
     prompts, ordinals = index.prompt.tolist(), index.ordinal.tolist()
-    images = paint(policy, prompts, ordinals, profile.generate.sampling, profile.seed, f"generate {name}")
+    images = generate_images(policy, prompts, ordinals, profile.generate.sampling, profile.seed, f"generate {name}")
     folder = GENERATED / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, image in zip(index.file, images, strict=True):

@@ -34,7 +34,7 @@ def prepare(profile: Profile) -> dict[str, float]:
     from attune.data.rows import Rules
     from attune.data.sources import Quota, SourceError
     from attune.data.writing import write_prepared
-    from attune.diffusion.generate import paint
+    from attune.diffusion.generate import generate_images
 
     source = plugins.load("sources", profile.data["source"])
     config = source.Config.model_validate({k: v for k, v in profile.data.items() if k != "source"})
@@ -45,7 +45,7 @@ def prepare(profile: Profile) -> dict[str, float]:
     policy = cache(lambda: load_policy(profile))
 
     def painter(prompts, ordinals, title):
-        return paint(policy(), prompts, ordinals, profile.sampling, profile.seed, title)
+        return generate_images(policy(), prompts, ordinals, profile.sampling, profile.seed, title)
 
     try:
         with Quarantine(QUARANTINE, profile.data["source"]) as quarantine:

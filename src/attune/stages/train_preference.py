@@ -97,10 +97,12 @@ def accuracy_by_t(objective: SPMObjective, seed: int) -> dict[str, dict[str, lis
     for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
         gaps: dict[str, list[float]] = {name: [] for name in models}
         for rows in parts:
-            seen = objective.seen(data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop])
+            batch = objective.prepare_batch(
+                data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop]
+            )
             for name, model in models.items():
                 with torch.no_grad():
-                    scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
+                    scores_0, scores_1 = model(batch.pixel_values, batch.input_ids, batch.t)
                 gaps[name] += (scores_0 - scores_1).tolist()
         for name, gap in gaps.items():
             right = (gap * truth.to_numpy() > 0).astype(float)
