@@ -13,9 +13,10 @@ import torch
 
 from attune.build import load_policy
 from attune.config.check import load
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
+from attune.diffusion.noise import noise_seed
 from attune.evaluation.champion import NoCandidate, find_candidate
-from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, write_scores
+from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
 from attune.evaluation.summarise import summarise
 from attune.tracking import registry
 from attune.tracking.promote import promote
@@ -115,8 +116,8 @@ def test_the_champion_paints_what_the_adapter_painted(place):
     _, profile = load()
     policy = load_policy(profile)
     policy.load("models/spo")
-    ours = paint(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
-    bare = paint(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    ours = generate_images(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
+    bare = generate_images(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)

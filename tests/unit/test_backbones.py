@@ -138,7 +138,7 @@ class AsVelocity(nn.Module):
         self.denoiser, self.alphas_cumprod = denoiser, alphas_cumprod
 
     def forward(self, x, t, **kwargs):
-        output, a_t = self.denoiser(x, t, **kwargs), process.at(self.alphas_cumprod, t, x)
+        output, a_t = self.denoiser(x, t, **kwargs), process.extract(self.alphas_cumprod, t, x)
         x_0 = process.predict_x0(x, output.sample, a_t)
         return type(output)(a_t.sqrt() * output.sample - (1 - a_t).sqrt() * x_0)
 
@@ -150,7 +150,7 @@ def test_velocity_and_epsilon_mean_the_same_x0(load):
     velocity = copy.copy(backbone)
     velocity.prediction_type = "v_prediction"
     wrapped = AsVelocity(backbone.denoiser, backbone.alphas_cumprod)
-    a_t = process.at(backbone.alphas_cumprod, t, x_t())
+    a_t = process.extract(backbone.alphas_cumprod, t, x_t())
     x_0, again = (
         process.predict_x0(x_t(), model.predict_noise(denoiser, x_t(), t, cond), a_t)
         for model, denoiser in ((backbone, backbone.denoiser), (velocity, wrapped))

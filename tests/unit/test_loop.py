@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny
 from attune.config.settings import TrainingConfig
-from attune.diffusion.noised import Noised
+from attune.diffusion.noised import NoisedBatch
 from attune.diffusion.policy import fingerprint
 from attune.methods import dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
@@ -220,7 +220,7 @@ class Fed:
 def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
     t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
-    rows = Noised(whole.chosen, t, noise, whole.cond)
+    rows = NoisedBatch(whole.chosen, t, noise, whole.cond)
     half = [rows[:3], rows[3:]]
     ends = []
     for minibatches in ([rows], half):
@@ -267,10 +267,10 @@ def test_a_compiled_network_is_the_same_network(new_policy, data, tmp_path, monk
         policy = new_policy(adapter=not full)
         if full:
             policy.unfreeze()
-        base, names = fingerprint(policy.frozen_copy or policy.denoiser), list(policy.denoiser.state_dict())
+        base, names = fingerprint(policy.reference_model or policy.denoiser), list(policy.denoiser.state_dict())
         history = tiny.run(method("dpo", policy, compile=wanted, lr=1e-4), data)
         assert (policy.denoiser._compiled_call_impl is not None) == wanted
-        assert fingerprint(policy.frozen_copy or policy.denoiser) == base
+        assert fingerprint(policy.reference_model or policy.denoiser) == base
         assert list(policy.denoiser.state_dict()) == names
         policy.save(tmp_path / str(wanted))
         ends.append(history)
@@ -287,9 +287,9 @@ def test_a_compiled_network_is_the_same_network(new_policy, data, tmp_path, monk
 def test_every_weight_trains_and_the_reference_does_not(new_policy, data, name):
     policy = new_policy(adapter=False)
     policy.unfreeze()
-    base, before = fingerprint(policy.frozen_copy), tiny.weights(policy)
+    base, before = fingerprint(policy.reference_model), tiny.weights(policy)
     history = tiny.run(method(name, policy, lr=1e-4), data)
-    assert fingerprint(policy.frozen_copy) == base
+    assert fingerprint(policy.reference_model) == base
     if name == "dpo":
         assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     after = policy.denoiser.state_dict()

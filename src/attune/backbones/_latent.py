@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attune.config.settings import Model
-from attune.diffusion.process import at, velocity_to_noise
+from attune.diffusion.process import extract, velocity_to_noise
 from attune.hub import Source, count_parameters, fetch_folder, parse, read_json
 from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer, weight_files
 
@@ -145,4 +145,4 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     """A denoiser's output as epsilon, in the dtype of x_t."""
     output = output.to(x_t.dtype)
-    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, at(alphas_cumprod, t, x_t))
+    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, extract(alphas_cumprod, t, x_t))

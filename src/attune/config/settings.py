@@ -117,6 +117,11 @@ class MethodConfig(TrainingConfig):
         None, description="watch a scorer while training, and stop early; null = do not"
     )
 
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """Scorers of the profile that the loss optimises, or that label its data: gains by them are not held out."""
+        return ()
+
 
 class AIFeedback(StrictModel):
     """A scorer's opinion of the clean images as labels, beside people's or instead of them."""

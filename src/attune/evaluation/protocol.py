@@ -7,7 +7,6 @@ protocols are not put into one table.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -98,16 +97,6 @@ class Protocol:
 def hash_prompts(prompts: Iterable[str]) -> str:
     """Name of a set of prompts: 12 hex digits, whatever their order and repetition."""
     return values_sha(sorted(set(prompts)))
-
-
-def noise_seed(prompt: str, ordinal: int, seed: int) -> int:
-    """Seed of the initial noise of one image, 0 .. 2^63 - 1.
-
-    From the prompt's content, never from its position, batch or rank: every model sees the same noise for the
-    same prompt, so pairs are real pairs whatever was sharded, resumed or left out (UniRL #236).
-    """
-    content = json.dumps([prompt, int(ordinal), int(seed)])
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
 
 
 def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:

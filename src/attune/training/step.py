@@ -183,7 +183,7 @@ def compile_in_place(trained: Trained) -> None:
 
     A frozen copy that serves as reference is compiled too, lest it differ from the policy by rounding alone.
     """
-    for module in filter(None, (trained.module, getattr(trained, "frozen_copy", None))):
+    for module in filter(None, (trained.module, getattr(trained, "reference_model", None))):
         module.compile()
 
 
