@@ -141,11 +141,11 @@ def interrupted(folder: Path, at: int | None = None) -> End:
         drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
 
         def batches(b: int, generator: torch.Generator) -> PairBatch:
-            if b == at and ours.rank == ours.world - 1:
+            if b == at and ours.rank == ours.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return drawn(b, generator)
 
-        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.first)
+        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
         return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
 
 
@@ -176,7 +176,7 @@ def errors() -> dict[str, str]:
 
 
 WHATS = {
-    "at_start_and_end": lambda folder: ends(),
+    "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
     "errors": lambda folder: errors(),
 }
