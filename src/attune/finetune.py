@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,8 @@ from attune.files import values_sha
 from attune.interfaces import Objective, Reward
 from attune.paths import PREFERENCE, PREPARED
 from attune.training.checkpoint import resumable
-from attune.training.loop import Batches, View, Watch, epoch_rows, train
+from attune.training.early_stopping import EarlyStopping
+from attune.training.loop import Batches, Callbacks, epoch_rows, train
 
 if TYPE_CHECKING:
     from attune.tracking import Run
@@ -75,15 +76,15 @@ def align(
             method,
             policy,
             batches,
-            config,
             seed=seed,
             checkpoint=checkpoint,
-            watch=watched(config.validation, policy, profile, run, report) if config.validation else None,
-            view=View(
-                f"align {name}",
-                run.log,
-                preview(policy, profile, run) if previews else None,
-                max(1, config.batches // max(1, previews)),
+            early_stopping=early_stopping(config.validation, policy, profile) if config.validation else None,
+            callbacks=Callbacks(
+                desc=f"align {name}",
+                log=run.log,
+                on_score=partial(log_score, run, config.validation, report),
+                sample_images=preview(policy, profile, run) if previews else None,
+                sample_every=max(1, config.batches // max(1, previews)),
             ),
         )
         if policy.shard.is_main_process:
@@ -116,20 +117,22 @@ def rewards_seen(config: MethodConfig, profile: Profile) -> list[tuple[str, str,
     return [scorer_identity(name, block) for name, block in blocks.items()]
 
 
-def watched(
-    validation: Validation, policy: Policy, profile: Profile, run: Run, report: Callable[[int, float], None]
-) -> Watch:
-    """The held-out score of a training: the mean over validation prompts, logged and reported as it is taken."""
+def early_stopping(validation: Validation, policy: Policy, profile: Profile) -> EarlyStopping:
+    """When a training is validated and ends; its score is the mean over validation prompts."""
     scorer, prompts = load_scorer(validation.scorer, profile), validation_prompts(validation.prompts)
 
     def score() -> float:
         return float(validation_scores(policy, validation.sampling, profile.seed, scorer, prompts).mean())
 
-    def told(batch: int, step: int, value: float) -> None:
-        run.log({f"validation/{validation.scorer}": value}, step)
-        report(batch, value)
+    return EarlyStopping(score, validation.every, validation.at_start_and_end, validation.patience)
 
-    return Watch(score, validation.every, validation.at_start_and_end, validation.patience, told)
+
+def log_score(
+    run: Run, validation: Validation, report: Callable[[int, float], None], batch: int, step: int, score: float
+) -> None:
+    """Logs a validation score and reports it."""
+    run.log({f"validation/{validation.scorer}": score}, step)
+    report(batch, score)
 
 
 def validation_scores(

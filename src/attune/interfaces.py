@@ -16,6 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from attune.config.settings import TrainingConfig
+
 Metrics = dict[str, float | Tensor]
 Log = Callable[[Mapping[str, float], int], None]
 """`log(metrics, step)`: how training reports; what listens is none of its business."""
@@ -87,6 +89,8 @@ class Backbone(Protocol):
 
 class Objective(Protocol):
     """What a method wants of the training loop: how a batch becomes minibatches, and the loss of one."""
+
+    config: TrainingConfig
 
     def minibatches(self, batch: Any, generator: torch.Generator) -> Iterable[Any]:
         """Offline methods yield the batch; online methods roll out the policy and yield what it produced.

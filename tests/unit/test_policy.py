@@ -395,9 +395,9 @@ def test_the_reference_stays_when_every_weight_moves(new, tmp_path):
     policy.unfreeze()
     assert len(policy.parameters()) == len(list(policy.denoiser.parameters()))
     assert torch.equal(drawn(policy), base)
-    before = fingerprint(policy.frozen_copy)
+    before = fingerprint(policy.reference_model)
     tiny.move(policy, 0.01)
-    assert fingerprint(policy.frozen_copy) == before
+    assert fingerprint(policy.reference_model) == before
     assert not torch.allclose(drawn(policy), base, atol=1e-3)
     with policy.reference():
         assert torch.equal(drawn(policy), base)
@@ -472,13 +472,13 @@ def test_what_training_starts_from_is_the_reference_bit_for_bit(started):
     policy, saved = started
     start = drawn(saved)
     assert torch.equal(drawn(policy), start)
-    before = fingerprint(policy.frozen_copy)
+    before = fingerprint(policy.reference_model)
     tiny.move(policy, 0.2)
-    assert fingerprint(policy.frozen_copy) == before
+    assert fingerprint(policy.reference_model) == before
     assert (drawn(policy) - start).abs().max() > 0.01
     with policy.reference():
         assert torch.equal(drawn(policy), start)
-    theirs, ours = dict(policy.frozen_copy.named_parameters()), dict(policy.denoiser.named_parameters())
+    theirs, ours = dict(policy.reference_model.named_parameters()), dict(policy.denoiser.named_parameters())
     assert theirs.keys() == ours.keys()
     assert {name for name in ours if theirs[name] is not ours[name]} == {name for name in ours if ".lora_" in name}
     assert not any(weight.requires_grad for weight in theirs.values())

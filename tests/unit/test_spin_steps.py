@@ -68,7 +68,7 @@ def test_every_iteration_starts_at_ln_2_and_pulls(second, data):
     loss.backward()
     assert all(weight.grad is not None for weight in second.parameters())
     assert sum(weight.grad.square().sum() for weight in second.parameters()) > 0
-    assert all(weight.grad is None for weight in second.frozen_copy.parameters())
+    assert all(weight.grad is None for weight in second.reference_model.parameters())
 
 
 def test_the_second_iteration_learns_and_its_reference_stays(second, data):
@@ -76,7 +76,7 @@ def test_the_second_iteration_learns_and_its_reference_stays(second, data):
     history = tiny.run(spin_of(second, batches=12, batch_size=8), data, batches=lambda b, g: data.pair_batch(range(8)))
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert sum(row["margin"] for row in history[-4:]) / 4 > 0.02
-    kept = [weight for name, weight in second.frozen_copy.named_parameters() if "lora_" in name]
+    kept = [weight for name, weight in second.reference_model.named_parameters() if "lora_" in name]
     assert all(torch.equal(a, b) for a, b in zip(kept, reference, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(second.parameters(), reference, strict=True))
 

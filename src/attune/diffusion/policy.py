@@ -39,7 +39,7 @@ class Policy:
         self.denoiser: nn.Module = backbone.denoiser
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
-        self.frozen_copy: nn.Module | None = None  # the reference, where it is not the denoiser without its adapter
+        self.reference_model: nn.Module | None = None  # the reference, where it is not the denoiser without its adapter
         self.shard = Shard()  # of the training this process takes part in
 
     def add_adapter(self, rank: int, seed: int, targets: str | Sequence[str] = "attention") -> None:
@@ -63,7 +63,7 @@ class Policy:
     def anchor(self) -> None:
         """Keeps what the policy is now as its reference: trainable weights are copied, frozen ones shared."""
         shared = {id(weight): weight for weight in self.denoiser.parameters() if not weight.requires_grad}
-        self.frozen_copy = copy.deepcopy(self.denoiser, shared).requires_grad_(False)
+        self.reference_model = copy.deepcopy(self.denoiser, shared).requires_grad_(False)
 
     def go_on(self, start: str, lora: Lora | None) -> None:
         """Takes on what `place[@revision]` holds, to be trained further; it is the reference from now on.
@@ -102,7 +102,7 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, predictions are the reference's and carry no graph. Keep the block to one assignment."""
-        with torch.no_grad(), self._without_adapter() if self.frozen_copy is None else self._as_the_copy():
+        with torch.no_grad(), self._without_adapter() if self.reference_model is None else self._as_the_copy():
             yield
 
     def drop_captions(self, cond: Conditioning, share: float, generator: torch.Generator) -> Conditioning:
@@ -145,7 +145,7 @@ class Policy:
         found = adapters.locate(source, revision)
         if found.is_dir():
             network = adapters.read_denoiser(found, self._bare(self.denoiser))
-            self.frozen_copy, self.denoiser, self.module = self.denoiser, network, network
+            self.reference_model, self.denoiser, self.module = self.denoiser, network, network
             return
         weights = adapters.read_lora(found, self.denoiser)
         ranks = adapters.ranks(weights, self.denoiser, found)
@@ -201,7 +201,7 @@ class Policy:
 
     @contextmanager
     def _as_the_copy(self) -> Iterator[None]:
-        learning, self.module = self.module, self.frozen_copy
+        learning, self.module = self.module, self.reference_model
         try:
             yield
         finally:

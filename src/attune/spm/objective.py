@@ -128,6 +128,8 @@ class SPMObjective:
         self.model.checkpointing = config.gradient_checkpointing
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
         self.shard = Shard()  # of the training this process takes part in
+        self.reference_model: nn.Module | None = None  # nothing is compared with a frozen copy
+        self.autocast: torch.dtype | None = None  # `loss` chooses its own precision
 
     def parameters(self) -> list[Tensor]:
         """What training may change: vision and text tower, projections and temperature."""

@@ -40,7 +40,7 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
     from attune.spm.model import save
     from attune.spm.objective import Config, SPMObjective, starting_model
     from attune.training.checkpoint import resumable
-    from attune.training.loop import View, epoch_rows, train
+    from attune.training.loop import Callbacks, epoch_rows, train
 
     config = Config.model_validate(profile.preference)
     policy = load_policy(profile)
@@ -58,10 +58,9 @@ def train_preference(profile: Profile, run: Run) -> tuple[list[dict[str, float]]
             objective,
             objective,
             lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, profile.seed)),
-            config,
             seed=profile.seed,
             checkpoint=checkpoint,
-            view=View("train preference", run.log),
+            callbacks=Callbacks("train preference", run.log),
         )
         if objective.shard.is_main_process:
             save(model, tokenizer, PREFERENCE)
