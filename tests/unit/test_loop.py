@@ -1,77 +1,33 @@
-"""The training loop: what a step does, what a checkpoint keeps, what stops it."""
+"""The training loop: which batches, groups and rates its steps get, and what it reports."""
 
-import gc
 import math
-import subprocess
-import sys
 from collections import Counter
-from functools import partialmethod
 
 import pytest
 import torch
-from torch import nn
 
 import tiny
+<<<<<<< HEAD
 from attune.config.settings import TrainingConfig
 from attune.diffusion.noised import NoisedBatch
+=======
+>>>>>>> training
 from attune.diffusion.policy import fingerprint
-from attune.methods import dpo, sft, spo
-from attune.training.checkpoint import Checkpoint
-from attune.training.guard import NonFiniteError
-from attune.training.loop import View, Watch, batch_generator, epoch_rows, train
+from attune.training import loop
+from attune.training.loop import Callbacks, batch_generator, epoch_order, epoch_rows
+from trainables import METHODS, Line, equal, method
 
-OWN = {
-    "sft": {},
-    "dpo": {"beta": 500.0},
-    "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "start_step": 1}
-    | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
-}
-METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
-
-
-def method(name, policy, **changes):
-    loop = {"lora": None, "lr": 1e-3, "batches": 3, "batch_size": 2, "warmup": 2}
-    config = METHODS[name].Config(**(loop | OWN[name] | changes))
-    return METHODS[name].Method(config, policy, *([tiny.brightness] if name == "spo" else []))
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-# ---------------------------------------------------------------- arithmetic, on one weight
-
-
-class Line:
-    """One weight w, starting at 0; the loss of minibatch x is x w, so its gradient is x."""
-
-    def __init__(self, *per_batch):
-        self.module, self.per_batch = nn.Linear(1, 1, bias=False), per_batch
-        self.module.weight.data.zero_()
-
-    def parameters(self):
-        return list(self.module.parameters())
-
-    def minibatches(self, batch, generator):
-        return self.per_batch[batch % len(self.per_batch)]
-
-    def loss(self, x):
-        loss = self.module(torch.tensor([x])).sum()
-        return loss, {"loss": loss, "x": x}
-
-    def train(self, batches, **config):
-        plain = {"lr": 0.1, "batch_size": 1, "weight_decay": 0.0}
-        config = TrainingConfig(batches=batches, **(plain | config))
-        history, _ = train(self, self, lambda b, generator: b, config, seed=0)
-        return history, self.module.weight.item()
+# ---------------------------------------------------------------- rates, groups and reports, on one weight
 
 
 def test_warm_up_by_hand():
     """A constant gradient makes AdamW move by its rate: 0.1 (1/4 + 2/4 + 3/4 + 1 + 1) = 0.35 downhill."""
-    history, w = Line([1.0]).train(5, warmup=4)
+    line, steady = Line([1.0]), Line([1.0])
+    history, _ = line.train(5, warmup=4)
     assert [row["lr"] for row in history] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
-    assert w == pytest.approx(-0.35, abs=1e-6)
-    assert Line([1.0]).train(5)[1] == pytest.approx(-0.5, abs=1e-6)
+    assert line.w == pytest.approx(-0.35, abs=1e-6)
+    steady.train(5)
+    assert steady.w == pytest.approx(-0.5, abs=1e-6)
 
 
 def test_linear_schedule_by_hand():
@@ -90,34 +46,6 @@ def test_linear_schedule_of_rollouts():
     assert [row["lr"] for row in history] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1])
 
 
-def test_adafactor_goes_downhill_at_the_given_rate():
-    """Its update is gradient / root mean square: for a constant gradient the rate itself, as with AdamW."""
-    assert Line([1.0]).train(5, optimizer="adafactor")[1] == pytest.approx(-0.5, abs=1e-4)
-
-
-def test_weight_decay_by_hand():
-    """No gradient, w = 1: each step leaves 1 - lr * decay = 0.95."""
-    line = Line([0.0])
-    line.module.weight.data.fill_(1.0)
-    assert line.train(2, weight_decay=0.5)[1] == pytest.approx(0.95**2)
-
-
-def test_clipping_by_hand():
-    """Gradients 1 and 100 clipped to norm 1 are gradients 1 and 1; the logged norm is the true one."""
-    history, w = Line([1.0, 100.0]).train(1, max_grad_norm=1.0)
-    assert [row["grad_norm"] for row in history] == pytest.approx([1, 100])
-    assert w == pytest.approx(Line([1.0, 1.0]).train(1)[1], abs=1e-6)
-    history, free = Line([1.0, 100.0]).train(1, max_grad_norm=None)
-    assert [row["grad_norm"] for row in history] == pytest.approx([1, 100])
-    assert abs(free - w) > 1e-3
-
-
-def test_accumulation_is_the_mean_gradient():
-    """Minibatches 1 and 3 make one step with gradient 2, and their mean is logged."""
-    history, _ = Line([1.0, 3.0]).train(1, accumulation=2, max_grad_norm=None)
-    assert [(row["step"], row["grad_norm"], row["x"]) for row in history] == [(1, pytest.approx(2), 2)]
-
-
 def test_accumulation_runs_across_batches():
     """Offline methods yield one minibatch per batch: five batches, two per step, and the last alone."""
     history, _ = Line([1.0], [3.0], [5.0], [7.0], [9.0]).train(5, accumulation=2)
@@ -125,33 +53,26 @@ def test_accumulation_runs_across_batches():
 
 
 def test_batches_may_yield_nothing():
-    """As when a judge is sure of no pair; the loop goes on."""
-    history, w = Line([], [1.0, 2.0], []).train(3)
+    """As when the preference model is sure of no pair; the loop goes on."""
+    line, idle = Line([], [1.0, 2.0], []), Line([])
+    history, _ = line.train(3)
     assert [(row["step"], row["batch"]) for row in history] == [(1, 1), (2, 1)]
-    assert w < 0
-    assert Line([]).train(2) == ([], 0.0)
+    assert line.w < 0
+    assert idle.train(2) == ([], [])
+    assert idle.w == 0
 
 
 def test_what_is_logged_is_the_history():
     logged, shown = [], []
     line = Line([1.0, 2.0])
-    config = TrainingConfig(lr=0.1, batches=4, batch_size=1)
-    view = View("a line", lambda row, step: logged.append({**row, "step": step}), shown.append, 2)
-    history, _ = train(line, line, lambda b, generator: b, config, seed=0, view=view)
+    callbacks = Callbacks(
+        "a line", log=lambda row, step: logged.append({**row, "step": step}), sample_images=shown.append, sample_every=2
+    )
+    history, _ = line.train(4, {"callbacks": callbacks})
     assert [{k: v for k, v in row.items() if k != "batch"} for row in history] == logged
     assert [row["batch"] for row in history] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {"loss", "x", "grad_norm", "lr", "step"} == set(logged[0])
     assert shown == [4, 8]  # the optimizer step after batches 2 and 4
-
-
-def test_an_infinite_gradient_of_a_finite_loss_stops():
-    class Root(Line):
-        def loss(self, x):
-            loss = self.module(torch.tensor([x])).sum().sqrt()  # slope infinite at 0
-            return loss, {"loss": loss}
-
-    with pytest.raises(NonFiniteError, match="grad_norm is inf at step 1"):
-        Root([1.0]).train(1, max_grad_norm=None)
 
 
 # ---------------------------------------------------------------- randomness
@@ -174,6 +95,22 @@ def test_every_epoch_shows_every_row_once(n, batch_size):
     if batch_size > 1 and n > 3:
         assert not torch.equal(*rows.split(n)[:2])  # shuffled anew
     assert not torch.equal(rows, torch.cat([epoch_rows(n, batch_size, b, seed=1) for b in range(n)]))
+
+
+def test_an_epoch_is_drawn_once(monkeypatch):
+    """30 rows in batches of 4, three epochs: three draws; batches 7 and 15 begin in one epoch and end in the next."""
+    epoch_order.cache_clear()
+    drawn, randperm = [], torch.randperm
+    monkeypatch.setattr(loop.torch, "randperm", lambda n, **options: drawn.append(n) or randperm(n, **options))
+    rows = torch.cat([epoch_rows(30, 4, b, seed=5) for b in range(22)])
+    assert drawn == [30, 30, 30]
+    orders = [randperm(30, generator=batch_generator(5, -1 - epoch)) for epoch in range(3)]
+    assert torch.equal(rows, torch.cat(orders)[:88])
+
+
+def test_no_rows_are_an_error_that_names_the_data():
+    with pytest.raises(ValueError, match="nothing to learn from: data/prepared holds 0 rows"):
+        epoch_rows(0, 2, 0, seed=0)
 
 
 # ---------------------------------------------------------------- real methods on a real network
@@ -205,6 +142,7 @@ def test_optimizer_steps_are_as_many_as_asked(new_policy, data, name):
         policy = new_policy()
         history = tiny.run(method(name, policy, accumulation=accumulation, batches=2), data)
         assert [row["step"] for row in history] == list(range(1, 2 * per_batch // accumulation + 1))
+<<<<<<< HEAD
 
 
 class Fed:
@@ -640,3 +578,5 @@ def test_nan_stops_with_the_first_bad_module_and_spares_the_checkpoint(policy, d
     assert message.startswith("loss is ")
     assert "at step 3" in message
     assert before == after
+=======
+>>>>>>> training
