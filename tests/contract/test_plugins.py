@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny_scorers
 from attune.config import plugins
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.config.settings import Model, SourceConfig

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import load
 
 from attune.build import load_policy
-from attune.config.check import load
 from attune.diffusion.generate import generate_images
 from attune.diffusion.noise import noise_seed
 from attune.evaluation.champion import NoCandidate, find_candidate

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import read_params
 from PIL import Image
 
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.profile import Profile
 from attune.config.schema import ConfigError, Float

@@ -215,13 +215,9 @@ def test_hub_addresses_need_their_full_commit(text, says):
 
 
 def test_addresses_that_lead_nowhere(monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"no file nowhere\.pt; one on the Hub is written owner/name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.pt; one on the Hub is written owner/name"):
         fetch_file(parse("nowhere.pt"))
-    with pytest.raises(
-        FileNotFoundError, match=r"no folder /no/where; one on the Hub is written owner/name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no folder /no/where; one on the Hub is written owner/name"):
         fetch_folder(parse("/no/where"), ["*"])
     with pytest.raises(ValueError, match="which file of the repository"):
         fetch_file(parse(f"owner/file@{COMMIT}"))
