@@ -237,8 +237,7 @@ def test_a_source_tells_the_plan_what_it_needs(name, tmp_path, monkeypatch):
         config = module.Config.model_validate(block)
         files = module.needs_files(config)
         assert all(isinstance(path, Path) for path in files)
-        on_the_hub = getattr(config, "revision", None) is not None
-        named = [] if on_the_hub or name == "world" else [config.path]
+        named = [] if name in ("world", "pickapic") else [config.path]  # generated; or on the Hub, as documented
         listed = [getattr(config, "test_list", None), getattr(config, "validation_list", None)]
         assert {str(path) for path in files} == {path for path in (*named, *listed) if path is not None}
         for ask in (module.split_sizes, module.listed_prompts):

@@ -444,9 +444,8 @@ def test_prompts_do_not_change_when_only_pairs_do(write, tmp_path):
 
     def written(rows, scorers=None):
         write(rows, scorers)
-        return (tmp_path / "prepared/prompts.parquet").read_bytes(), pd.read_parquet(
-            tmp_path / "prepared/pairs.parquet"
-        )
+        folder = tmp_path / "prepared"
+        return (folder / "prompts.parquet").read_bytes(), pd.read_parquet(folder / "pairs.parquet")
 
     prompts, pairs = written(rows(0, 1.0))
     more_pairs = [*rows(40, 0.5, extra={"utility_0": 1.0}), *(pair(90 + i, "bees") for i in range(3))]

@@ -23,6 +23,7 @@ from attune.data.ingest.ingest import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.sources._files import local_paths
 from attune.data.splits import hashed_split
 from attune.data.store import PreparedData
 
@@ -661,4 +662,4 @@ def test_shards_here_are_needed_and_those_of_the_hub_are_not(published):
     assert asked("pickapic", path=str(published)) == ([published], None, None)
     assert asked("pickapic", path=str(published / "data/train-*.parquet")) == (train, None, None)
     assert asked("pickapic", path=str(train[0])) == (train[:1], None, None)
-    assert asked("pickapic", path="owner/name", revision="a" * 40) == ([], None, None)
+    assert local_paths("owner/name") == local_paths(f"owner/name@{'a' * 40}") == []
