@@ -179,7 +179,7 @@ def test_the_published_weights_are_documented_pinned_and_guarded(name):
 # ---------------------------------------------------------------- sources
 
 
-def generate_images(prompts, ordinals, title):
+def generate_images(prompts, ordinals, desc):
     """Renderings of the world instead of images of the base model."""
     assert len(prompts) == len(ordinals)
     assert len(set(zip(prompts, ordinals, strict=True))) == len(prompts)  # or two would be the same

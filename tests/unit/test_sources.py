@@ -624,7 +624,8 @@ def test_a_table_is_known_with_its_images(tmp_path, monkeypatch):
         prompts_train=1, prompts_test=1, pairs_train=1, pairs_test=1
     )
     monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)  # a table of gigabytes
-    assert asked("table", path=str(path)) == (files, None, None)
+    folders = [path, *(tmp_path / name for name in ("a.png", "d.png", "sub"))]
+    assert asked("table", path=str(path)) == (folders, None, None)
     with pytest.raises(SourceError, match="is not there"):
         asked("table", path=str(tmp_path / "none.csv"))
 
