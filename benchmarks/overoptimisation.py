@@ -23,14 +23,15 @@ from torch import Tensor
 from attune.build import build_method, load_learner, load_scorer
 from attune.config.check import load
 from attune.config.profile import Profile
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.evaluation.diversity import diversity
 from attune.evaluation.statistics import bootstrap_mean_ci
 from attune.finetune import seed_of, training_batches
 from attune.interfaces import Reward
 from attune.paths import PREFERENCE, PREPARED
-from attune.training.loop import View, Watch, train
+from attune.training.early_stopping import EarlyStopping
+from attune.training.loop import Callbacks, train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED, VALIDATION, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
@@ -38,7 +39,7 @@ TRAINED, VALIDATION, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
 
 def looked_at(policy: Policy, profile: Profile, prompts: list[str], scorers: dict[str, Reward]) -> dict[str, Any]:
     """Mean score by each scorer with its 95 % CI, and diversity, of one image per prompt."""
-    images = paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+    images = generate_images(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     row: dict[str, Any] = {}
     with torch.no_grad():
@@ -74,7 +75,12 @@ def run(batches: int, every: int) -> list[dict[str, Any]]:
 
     _, seen = training_batches(method, policy.device, seed_of(profile.seed, None))
     _, scores = train(
-        method, policy, seen, method.config, seed=profile.seed, watch=Watch(score, every), view=View("alignprop")
+        method,
+        policy,
+        seen,
+        seed=profile.seed,
+        early_stopping=EarlyStopping(score, every),
+        callbacks=Callbacks("alignprop"),
     )
     return [{"batches": taken["batch"], **row} for taken, row in zip(scores, rows, strict=True)]
 

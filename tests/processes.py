@@ -36,8 +36,9 @@ from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save
 from attune.spm.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint
+from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
-from attune.training.loop import Watch, epoch_rows, train
+from attune.training.loop import Callbacks, epoch_rows, train
 
 ROOT = Path(__file__).parents[1]
 METHODS = plugins.available("methods")
@@ -126,7 +127,7 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
     def batches(b: int, generator: torch.Generator) -> PairBatch:
         return data.pair_batch(epoch_rows(n, config.batch_size, b, 0))
 
-    history, _ = train(objective, objective, batches, config, seed=0)
+    history, _ = train(objective, objective, batches, seed=0)
     return {"history": history, "before": before, "after": flat(moving)}
 
 
@@ -141,11 +142,11 @@ def interrupted(folder: Path, at: int | None = None) -> End:
         drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
 
         def batches(b: int, generator: torch.Generator) -> PairBatch:
-            if b == at and ours.rank == ours.world - 1:
+            if b == at and ours.rank == ours.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return drawn(b, generator)
 
-        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.first)
+        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
         return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
 
 
@@ -166,9 +167,9 @@ def errors() -> dict[str, str]:
                 raise KeyError("pruned")
 
         scores: list[float] = []
-        watch = Watch(lambda: scores.append(1.0) or len(scores), every=1, told=pruned)
+        stopping = EarlyStopping(lambda: scores.append(1.0) or len(scores), every=1)
         try:
-            alignment("sft", made, {"batch_size": 2}, watch=watch)
+            alignment("sft", made, {"batch_size": 2}, early_stopping=stopping, callbacks=Callbacks(on_score=pruned))
         except (KeyError, RuntimeError) as error:
             said["ended"] = f"{type(error).__name__}: {error}"
         said["scores asked for"] = str(len(scores))
@@ -176,7 +177,7 @@ def errors() -> dict[str, str]:
 
 
 WHATS = {
-    "at_start_and_end": lambda folder: ends(),
+    "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
     "errors": lambda folder: errors(),
 }

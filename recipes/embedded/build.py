@@ -24,7 +24,7 @@ from torch import nn
 
 from attune.clip.open_clip import save_open_clip
 from attune.config.settings import Sampling
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
 
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
@@ -86,7 +86,7 @@ def base_generator(folder: Path) -> scorers.ImageGenerator:
     sampling = Sampling(steps=12, eta=0, guidance_scale=2, batch_size=64)
 
     def generate(prompts: Sequence[str], seed: int) -> np.ndarray:
-        return paint(policy, prompts, range(len(prompts)), sampling, seed, "images of the base")
+        return generate_images(policy, prompts, range(len(prompts)), sampling, seed, "images of the base")
 
     return generate
 

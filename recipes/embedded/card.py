@@ -11,7 +11,7 @@ import torch
 from attune.backbones import sd
 from attune.config.settings import Model, Sampling
 from attune.data.sources.world import draw_prompts
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.world.oracle import VERDICT_FIELDS, judge
 
@@ -30,7 +30,7 @@ def base_figures(folder: Path, guidance_scale: float) -> dict[str, float]:
     policy = base_policy(folder)
     prompts = draw_prompts("test", PROMPTS, np.random.default_rng(0)).prompt.tolist()
     sampling = Sampling(steps=20, eta=0, guidance_scale=guidance_scale, batch_size=60)
-    images = paint(policy, prompts, [0] * PROMPTS, sampling, 0, "base figures")
+    images = generate_images(policy, prompts, [0] * PROMPTS, sampling, 0, "base figures")
     verdicts = judge(images.astype(np.float32) / 255, prompts)
     return {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in VERDICT_FIELDS}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
-from attune.clip.model import normalise
+from attune.clip.pixels import normalise
 from attune.rewards.aesthetic import Head
 from attune.world.flaws import damage, misread
 from attune.world.grammar import KINDS, Scene, all_scenes

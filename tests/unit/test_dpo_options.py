@@ -146,7 +146,7 @@ def test_wrong_options_name_their_key():
 
 
 def test_certain_labels_need_not_be_given(policy, data):
-    """`Noised` pairs without probabilities is what people's labels are."""
+    """`NoisedBatch` pairs without probabilities is what people's labels are."""
     method = dpo.Method(dpo.Config(**BLOCK), policy)
     (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
     assert minibatch.p_chosen.tolist() == [1.0] * 4

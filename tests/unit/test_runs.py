@@ -92,7 +92,7 @@ def test_a_wrong_run_is_named(values, key, value, says):
     assert says in refusal(values)
 
 
-@pytest.mark.parametrize("name", config.NOT_RUNS)
+@pytest.mark.parametrize("name", config.RESERVED)
 def test_names_of_other_models_are_taken(values, name):
     values["run_methods"] = {name: values["run_methods"]["dpo"]}
     values["profiles"]["tiny"]["methods"] = {name: block(values, "dpo")}
@@ -153,7 +153,7 @@ def test_a_learner_begins_where_its_run_says(tmp_path, tiny_folder, new_policy, 
     for expected, found in zip(saved.parameters(), again.parameters(), strict=True):
         assert torch.equal(expected, found)
     assert not all(torch.equal(*both) for both in zip(fresh.parameters(), again.parameters(), strict=True))
-    kept = dict(again.frozen_copy.named_parameters())
+    kept = dict(again.reference_model.named_parameters())
     assert all(torch.equal(kept[name], weight) for name, weight in again.denoiser.named_parameters())
 
 

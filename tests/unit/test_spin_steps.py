@@ -26,7 +26,7 @@ def second(new_policy, data, tmp_path):
     tiny.run(spin_of(first), data)
     first.save(tmp_path)
     policy = new_policy(adapter=False)
-    policy.go_on(str(tmp_path), ATTENTION)
+    policy.continue_from(str(tmp_path), ATTENTION)
     return policy
 
 
@@ -68,7 +68,7 @@ def test_every_iteration_starts_at_ln_2_and_pulls(second, data):
     loss.backward()
     assert all(weight.grad is not None for weight in second.parameters())
     assert sum(weight.grad.square().sum() for weight in second.parameters()) > 0
-    assert all(weight.grad is None for weight in second.frozen_copy.parameters())
+    assert all(weight.grad is None for weight in second.reference_model.parameters())
 
 
 def test_the_second_iteration_learns_and_its_reference_stays(second, data):
@@ -76,7 +76,7 @@ def test_the_second_iteration_learns_and_its_reference_stays(second, data):
     history = tiny.run(spin_of(second, batches=12, batch_size=8), data, batches=lambda b, g: data.pair_batch(range(8)))
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert sum(row["margin"] for row in history[-4:]) / 4 > 0.02
-    kept = [weight for name, weight in second.frozen_copy.named_parameters() if "lora_" in name]
+    kept = [weight for name, weight in second.reference_model.named_parameters() if "lora_" in name]
     assert all(torch.equal(a, b) for a, b in zip(kept, reference, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(second.parameters(), reference, strict=True))
 
@@ -89,5 +89,5 @@ def test_emptied_captions_are_emptied_for_both_and_after_painting(policy, data):
     for name, value in found.cond.tensors.items():
         real, opponent = value.chunk(2)
         assert torch.equal(real, opponent)
-        empty = [torch.equal(row, policy.null.tensors[name][0]) for row in real]
+        empty = [torch.equal(row, policy.uncond.tensors[name][0]) for row in real]
         assert 0 < sum(empty) < 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import time
@@ -163,9 +162,13 @@ def identity(name: str, uses: str, profile: Profile, search: Config) -> str:
 def _needed(uses: str, profile: Profile, block: Mapping[str, Any]) -> list[Path]:
     """Files and folders here that a training reads. What is on the Hub is named by its commit, in the settings."""
     method = plugins.load("methods", uses).Method
-    judge = [PREFERENCE] if "judge" in inspect.signature(method).parameters else []
+    preference = [PREFERENCE] if "preference_model" in method.needs else []
     places = [place for place in (profile.model.path, profile.model.vae, block.get("start")) if place]
-    return [*sorted(PREPARED.glob("*.parquet")), *judge, *(Path(place) for place in places if Path(place).exists())]
+    return [
+        *sorted(PREPARED.glob("*.parquet")),
+        *preference,
+        *(Path(place) for place in places if Path(place).exists()),
+    ]
 
 
 def slots(workers: int | None) -> list[str | None]:

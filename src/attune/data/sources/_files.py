@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attune.data.rows import BadRow, Pair, Prompt, Row, SourceError
+from attune.hub import NOTATION, HubError, fetch_file, list_files, parse
 
 SMALL_BYTES = 2_000_000  # of tables and lists, about 20,000 rows: read in less than a second
 
@@ -25,7 +25,7 @@ class DataFile:
     fetch: Callable[[], Path]
 
 
-def data_files(path: str, revision: str | None, endings: Sequence[str]) -> list[DataFile]:
+def data_files(path: str, endings: Sequence[str]) -> list[DataFile]:
     """The files with those endings, by name: of a file, a folder or a pattern here, else of a Hub data set.
 
     Raises:
@@ -38,10 +38,8 @@ def data_files(path: str, revision: str | None, endings: Sequence[str]) -> list[
         found = _local([here], here.parent)
     elif _is_pattern(path):
         found = _local(_glob(path), Path(here.anchor or "."))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        found = _on_hub(path, revision)
     else:
-        raise SourceError(f"data.path: {path} is neither a file or folder here nor the owner/name of a Hub data set")
+        found = _on_hub(path)
     matching = [file for file in found if file.name.endswith(tuple(endings))]
     if not matching:
         raise SourceError(f"data.path: {path} holds no {' or '.join(endings)} file")
@@ -68,24 +66,18 @@ def _local(files: Sequence[Path], root: Path) -> list[DataFile]:
     return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, lambda f=f: f) for f in files]
 
 
-def _on_hub(repository: str, revision: str | None) -> list[DataFile]:
-    if revision is None:
-        raise SourceError(
-            f"data.revision: no {repository} here, and to read it from the Hub the commit must be named: what "
-            "`main` holds can change"
-        )
-    from huggingface_hub import HfApi, hf_hub_download
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-
+def _on_hub(path: str) -> list[DataFile]:
     try:
-        tree = HfApi().list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
-        files = [entry for entry in tree if hasattr(entry, "size")]
-    except Exception as error:  # no such repository, no access, no network: the message says which
-        raise SourceError(f"data.path: {repository} at {revision}: {error}") from error
+        source = parse(path)
+        sizes = list_files(source, "dataset") if source.commit else {}
+    except (HubError, ValueError) as error:
+        raise SourceError(f"data.path: {error}") from error
+    if source.commit is None:
+        raise SourceError(f"data.path: {path} is neither here nor a data set on the Hub, {NOTATION}")
+    whole = replace(source, inner="")
     return [
-        DataFile(f.path, f.size, lambda name=f.path: fetch(name)) for f in sorted(files, key=lambda entry: entry.path)
+        DataFile(name, size, lambda name=name: fetch_file(whole / name, repo_type="dataset"))
+        for name, size in sorted(sizes.items())
     ]
 
 

@@ -28,7 +28,7 @@ import pyarrow.parquet
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import Commit, PairFilesConfig
+from attune.config.settings import Location, PairFilesConfig
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
 from attune.data.sources._files import DataFile, data_files, listed_test_prompts, local_paths, prompt_texts
 from attune.data.sources._labels import as_float
@@ -48,8 +48,7 @@ GB = 1_000_000_000
 
 
 class Config(PairFilesConfig):
-    path: str = Field(description="a folder, file or pattern of shards here, or a Hub data set")
-    revision: Commit | None = Field(None, description="Hub commit; required for a Hub data set")
+    path: Location = Field(description="a folder, file or pattern of shards here, or a Hub data set, owner/name@commit")
     max_gb: Float | None = Field(None, gt=0, description="of shards to read or download, 10^9 bytes; null = no limit")
 
 
@@ -59,7 +58,7 @@ def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quot
     Raises:
         SourceError: there are no shards, or a parquet shard lacks a column.
     """
-    shards = by_split(data_files(config.path, config.revision, (".parquet", ".tar")))
+    shards = by_split(data_files(config.path, (".parquet", ".tar")))
     first = shards[0][1]
     if config.max_gb is not None and first.size > config.max_gb * GB:
         raise SourceError(f"data.max_gb: {config.max_gb} is less than {first.name} alone, {first.size / GB:.3g} GB")
