@@ -202,7 +202,7 @@ def test_the_published_weights_are_documented_pinned_and_guarded(name):
 # ---------------------------------------------------------------- sources
 
 
-def generate_images(prompts, ordinals, title):
+def generate_images(prompts, ordinals, desc):
     """Renderings of the world instead of images of the base model."""
     assert len(prompts) == len(ordinals)
     assert len(set(zip(prompts, ordinals, strict=True))) == len(prompts)  # or two would be the same
@@ -260,8 +260,7 @@ def test_a_source_tells_the_plan_what_it_needs(name, tmp_path, monkeypatch):
         config = module.Config.model_validate(block)
         files = module.needs_files(config)
         assert all(isinstance(path, Path) for path in files)
-        on_the_hub = name != "world" and "@" in config.path
-        named = [] if on_the_hub or name == "world" else [config.path]
+        named = [] if name in ("world", "pickapic") else [config.path]  # generated; or on the Hub, as documented
         listed = [getattr(config, "test_list", None), getattr(config, "validation_list", None)]
         assert {str(path) for path in files} == {path for path in (*named, *listed) if path is not None}
         for ask in (module.split_sizes, module.listed_prompts):

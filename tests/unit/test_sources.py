@@ -23,6 +23,7 @@ from attune.data.ingest.ingest import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.sources._files import local_paths
 from attune.data.splits import hashed_split
 from attune.data.store import PreparedData
 
@@ -623,7 +624,8 @@ def test_a_table_is_known_with_its_images(tmp_path, monkeypatch):
         prompts_train=1, prompts_test=1, pairs_train=1, pairs_test=1
     )
     monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)  # a table of gigabytes
-    assert asked("table", path=str(path)) == (files, None, None)
+    folders = [path, *(tmp_path / name for name in ("a.png", "d.png", "sub"))]
+    assert asked("table", path=str(path)) == (folders, None, None)
     with pytest.raises(SourceError, match="is not there"):
         asked("table", path=str(tmp_path / "none.csv"))
 
@@ -661,4 +663,4 @@ def test_shards_here_are_needed_and_those_of_the_hub_are_not(published):
     assert asked("pickapic", path=str(published)) == ([published], None, None)
     assert asked("pickapic", path=str(published / "data/train-*.parquet")) == (train, None, None)
     assert asked("pickapic", path=str(train[0])) == (train[:1], None, None)
-    assert asked("pickapic", path="owner/name", revision="a" * 40) == ([], None, None)
+    assert local_paths("owner/name") == local_paths(f"owner/name@{'a' * 40}") == []
