@@ -27,7 +27,7 @@ from attune.build import load_policy, load_scorer
 from attune.config.check import load, method_of, read_params
 from attune.config.profile import Params, Profile
 from attune.config.search import Config
-from attune.evaluation.statistics import Comparison, compare
+from attune.evaluation.statistics import Comparison, compare_paired
 from attune.finetune import align, validation_scores
 from attune.search.space import settings
 from attune.search.sweep import sweep
@@ -76,7 +76,7 @@ def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
     result["scores"] = {name: dict(zip(JUDGES, s.mean(axis=0).tolist(), strict=True)) for name, s in scores.items()}
     for i, judge in enumerate(JUDGES):
         result["comparisons"][judge] = {
-            f"{a} - {b}": vars(compare(scores[a][:, i], scores[b][:, i])) for a, b in PAIRS
+            f"{a} - {b}": vars(compare_paired(scores[a][:, i], scores[b][:, i])) for a, b in PAIRS
         }  # fmt: skip
     return result
 

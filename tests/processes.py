@@ -30,7 +30,7 @@ from attune.config.profile import Params, Profile
 from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save

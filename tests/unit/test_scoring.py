@@ -7,17 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import read_params
 from PIL import Image
 
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.profile import Profile
 from attune.config.schema import ConfigError, Float
 from attune.config.settings import Location, ScorerConfig, Sha256
+from attune.evaluation import scoring
+from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.protocol import Protocol, hash_prompts, read_scores, scorer_identity
-from attune.evaluation.report.verdict import to_markdown
+from attune.evaluation.report.render import to_markdown
+from attune.evaluation.summarise import summarise
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
-from attune.stages import evaluate, report
+from attune.stages.evaluate import evaluate
 from attune.world.grammar import all_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -168,11 +171,13 @@ def test_other_weights_have_none_unless_stated():
 
 
 def test_a_mean_out_of_range_stops_and_says_what_to_check():
-    evaluate.check_mean("pickscore", 21.0, (17.0, 25.0))
-    evaluate.check_mean("anything", 1e9, None)
+    scoring.check_mean("pickscore", 21.0, (17.0, 25.0))
+    scoring.check_mean("anything", 1e9, None)
     for mean in (0.21, float("nan")):
-        with pytest.raises(SystemExit, match=r"pickscore: mean .* outside 17 to 25.* hidden_act .*expected_range sets"):
-            evaluate.check_mean("pickscore", mean, (17.0, 25.0))
+        with pytest.raises(
+            scoring.UnexpectedMean, match=r"pickscore: mean .* outside 17 to 25.* hidden_act .*expected_range sets"
+        ):
+            scoring.check_mean("pickscore", mean, (17.0, 25.0))
 
 
 # ---------------------------------------------------------------- the stage
@@ -193,61 +198,72 @@ def generated(tmp_path, monkeypatch):
     made = Protocol(hash_prompts(prompts), 35, 2, "ddim", 4, 0, 1, 32, "float32", 0, ())
     (folder / "protocol.json").write_text(json.dumps(made.to_dict() | {"scorers": []}))
     values = read_params(ROOT / "params.yaml")["profiles"]["tiny"]
-    return lambda *names: Profile.model_validate(values | {"scorers": {n: values["scorers"][n] for n in names}})
+
+    def profile(*names: str, **changes: dict) -> Profile:
+        scorers = {name: values["scorers"][name] | changes.get(name, {}) for name in (*names, *changes)}
+        return Profile.model_validate(values | {"scorers": scorers})
+
+    return profile
 
 
 def test_batches_give_the_scores_of_one_call(generated):
-    frame, protocol = evaluate.evaluate("base", generated("oracle", "pickscore", "aesthetic"))
-    stored, same = read_scores("reports/scores/base.parquet")
-    assert same == protocol
+    frame = evaluate("base", generated("oracle", "pickscore", "aesthetic"))
+    stored, protocol = read_scores("reports/scores/base.parquet")
+    assert protocol.scorer_names == ("aesthetic", "oracle", "pickscore")
     assert list(stored) == list(frame.columns)
     assert {"oracle.faithfulness", "oracle.appeal"} <= set(stored)
     scorer = pickscore.load(pickscore.Config(path="models/embedded/pickscore"))
-    pixels = evaluate.read_pixels(Path("data/generated/base"), frame.file)
+    pixels = scoring.read_pixels(Path("data/generated/base"), frame.file)
     with torch.no_grad():
         whole = scorer(pixels, frame.prompt.tolist()).double().numpy()
     np.testing.assert_allclose(stored.pickscore, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_features_come_from_the_first_scorer_that_offers_them(generated):
-    evaluate.evaluate("base", generated("oracle", "pickscore", "aesthetic"))
+    evaluate("base", generated("oracle", "pickscore", "aesthetic"))
     features = np.load("reports/features/base.npy")
     assert features.shape == (70, 64)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
 def test_without_features_the_report_says_so(generated):
-    frame, protocol = evaluate.evaluate("base", generated("oracle"))
+    evaluate("base", generated("oracle"))
     assert np.load("reports/features/base.npy").shape == (70, 0)
-    extras = report.extras(["base"], {"base": frame})
-    assert set(extras["base"]) == {"indices"}
-    summary = report_summary({"base": frame}, protocol, extras)
+    summary = summary_of_base()
+    assert set(summary.methods["base"].diagnostics.indices) == {"saturation", "high_frequency"}
+    assert summary.methods["base"].diagnostics.diversity is None
     assert "Diversity and drift from the base were not measured" in to_markdown(summary)
 
 
 def test_with_features_it_does_not(generated):
-    frame, protocol = evaluate.evaluate("base", generated("aesthetic"))
-    summary = report_summary({"base": frame}, protocol, report.extras(["base"], {"base": frame}))
-    assert summary["methods"]["base"]["diversity"]["vendi"] > 1
+    evaluate("base", generated("aesthetic"))
+    summary = summary_of_base()
+    assert summary.methods["base"].diagnostics.diversity["vendi"] > 1
     assert "were not measured" not in to_markdown(summary)
 
 
-def report_summary(tables, protocol, extras):
-    from attune.evaluation.report.verdict import summarise
+def test_an_unexpected_mean_ends_the_stage_and_writes_nothing(generated):
+    with pytest.raises(SystemExit, match=r"scorer pickscore: mean .* lies outside 100 to 200"):
+        evaluate("base", generated("oracle", pickscore={"expected_range": [100, 200]}))
+    assert not Path("reports").exists()
 
-    return summarise(tables, protocol, extras=extras)
+
+def summary_of_base():
+    frame, protocol = read_scores("reports/scores/base.parquet")
+    found = diagnostics({"base": frame}, Path("data/generated"), Path("reports/features"))
+    return summarise({"base": frame}, protocol, diagnostics=found)
 
 
 def test_memory_holds_one_batch(generated, monkeypatch):
     seen = []
-    whole = evaluate.read_pixels
-    monkeypatch.setattr(evaluate, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
-    evaluate.evaluate("base", generated("pickscore", "aesthetic"))
+    whole = scoring.read_pixels
+    monkeypatch.setattr(scoring, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
+    evaluate("base", generated("pickscore", "aesthetic"))
     assert seen == [32, 32, 6] * 2
 
 
 def test_transparency_is_dropped(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
     Image.fromarray(picture, "RGBA").save(tmp_path / "a.png")
-    pixels = evaluate.read_pixels(tmp_path, pd.Series(["a.png"]))
+    pixels = scoring.read_pixels(tmp_path, pd.Series(["a.png"]))
     assert torch.equal(pixels[0], torch.from_numpy(picture[..., :3].copy()).permute(2, 0, 1) / 255)

@@ -1,8 +1,8 @@
 """The protocol: everything that decides a score besides the weights, as one frozen and hashed value.
 
 The same checkpoint scored by two papers differs by more than the gains they claim, because samplers, steps,
-guidance and scorer versions differ. Here a score cannot be stored without its protocol, and scores of
-different protocols cannot meet in one table.
+guidance and scorer versions differ. Here a score is not stored without its protocol, and scores of different
+protocols are not put into one table.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ from attune.hub import identity
 _METADATA_KEY = b"attune.protocol"
 KEY_COLUMNS = ("prompt", "ordinal", "file")
 """What identifies an image in a score table; every other column is a score."""
+SCORER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+"""Names of scorers, whole. No dot: the column `name.part` is a part of scorer `name`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Protocol:
             raise ValueError(f"n_prompts, images_per_prompt, steps and resolution must be positive: {self}")
         if any(len(scorer) != 3 for scorer in self.scorers):
             raise ValueError(f"a scorer is (name, revision or hash of its weights, settings), found {self.scorers}")
+        if wrong := [name for name in self.scorer_names if not SCORER_NAME.fullmatch(name)]:
+            raise ValueError(f"a scorer's name is letters, digits, _ and -, a letter first; found {wrong}")
         if len(set(self.scorer_names)) < len(self.scorers):
             raise ValueError(f"scorer named twice: {self.scorer_names}")
 

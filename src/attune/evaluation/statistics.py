@@ -29,7 +29,7 @@ class Comparison:
     minimum_detectable_effect: float  # mean difference these prompts find with power 0.8; nan for one prompt
 
 
-def compare(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+def compare_paired(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
     """Compares two score vectors prompt by prompt.
 
     Both intervals come from the same resamples of prompts, and every call with one seed and one n draws the

@@ -18,7 +18,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from attune.evaluation.statistics import Comparison, compare
+from attune.evaluation.statistics import Comparison, compare_paired
 from attune.files import values_sha
 from attune.search.figures import draw_finals
 from attune.search.results import ranked, table, write_best
@@ -109,7 +109,7 @@ def against(study: optuna.Study, plan: Plan, before: dict[str, Any]) -> dict[int
     scores = {trial.number: np.array(trial.user_attrs["scores"][plan.objectives[0]]) for trial in ended}
     base = next((trial.number for trial in ended if is_of(trial, before)), None)
     rivals = [number for number in scores if number != base] if base is not None else []
-    return {number: compare(scores[number], scores[base], seed=plan.seed) for number in rivals}
+    return {number: compare_paired(scores[number], scores[base], seed=plan.seed) for number in rivals}
 
 
 def is_of(trial: FrozenTrial, settings: dict[str, Any]) -> bool:

@@ -52,7 +52,7 @@ class Version:
 
 
 @_plainly
-def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
+def get_by_alias(name: str, alias: str, uri: str, root: Path) -> Version | None:
     """The version that holds an alias; None if none does."""
     from mlflow.exceptions import MlflowException
 
@@ -108,11 +108,11 @@ def register(
 
 
 @_plainly
-def appoint(name: str, alias: str, number: str, uri: str, root: Path) -> None:
+def set_alias(name: str, alias: str, number: str, uri: str, root: Path) -> None:
     """Gives a version an alias and takes it from any other; the champion is no challenger."""
     client = _client(uri, root)
     client.set_registered_model_alias(name, alias, number)
-    rival = holder(name, CHALLENGER, uri, root)
+    rival = get_by_alias(name, CHALLENGER, uri, root)
     if alias == CHAMPION and rival is not None and rival.number == number:
         client.delete_registered_model_alias(name, CHALLENGER)
 
@@ -127,7 +127,7 @@ def load(name: str, uri: str, root: Path) -> Any:
     """
     import mlflow
 
-    if (found := holder(name, CHAMPION, uri, root)) is None:
+    if (found := get_by_alias(name, CHAMPION, uri, root)) is None:
         raise LookupError(f"no version of {name} holds the alias {CHAMPION}")
     with _fluent(_client(uri, root).tracking_uri):
         model = mlflow.diffusers.load_model(f"models:/{name}@{CHAMPION}")

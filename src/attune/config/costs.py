@@ -1,0 +1,194 @@
+"""What each stage will do and roughly cost, as rows of a table; what cannot be known beforehand is "unknown".
+
+Memory is counted, not measured: weights, and for what trains gradients and the optimizer's state. Activations come on
+top and depend on batch size, resolution and gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from attune.config import plugins
+from attune.config.make_plan import needs
+from attune.config.resolve import Settings
+from attune.config.settings import MethodConfig, TrainingConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+UNKNOWN = "unknown"
+GB = 1e9
+STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
+PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of the table; every cell is text."""
+
+    stage: str
+    does: str
+    sees: str = ""
+    gpu: str = ""  # memory on the GPU, or of the process without one
+    disk: str = ""
+    download: str = ""
+    time: str = UNKNOWN
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a base model has."""
+
+    denoiser: int | None
+    encoders: int | None
+    autoencoder: int | None
+
+
+def base_weights(s: Settings) -> Weights:
+    """Counted in the files if they are here, else what models of this kind usually have."""
+    folder = Path(s.model.path)
+    if folder.is_dir():
+        encoders = [count(part) for part in sorted(folder.glob("text_encoder*"))]
+        return Weights(count(folder / "unet"), sum(encoders), count(folder / "vae"))
+    facts = plugins.load("backbones", s.model.backbone).NOMINAL_WEIGHTS
+    return Weights(facts["denoiser"], facts["text_encoders"], facts["autoencoder"])
+
+
+def count(folder: Path) -> int:
+    """Weights in the safetensors files of a folder, by their headers; files of other precisions count once."""
+    files = [file for file in folder.glob("*.safetensors") if file.name.count(".") == 1] or list(
+        folder.glob("*.safetensors")
+    )
+    return sum(_in_file(file) for file in files)
+
+
+def _in_file(file: Path) -> int:
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return sum(_product(shape) for shape in shapes)
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def rows(
+    s: Settings, downloads: Mapping[str, float | None], seconds: Mapping[str, float], rows_here: Mapping[str, int]
+):
+    """The table, stage by stage.
+
+    Args:
+        downloads: stage -> bytes to download, None if unknown.
+        seconds: stage -> how long it took the last time on this machine, doing the same.
+        rows_here: training `pairs` and `prompts` that are prepared already, if they are.
+    """
+    weights, known = base_weights(s), plugins.load("sources", s.source).split_sizes(s.data)
+    sizes = _training_rows(known) | dict(rows_here)
+    for row in _rows(s, weights, sizes):
+        stage = row.stage
+        took = f"{_duration(seconds[stage])} (last time)" if stage in seconds else UNKNOWN
+        yield Row(row.stage, row.does, row.sees, row.gpu, row.disk, _size(downloads.get(stage, 0)), took)
+
+
+def _training_rows(known: Mapping[str, Mapping[str, int]] | None) -> dict[str, int]:
+    return {} if known is None else {kind: known[kind].get("train", 0) for kind in ("prompts", "pairs")}
+
+
+def _rows(s: Settings, weights: Weights, sizes: Mapping[str, int]) -> Iterator[Row]:
+    frozen = _frozen(s, weights)
+    pairs, prompts = sizes.get("pairs"), sizes.get("prompts")
+    found = f"{_many(prompts)} training prompts, {_many(pairs)} pairs"
+    yield Row("prepare", f"source {s.source}: {found}", gpu=_size(frozen))
+    yield _preference(s, weights, pairs)
+    for name, run in s.runs.items():
+        yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
+    images = s.generate.prompts * s.generate.images_per_prompt
+    for name in s.runs:
+        resolution = s.model.resolution or 512
+        yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), disk=_size(images * resolution**2 * 1.5))
+    for name in s.runs:
+        yield Row(f"evaluate@{name}", f"{images:,} images by {', '.join(s.scorers)}")
+    yield Row("report", f"{len(s.runs)} runs compared")
+
+
+def _preference(s: Settings, weights: Weights, pairs: int | None) -> Row:
+    used = s.preference is not None and any(needs(run.method, "preference_model") for run in s.runs.values())
+    if not used:
+        return Row("train_preference", "nothing: no run needs the preference model")
+    clip = Path(s.preference.clip)
+    own = count(clip) if clip.is_dir() else PREFERENCE_WEIGHTS
+    memory = own * STATE[s.preference.optimizer] + (_frozen(s, weights) or 0)
+    return Row(
+        "train_preference", _training(s.preference, "pairs"), _epochs(s.preference, pairs, "pairs"), _size(memory)
+    )
+
+
+def _align(name: str, s: Settings, weights: Weights, sizes: Mapping[str, int]) -> Row:
+    config, method = s.methods[name], s.runs[name].method
+    kind = plugins.load("methods", method).Method.consumes
+    does = f"{method}: {_training(config, kind)}"
+    return Row(
+        f"align@{name}", does, _epochs(config, sizes.get(kind), kind), _size(_training_memory(config, s, weights))
+    )
+
+
+def _training(config: TrainingConfig, kind: str) -> str:
+    steps = f", a step each {config.accumulation} minibatches" if config.accumulation > 1 else ""
+    return f"{config.batches:,} batches of {config.batch_size} {kind}{steps}"
+
+
+def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
+    seen = config.batches * config.batch_size
+    return f"{seen:,} {kind}, " + (f"{seen / n:.3g} epochs" if n else f"epochs {UNKNOWN}")
+
+
+def _frozen(s: Settings, weights: Weights) -> float | None:
+    if weights.denoiser is None:
+        return None
+    half = BYTES[s.model.dtype]
+    return (weights.denoiser + weights.encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
+
+
+def _training_memory(config: MethodConfig, s: Settings, weights: Weights) -> float | None:
+    """All networks, and for full fine-tuning the float32 weights, their gradients, moments and frozen copy."""
+    frozen = _frozen(s, weights)
+    if frozen is None or config.lora is not None:
+        return frozen
+    return frozen + weights.denoiser * (STATE[config.optimizer] + 4 - BYTES[s.model.dtype])
+
+
+def _size(n: float | None) -> str:
+    if n is None:
+        return UNKNOWN
+    return "" if n == 0 else f"{n / GB:.1f} GB" if n >= 0.1 * GB else f"{n / 1e6:.0f} MB"
+
+
+def _many(n: int | None) -> str:
+    return UNKNOWN if n is None else f"{n:,}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def as_text(table: list[Row]) -> str:
+    """The table with aligned columns, for a terminal."""
+    names = {"gpu": "memory, without activations"}
+    columns = [field.name for field in fields(Row)]
+    lines = [[names.get(name, name) for name in columns]] + [[getattr(row, name) for name in columns] for row in table]
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)
