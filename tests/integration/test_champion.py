@@ -72,7 +72,7 @@ def _get_by_alias(place, alias: str) -> tuple[str, str] | None:
 
 def _promote(place, **options: bool) -> str:
     profile = load()[1]
-    base = (profile.model.path, profile.model.revision)
+    base = (profile.model.path, None)
     candidate = find_candidate(Path("reports"), Path("models"))
     return promote(NAME, candidate, base, place, seed=profile.seed, **options)
 

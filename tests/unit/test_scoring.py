@@ -244,7 +244,7 @@ def test_with_features_it_does_not(generated):
 
 def test_an_unexpected_mean_ends_the_stage_and_writes_nothing(generated):
     with pytest.raises(SystemExit, match=r"scorer pickscore: mean .* lies outside 100 to 200"):
-        evaluate("base", generated("oracle", pickscore={"expected_mean": [100, 200]}))
+        evaluate("base", generated("oracle", pickscore={"expected_range": [100, 200]}))
     assert not Path("reports").exists()
 
 
