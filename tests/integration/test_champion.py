@@ -65,7 +65,7 @@ def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
 
 
 def _holder(place, alias: str) -> tuple[str, str] | None:
-    found = registry.holder(NAME, alias, *place)
+    found = registry.get_by_alias(NAME, alias, *place)
     return found and (found.number, found.tags["run"])
 
 
@@ -151,4 +151,4 @@ def test_what_cannot_be_registered_is_named(place):
 def test_a_registry_that_is_away_is_named_in_a_line(place, tmp_path):
     """Nothing listens on port 9 here."""
     with pytest.raises(registry.RegistryError, match=r"^MlflowException: .*127\.0\.0\.1"):
-        registry.holder(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)
+        registry.get_by_alias(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)

@@ -72,14 +72,14 @@ def challenge(name: str, profile: Profile, place: tuple[str, Path], *, anew: boo
     tags |= {"base": profile.model.path, "difference": f"{difference(summary, run)[0]:.6g}"}
     tags |= {"base.revision": profile.model.revision} if profile.model.revision else {}
     for alias in (registry.CHAMPION, registry.CHALLENGER):
-        known = registry.holder(name, alias, *place)
+        known = registry.get_by_alias(name, alias, *place)
         if known and (known.tags["adapter"], known.tags["protocol"]) == (tags["adapter"], protocol.sha):
             return f"{run} is {alias} already, version {known.number} of {name}"
-    old = registry.holder(name, registry.CHAMPION, *place)
+    old = registry.get_by_alias(name, registry.CHAMPION, *place)
     found = None if old is None or anew else against(old, scores, headline, profile.seed, place)
     version = registry.register(name, adapter, profile.model.path, scores, tags, place)
     wins = found is None or found.difference_ci95[0] > 0
-    registry.appoint(name, registry.CHAMPION if wins else registry.CHALLENGER, version.number, *place)
+    registry.set_alias(name, registry.CHAMPION if wins else registry.CHALLENGER, version.number, *place)
     return verdict(f"{run}, version {version.number} of {name},", old, found, headline)
 
 
@@ -121,7 +121,7 @@ def against(old: registry.Version, scores: Path, headline: str, seed: int, place
             f"the best run here under {protocol.sha}: they cannot be compared. Score both alike, or use --anew"
         )
     with tempfile.TemporaryDirectory() as folder:
-        theirs, _ = read_scores(registry.scores_of(old, Path(folder), *place))
+        theirs, _ = read_scores(registry.download_scores(old, Path(folder), *place))
     return compare(by_prompt(frame, headline), by_prompt(theirs, headline), seed=seed)
 
 
