@@ -19,7 +19,7 @@ from attune import tracking
 from attune.config import plugins
 from attune.config.search import Config
 from attune.config.settings import Model, Sampling
-from attune.search.sweep import SweepPlan
+from attune.search.plan import SweepPlan
 
 SETTINGS = {"lora": {"rank": 4}, "lr": 1e-4, "batches": 200, "batch_size": 2, "beta": 500}
 SEARCH = {

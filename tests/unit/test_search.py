@@ -117,7 +117,7 @@ def test_a_lost_trial_of_part_of_a_grid_is_done_again(tmp_path):
 
 
 def test_a_result_of_a_reaped_trial_is_dropped_and_its_worker_goes_on(caplog):
-    """It is told FAIL by another while at work; what it does next with the study is refused."""
+    """Another process sets it to FAIL while it runs; the next report to the study raises UpdateFinishedTrialError."""
     made = optuna.create_study()
 
     def objective(asked: optuna.Trial) -> list[float]:

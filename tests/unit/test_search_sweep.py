@@ -11,13 +11,14 @@ import pytest
 
 from attune.config import plugins
 from attune.search import study, sweep
+from attune.search.plan import SweepPlan
 from attune.search.trial import Trial
 from searching import SETTINGS, sweep_plan
 
 DPO = plugins.config_class("methods", "dpo")
 
 
-def name(plan: sweep.SweepPlan) -> str:
+def name(plan: SweepPlan) -> str:
     return sweep.study_spec(plan, Path("root")).name
 
 

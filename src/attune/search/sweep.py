@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attune import tracking
 from attune.config.search import Config
-from attune.config.settings import MethodConfig, Model, Sampling, ScorerConfig
 from attune.files import digest, values_sha
 from attune.paths import project_root
 from attune.search import full_length
 from attune.search.figures import draw
+from attune.search.plan import SweepPlan
 from attune.search.results import write
 from attune.search.space import current_settings, distributions, fixed_settings, grid_points, with_values
 from attune.search.study import SearchError, StudySpec, how_to_reset, open_study, pending, storage_url
@@ -29,28 +28,6 @@ from attune.search.workers import run_workers
 SESSION_ONLY = {"trials", "finalists", "minutes", "workers", "storage"}  # may change between sessions of a study
 STORAGE = "ATTUNE_STORAGE"  # environment variable, before the block's `storage`; may hold a password
 TRACKED_AS = "run"  # attribute of the study: the sweep's tracking run
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """All that a search of a run's settings needs; nothing else of the parameters is read."""
-
-    profile: str
-    run: str  # the run whose settings are searched
-    method: str  # its method, a file of attune/methods
-    seed: int
-    threads: int  # CPU threads of a worker
-    model: Model
-    config: MethodConfig  # the run's settings, an instance of the method's Config
-    search: Config
-    sampling: Sampling  # how validation images are sampled
-    scorers: Mapping[str, tuple[str, ScorerConfig]]  # name -> plug-in, settings; objectives and those asked in training
-    prepared: Path  # folder of the prepared data
-    preference: Path | None  # folder of the preference model; None if the method does not use it
-    start: Path | None  # model here that the training starts from
-    report: Path  # folder of the results
-    tracking: str | None
-    inputs: Mapping[str, str]  # other local files and folders, and code -> digest
 
 
 Work = Callable[[StudySpec, Trial], tuple[optuna.Study, str]]

@@ -17,6 +17,7 @@ from attune import tracking
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config
 from attune.config.settings import MethodConfig
+from attune.search.plan import SweepPlan
 from attune.search.space import rounded_params, with_values
 from attune.search.study import retry_on_outage
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from attune.diffusion.policy import Policy
     from attune.interfaces import Reward
-    from attune.search.sweep import SweepPlan
 
 PRUNE_TRAINING = ("median", "hyperband")  # pruners that stop a training, and so need its validation scores
 

@@ -19,7 +19,7 @@ from attune.files import digest
 from attune.paths import PREFERENCE, PREPARED, REPORTS
 
 if TYPE_CHECKING:
-    from attune.search.sweep import SweepPlan
+    from attune.search.plan import SweepPlan
 
 LOG = logging.getLogger("attune.sweep")
 
@@ -69,7 +69,7 @@ def sweep_plan(run: str, params: Params, profile: Profile, report: Path | None =
     Args:
         report: folder of the results; None is reports/sweeps/<run>.
     """
-    from attune.search.sweep import SweepPlan
+    from attune.search.plan import SweepPlan
 
     method, search = method_of(run, params), check(Config, profile.search[run], f"search.{run}")
     config = plugin_config("methods", method, profile.methods[run], f"methods.{run}")
