@@ -200,7 +200,7 @@ def test_no_trial_starts_after_the_deadline(tmp_path):
 
 
 def test_a_short_outage_of_the_database_ends_no_search(database, tmp_path):
-    """PostgreSQL is away for three seconds while trial 0 is at work: its result arrives all the same, as do the other two."""
+    """PostgreSQL is away for three seconds while trial 0 is at work: its result arrives, as do the other two."""
     spec = StudySpec("outage", database, X, n_trials=3)
     runner = threading.Thread(target=workers.run_workers, args=(spec, searching.Parabola(tmp_path, go="go"), [None]))
     runner.start()

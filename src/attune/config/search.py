@@ -31,11 +31,9 @@ class Config(StrictModel):
         None, ge=1, description="batches between validation scores, for a pruner; null = a quarter of the training"
     )
     trials: int | None = Field(
-        None, ge=1, description="how many in all, over all sessions and hosts; null = all points of a grid"
+        None, ge=1, description="how many in all, over all sessions and hosts; null = a whole grid"
     )
-    minutes: Float | None = Field(
-        None, gt=0, description="after which no trial starts in this session; null = no limit"
-    )
+    minutes: Float | None = Field(None, gt=0, description="after which this session starts no trial; null = no limit")
     workers: int | None = Field(None, ge=1, description="processes on this host; null = one per GPU, or one")
     storage: str | None = Field(
         None,
@@ -45,8 +43,8 @@ class Config(StrictModel):
     finalists: int = Field(
         0,
         ge=0,
-        description="how many of the best trials are trained again at full length, without `fixed`, beside the settings "
-        "in use when the search began; the best of these is the result; 0 = none",
+        description="how many of the best trials are trained again at full length, without `fixed`, beside the "
+        "settings in use when the search began; the best of these is the result; 0 = none",
     )
     fixed: dict[str, Any] = Field({}, description="other settings of the method's block for trials, to make them short")
 
