@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="nn.Module")
 NOTATION = "owner/name[/file]@<commit, 40 hex digits>"
 _HUB = re.compile(r"(?P<place>[\w.-]+/[\w.-]+)(?P<inner>(/[^/@]+)*)(@(?P<commit>.*))?")
-
-
-_PINNED = re.compile("@[0-9a-f]{40}$")
 
 
 class HubError(OSError):
@@ -131,17 +129,6 @@ def fetch_folder(source: Source, patterns: Sequence[str]) -> Path:
     return folder
 
 
-def is_here(source: Source) -> bool:
-    """Whether the source is a local path or, of the Hub, in the cache already; nothing is asked over the network."""
-    if source.commit is None:
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    names = [source.inner] if source.inner else ["model_index.json", "config.json", "tokenizer_config.json"]
-    found = [try_to_load_from_cache(source.place, name, revision=source.commit) for name in names]
-    return any(isinstance(path, str) for path in found)
-
-
 def download_size(source: Source, patterns: Sequence[str]) -> int:
     """Bytes that `fetch_folder` would still download. Raises HubError if the Hub cannot be asked."""
     if source.commit is None:
@@ -158,12 +145,6 @@ def list_files(source: Source, repo_type: str = "model") -> dict[str, int]:
         files = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
     inside = f"{source.inner}/" if source.inner else ""
     return {path: size for path, size in files.items() if path == source.inner or path.startswith(inside)}
-
-
-def sources_of(settings: Iterable[tuple[str, Any]]) -> list[Source]:
-    """What a block of settings names on the Hub: all its values that are in the notation."""
-    pinned = [parse(value) for _, value in settings if isinstance(value, str) and _PINNED.search(value)]
-    return [source for source in pinned if source.commit]
 
 
 def is_here(source: Source) -> bool:
@@ -298,6 +279,17 @@ def read_json(file: str | Path) -> dict:
 
 
 # ---------------------------------------------------------------- modules
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all safetensors files of a folder, from their headers alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total
 
 
 def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from attune.config import plugins
 from attune.config.make_plan import needs
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
-from attune.hub import count_parameters
+from attune.hub import count_parameters, parse, read_json
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"
@@ -42,9 +41,27 @@ class Row:
     time: str = UNKNOWN
 
 
-def facts(s: Settings) -> Any:
-    """How many weights the base model has and its resolution, without loading it."""
-    return plugins.load("backbones", s.model.backbone).facts(s.model)
+@dataclass(frozen=True)
+class Facts:
+    """How large a base model is."""
+
+    denoiser: int  # numbers of weights
+    text_encoders: int
+    autoencoder: int
+    resolution: int  # pixels
+
+
+def facts(s: Settings) -> Facts:
+    """Of a base model here as its files say, without loading it; else what models of its kind have."""
+    backbone, source = plugins.load("backbones", s.model.backbone), parse(s.model.path)
+    folder = Path(source.place)
+    if source.commit is not None or not (folder / "unet").is_dir():
+        return Facts(**backbone.NOMINAL_WEIGHTS, resolution=s.model.resolution or backbone.RESOLUTION)
+    encoders = sum(count_parameters(part) for part in folder.glob("text_encoder*"))
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    weights = [count_parameters(folder / part) for part in ("unet", "vae")]
+    return Facts(weights[0], encoders, weights[1], s.model.resolution or resolution)
 
 
 def rows(
@@ -74,7 +91,7 @@ def known_rows(s: Settings) -> dict[str, int]:
     return found if "pairs" in found or limit is None else {**found, "pairs": limit}
 
 
-def _rows(s: Settings, weights: Any, sizes: Mapping[str, int]) -> Iterator[Row]:
+def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row]:
     frozen, pairs, prompts = _frozen(s, weights), sizes.get("pairs"), sizes.get("prompts")
     pixels, images = weights.resolution**2, s.generate.prompts * s.generate.images_per_prompt
     found = f"source {s.source}: {_many(prompts)} training prompts, {_many(pairs)} pairs"
@@ -92,7 +109,7 @@ def _rows(s: Settings, weights: Any, sizes: Mapping[str, int]) -> Iterator[Row]:
     yield Row("report", f"{len(s.runs)} runs compared")
 
 
-def _preference(s: Settings, weights: Any, pairs: int | None) -> Row:
+def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     config = s.preference
     if config is None or not any(needs(run.method, "preference_model") for run in s.runs.values()):
         return Row("train_preference", "nothing: no run needs the preference model")
@@ -104,7 +121,7 @@ def _preference(s: Settings, weights: Any, pairs: int | None) -> Row:
     return Row("train_preference", does, sees, _size(gpu), _size(own * 4 + frozen), _size(disk))
 
 
-def _align(name: str, s: Settings, weights: Any, sizes: Mapping[str, int]) -> Row:
+def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.runs[name].method
     kind = plugins.load("methods", method).Method.consumes
     does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
@@ -123,13 +140,13 @@ def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
     return f"{seen:,} {kind}, " + (f"{seen / n:.3g} epochs" if n else f"epochs {UNKNOWN}")
 
 
-def _frozen(s: Settings, weights: Any) -> float:
+def _frozen(s: Settings, weights: Facts) -> float:
     """Bytes of the base model's networks as they are loaded."""
     half = BYTES[s.model.dtype]
     return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
 
 
-def _training_memory(config: MethodConfig, s: Settings, weights: Any) -> float:
+def _training_memory(config: MethodConfig, s: Settings, weights: Facts) -> float:
     """All networks, and for full fine-tuning the float32 weights, their gradients, moments and frozen copy."""
     frozen = _frozen(s, weights)
     if config.lora is not None:

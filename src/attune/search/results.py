@@ -11,7 +11,8 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from attune.config.check import read_params, write_yaml
+from attune.config.edit import write_yaml
+from attune.config.resolve import read_yaml
 from attune.config.schema import ConfigError
 from attune.search.space import rounded_params
 from attune.search.study import RETRY_OF, StudySpec
@@ -98,7 +99,7 @@ def apply(folder: Path, profile: str, run: str, write: Callable[[Mapping[str, An
     file = folder / BEST
     if not file.exists():
         raise ConfigError(f"{file}: is not there; run the search first")
-    found = read_params(file)
+    found = read_yaml(file)
     for key, wanted in {"profile": profile, "run": run}.items():
         if found.get(key) != wanted:
             raise ConfigError(f"{file}: {key} is {found.get(key)!r}, and {wanted!r} is to be changed")

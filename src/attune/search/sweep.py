@@ -134,17 +134,19 @@ def study_hash(plan: SweepPlan) -> str:
         SearchError: a file or folder that trials read is not there.
     """
     settings = with_values(plan.config.model_dump(), plan.search.fixed) | {"validation": None}  # trials have their own
-    folders = [folder for folder in (plan.preference, plan.start) if folder is not None]
-    scorers = {name: (it, config.model_dump(exclude={"expected_mean"})) for name, (it, config) in plan.scorers.items()}
+    scorers = {
+        name: (it.name, {key: value for key, value in it.settings.items() if key != "expected_range"})
+        for name, it in plan.scorers.items()
+    }
     try:
-        files = {str(path): digest(path) for path in [*sorted(plan.prepared.glob("*.parquet")), *folders]}
+        files = {str(path): digest(path) for path in [*sorted(plan.prepared.glob("*.parquet")), *plan.made_before]}
     except FileNotFoundError as error:
         raise SearchError(str(error)) from None
     parts = {
         "run": (plan.run, plan.method, plan.seed),
         "settings": fixed_settings(settings, plan.search.space),
         "search": plan.search.model_dump(exclude=SESSION_ONLY),
-        "model": plan.model.model_dump(),
+        "model": plan.training.model.model_dump(),
         "sampling": plan.sampling.model_dump(),
         "scorers": scorers,
         "inputs": {**plan.inputs, **files},

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -105,8 +104,8 @@ class Trial:
 
         plan, search = self.plan, self.plan.search
         train(plan, config, tracked, model, lambda batch, score: report_or_prune(trial, {batch: score}))
-        policy, scorer = load_trained(plan, config, model)
-        prompts, scores = validation_prompts(search.prompts), []
+        policy, scorer = load_trained(plan, model)
+        prompts, scores = validation_prompts(plan.prepared, search.prompts), []
         paired = search.pruner == "wilcoxon"
         chunk = quarter(len(prompts)) if paired else len(prompts)
         for start in range(0, len(prompts), chunk):
@@ -123,36 +122,24 @@ class Trial:
         return found
 
 
-# The three functions below are the only ones that call the training; they translate the plan into what it reads today.
-
-
 def train(
-    plan: SweepPlan, config: MethodConfig, run: tracking.Run, folder: Path, report: Callable[[int, float], None]
+    plan: SweepPlan, config: MethodConfig, run: tracking.Run, folder: Path, on_score: Callable[[int, float], None]
 ) -> None:
-    """Trains with these settings and saves the model; `report` gets (batch, score) of each validation."""
-    from attune.finetune import align
+    """Trains with these settings and saves the model; `on_score` gets (batch, score) of each validation."""
+    from attune.finetune import finetune
 
-    align(plan.run, plan.method, _profile(plan, config), run, folder, report=report, previews=0)
+    method = plan.training.method.model_copy(update={"settings": config.model_dump(mode="json")})
+    training = plan.training.model_copy(update={"method": method, "scorers": plan.scorers})
+    finetune(training, run, folder, on_score=on_score, samples=0)
 
 
-def load_trained(plan: SweepPlan, config: MethodConfig, folder: Path) -> tuple[Policy, Callable[..., Tensor]]:
+def load_trained(plan: SweepPlan, folder: Path) -> tuple[Policy, Callable[..., Tensor]]:
     """The trained policy, and the objectives as one scorer."""
     from attune.build import load_policy, load_scorer
 
-    profile = _profile(plan, config)
-    policy = load_policy(profile)
+    policy = load_policy(plan.training.model)
     policy.load(str(folder))
-    return policy, stack_scorers([load_scorer(name, profile) for name in plan.search.objectives])
-
-
-def _profile(plan: SweepPlan, config: MethodConfig) -> Any:
-    return SimpleNamespace(
-        seed=plan.seed,
-        model=plan.model,
-        methods={plan.run: config.model_dump()},
-        scorers={name: scorer.model_dump() for name, (_, scorer) in plan.scorers.items()},
-        generate=SimpleNamespace(sampling=plan.sampling),
-    )
+    return policy, stack_scorers([load_scorer(plan.objectives[name]) for name in plan.search.objectives])
 
 
 def report_or_prune(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
