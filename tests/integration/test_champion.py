@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+import params
 from attune.build import load_policy
-from attune.config.check import load
+from attune.config.resolve import load
 from attune.diffusion.generate import generate_images
 from attune.diffusion.noise import noise_seed
 from attune.evaluation.champion import NoCandidate, find_candidate
@@ -39,10 +40,10 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("champion")
     (root / "models").mkdir()
     (root / "models/embedded").symlink_to(ROOT / "models/embedded")
-    shutil.copy(ROOT / "params.yaml", root)
+    params.write(root, *params.shipped())
     os.chdir(root)
     for seed, name in enumerate(("dpo", "spo")):
-        policy = load_policy(load()[1])
+        policy = load_policy(load().model)
         policy.add_adapter(4, seed, "attention")
         for weight in policy.parameters():
             weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -71,10 +72,9 @@ def _get_by_alias(place, alias: str) -> tuple[str, str] | None:
 
 
 def _promote(place, **options: bool) -> str:
-    profile = load()[1]
-    base = (profile.model.path, profile.model.revision)
+    settings = load()
     candidate = find_candidate(Path("reports"), Path("models"))
-    return promote(NAME, candidate, base, place, seed=profile.seed, **options)
+    return promote(NAME, candidate, (settings.model.path, None), place, seed=settings.seed, **options)
 
 
 def test_a_champion_is_made_defended_and_replaced(place):
@@ -113,17 +113,18 @@ def _shift(file: Path) -> None:
 def test_the_champion_paints_what_the_adapter_painted(place):
     """diffusers, with base and adapter from the registry alone, against attune with the adapter's own file."""
     prompt, seed = "a red circle", 7
-    _, profile = load()
-    policy = load_policy(profile)
+    settings = load()
+    sampling = settings.generate.sampling
+    policy = load_policy(settings.model)
     policy.load("models/spo")
-    ours = generate_images(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
-    bare = generate_images(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    ours = generate_images(policy, [prompt], [0], sampling, seed, None)[0]
+    bare = generate_images(load_policy(settings.model), [prompt], [0], sampling, seed, None)[0]
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(prompt, 0, seed)))[None]
-    settings = {"num_inference_steps": profile.generate.sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
-    theirs = np.asarray(pipe(prompt, latents=noise, **settings).images[0])
+    options = {"num_inference_steps": sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
+    theirs = np.asarray(pipe(prompt, latents=noise, **options).images[0])
     assert np.abs(ours.astype(int) - theirs).max() <= 1  # of 255
     assert np.abs(ours.astype(int) - bare).max() > 10  # an adapter that did nothing would agree as well
 

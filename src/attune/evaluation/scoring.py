@@ -86,7 +86,7 @@ def score_images(folder: Path, scorers: Mapping[str, Callable[[], Reward]]) -> t
         wanted = features is None and hasattr(scorer, "features")
         columns, found = _score(name, scorer, folder, frame, wanted)
         features = found if wanted else features
-        check_mean(name, columns[name].mean(), scorer.range)
+        check_mean(name, columns[name].mean(), scorer.expected_range)
         frame = frame.assign(**columns)
     return frame, np.empty((len(frame), 0), np.float32) if features is None else features
 
