@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 from attune.build import build_method, load_learner, load_scorer
-from attune.config.plan import Plugin, RunPlan
-from attune.config.settings import Sampling, Validation
+from attune.config.plan import Plugin, RunPlan, Session, read
+from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
 from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
@@ -29,7 +29,7 @@ from attune.training.loop import Batches, Callbacks, epoch_rows, train
 if TYPE_CHECKING:
     from attune.tracking import Run
 
-SAMPLES = 5  # image grids per training
+SAMPLES, SAMPLE_PROMPTS = 5, 6  # image grids per training, and rows of each
 
 
 def finetune(
@@ -66,11 +66,10 @@ def finetune(
             method,
             policy,
             batches,
-            config,
             seed=seed,
             checkpoint=checkpoint,
-            early_stopping=validation(config.validation, policy, plan, run, on_score) if config.validation else None,
-            callbacks=_callbacks(plan, policy, run, config.batches, samples),
+            early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
+            callbacks=_callbacks(plan, policy, run, config, on_score, samples),
         )
         if main:
             policy.save(folder)
@@ -97,21 +96,15 @@ def training_batches(method: Objective, prepared: Path, device: torch.device, se
     return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 
 
-def validation(
-    config: Validation, policy: Policy, plan: RunPlan, run: Run, on_score: Callable[[int, float], None]
-) -> EarlyStopping:
-    """The validation score of a training: the mean over validation prompts, logged and reported as it is taken."""
-    scorer = load_scorer(plan.scorers[config.scorer])
-    prompts = validation_prompts(Paths(plan.profile).prepared, config.prompts)
+def early_stopping(validation: Validation, policy: Policy, plan: RunPlan) -> EarlyStopping:
+    """When a training is validated and ends; its score is the mean over validation prompts."""
+    scorer = load_scorer(plan.scorers[validation.scorer])
+    prompts = validation_prompts(Paths(plan.profile).prepared, validation.prompts)
 
     def score() -> float:
-        return float(validation_scores(policy, config.sampling, plan.seed, scorer, prompts).mean())
+        return float(validation_scores(policy, validation.sampling, plan.seed, scorer, prompts).mean())
 
-    def report(batch: int, step: int, value: float) -> None:
-        run.log({f"validation/{config.scorer}": value}, step)
-        on_score(batch, value)
-
-    return EarlyStopping(score, config.every, config.at_start_and_end, config.patience, report)
+    return EarlyStopping(score, validation.every, validation.at_start_and_end, validation.patience)
 
 
 def validation_scores(
@@ -147,14 +140,27 @@ def _checkpoint(plan: RunPlan, root: Path, paths: Paths, start: str | None, writ
     return resumable(root, f"align@{plan.profile}-{plan.run}", values, inputs, writes)
 
 
-def _callbacks(plan: RunPlan, policy: Policy, run: Run, batches: int, samples: int) -> Callbacks:
+def _callbacks(
+    plan: RunPlan,
+    policy: Policy,
+    run: Run,
+    config: MethodConfig,
+    on_score: Callable[[int, float], None],
+    samples: int,
+) -> Callbacks:
     """What is logged while a training runs; nothing here changes what is trained."""
-    from attune.config.plan import Session, read
     from attune.tracking.samples import sampler
 
-    every = max(1, batches // max(1, samples))
-    if not samples:
-        return Callbacks(f"align {plan.run}", run.log)
-    prompts = validation_prompts(Paths(plan.profile).prepared, 6)
+    def log_score(batch: int, step: int, score: float) -> None:
+        run.log({f"validation/{config.validation.scorer}": score}, step)
+        on_score(batch, score)
+
+    prompts = validation_prompts(Paths(plan.profile).prepared, SAMPLE_PROMPTS) if samples else []
     show = sampler(policy, prompts, read(Session, "session").samples, plan.seed, run) if prompts else None
-    return Callbacks(f"align {plan.run}", run.log, show, every)
+    return Callbacks(
+        desc=f"align {plan.run}",
+        log=run.log,
+        on_score=log_score,
+        sample_images=show,
+        sample_every=max(1, config.batches // max(1, samples)),
+    )

@@ -7,7 +7,7 @@ top and depend on batch size, resolution and gradient checkpointing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"
 GB = 1e9
 STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
+BYTES_PER_PAIR = 2000  # of the tables, with scores
 PNG_BYTES = 1.5  # per pixel, of a photograph
 PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
 
@@ -33,7 +34,8 @@ class Row:
     stage: str
     does: str
     sees: str = ""
-    gpu: str = ""  # memory on the GPU, or of the process without one
+    gpu: str = ""  # memory on the GPU; on the host, if there is none
+    host: str = ""  # memory on the host
     disk: str = ""
     download: str = ""
     time: str = UNKNOWN
@@ -57,7 +59,7 @@ def rows(
     for row in _rows(s, facts(s), known_rows(s) | dict(rows_here)):
         stage = row.stage
         took = f"{_duration(seconds[stage])} (last time)" if stage in seconds else UNKNOWN
-        yield Row(row.stage, row.does, row.sees, row.gpu, row.disk, _size(downloads.get(stage, 0)), took)
+        yield replace(row, download=_size(downloads.get(stage, 0)), time=took)
 
 
 def known_rows(s: Settings) -> dict[str, int]:
@@ -73,14 +75,16 @@ def _rows(s: Settings, weights: Any, sizes: Mapping[str, int]) -> Iterator[Row]:
     frozen = _frozen(s, weights)
     pairs, prompts = sizes.get("pairs"), sizes.get("prompts")
     found = f"{_many(prompts)} training prompts, {_many(pairs)} pairs"
-    yield Row("prepare", f"source {s.source}: {found}", gpu=_size(frozen))
+    tables = (pairs or 0) * BYTES_PER_PAIR
+    yield Row("prepare", f"source {s.source}: {found}", gpu=_size(frozen), host=_size(frozen + tables))
     yield _preference(s, weights, pairs)
     for name, run in s.runs.items():
         yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
     images = s.generate.prompts * s.generate.images_per_prompt
     for name in s.runs:
         pixels = weights.resolution**2
-        yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), disk=_size(images * pixels * PNG_BYTES))
+        host, disk = _size(frozen + images * pixels * 6), _size(images * pixels * PNG_BYTES)
+        yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), host=host, disk=disk)
     for name in s.runs:
         yield Row(f"evaluate@{name}", f"{images:,} images by {', '.join(s.scorers)}")
     yield Row("report", f"{len(s.runs)} runs compared")
@@ -153,7 +157,7 @@ def _duration(seconds: float) -> str:
 
 def as_text(table: list[Row]) -> str:
     """The table with aligned columns, for a terminal."""
-    names = {"gpu": "memory, without activations"}
+    names = {"gpu": "GPU, without activations", "host": "host memory"}
     columns = [field.name for field in fields(Row)]
     lines = [[names.get(name, name) for name in columns]] + [[getattr(row, name) for name in columns] for row in table]
     used = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]

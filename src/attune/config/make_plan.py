@@ -91,7 +91,7 @@ def trained_on(name: str, settings: Settings) -> list[str]:
     if run.method is not None:
         if run.after not in (DATA, PREFERENCE, name):
             found += trained_on(run.after, settings)
-        found += settings.methods[name].trained_on()
+        found += settings.methods[name].trained_on
         if needs(run.method, "preference_model"):
             found += preference_trained_on(settings)
     return list(dict.fromkeys(found))
@@ -154,9 +154,7 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
         "prompts/train": int(bool(trained)),
         "prompts/validation": max(validation, default=0),
         "prompts/test": settings.generate.prompts,
-        "pairs/train": int(
-            "pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())
-        ),
+        "pairs/train": int(pairs),
     }
     return {name: n for name, n in wanted.items() if n}
 

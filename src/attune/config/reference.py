@@ -42,7 +42,7 @@ def _page() -> Iterator[str]:
     yield "# Settings\n"
     yield (
         "Written from the code by `make settings`; do not edit. `required` means that there is no default. Defaults of "
-        "methods are the papers' values. One value for one run: `dvc exp run -S 'params/tiny.yaml:methods.spo.beta=7'`. "
+        "methods are the papers' values. One value for a run: `dvc exp run -S 'params/tiny.yaml:methods.spo.beta=7'`. "
         "Values of your own machine that are not to be committed go into `params.local.yaml`, by profile: "
         "`tiny: {threads: 4}`. "
         "Editors complete and check the files by the JSON schemas in `docs/schema/`.\n"

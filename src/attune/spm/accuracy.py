@@ -37,7 +37,9 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
     for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
         gaps: dict[str, list[float]] = {name: [] for name in models}
         for rows in parts:
-            seen = objective.seen(data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop])
+            seen = objective.prepare_batch(
+                data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop]
+            )
             for name, model in models.items():
                 with torch.no_grad():
                     scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)

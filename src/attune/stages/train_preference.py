@@ -67,10 +67,9 @@ def train_preference(plan: PreferencePlan, run: Run) -> tuple[list[dict[str, flo
             objective,
             objective,
             lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, plan.seed)),
-            config,
             seed=plan.seed,
             checkpoint=checkpoint,
-            callbacks=Callbacks("train preference", run.log),
+            callbacks=Callbacks(desc="train preference", log=run.log),
         )
         if main:
             save(model, tokenizer, paths.preference)
