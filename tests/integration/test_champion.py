@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -33,7 +34,7 @@ BASE = np.random.default_rng(0).normal(0, 0.1, 40)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Uri and root of a store; the working directory has the embedded models and two adapters of random weights."""
+    """Uri and root of a store; the working directory has the embedded models and two runs of random weights."""
     before, environment = Path.cwd(), dict(os.environ)
     for key in [key for key in os.environ if key.startswith(("DVC_", "MLFLOW_", "ATTUNE_"))]:
         del os.environ[key]
@@ -48,10 +49,16 @@ def place(tmp_path_factory):
         for weight in policy.parameters():
             weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         policy.save(root / "models" / name)
+        _note(name, "dpo")
     yield "sqlite:///mlflow.db", root
     os.chdir(before)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _note(run: str, method: str | None) -> None:
+    """What the stage align writes beside a run's model."""
+    Path("models", run, "run.json").write_text(json.dumps({"method": method}))
 
 
 def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
@@ -142,9 +149,13 @@ def test_scores_of_another_protocol_are_no_match(place):
 
 def test_what_cannot_be_registered_is_named(place):
     _report({"full": 0.9})
-    with pytest.raises(NoCandidate):  # no folder: trained elsewhere
+    with pytest.raises(NoCandidate):  # no folder
         _promote(place)
-    (Path("models/full/unet")).mkdir(parents=True)
+    Path("models/full/unet").mkdir(parents=True)
+    _note("full", None)
+    with pytest.raises(NoCandidate):  # released by somebody
+        _promote(place)
+    _note("full", "dpo")
     with pytest.raises(ValueError, match="full is a whole denoiser; only adapters"):
         _promote(place)
     _report({"spo": 0.9}, Protocol.from_dict(PROTOCOL.to_dict() | {"seed": 1}))
