@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="nn.Module")
 NOTATION = "owner/name[/file]@<commit, 40 hex digits>"
 _HUB = re.compile(r"(?P<place>[\w.-]+/[\w.-]+)(?P<inner>(/[^/@]+)*)(@(?P<commit>.*))?")
-
-
-_PINNED = re.compile("@[0-9a-f]{40}$")
 
 
 class HubError(OSError):
@@ -131,17 +129,6 @@ def fetch_folder(source: Source, patterns: Sequence[str]) -> Path:
     return folder
 
 
-def is_here(source: Source) -> bool:
-    """Whether the source is a local path or, of the Hub, in the cache already; nothing is asked over the network."""
-    if source.commit is None:
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    names = [source.inner] if source.inner else ["model_index.json", "config.json", "tokenizer_config.json"]
-    found = [try_to_load_from_cache(source.place, name, revision=source.commit) for name in names]
-    return any(isinstance(path, str) for path in found)
-
-
 def download_size(source: Source, patterns: Sequence[str]) -> int:
     """Bytes that `fetch_folder` would still download. Raises HubError if the Hub cannot be asked."""
     if source.commit is None:
@@ -160,34 +147,15 @@ def list_files(source: Source, repo_type: str = "model") -> dict[str, int]:
     return {path: size for path, size in files.items() if path == source.inner or path.startswith(inside)}
 
 
-def sources_of(settings: Iterable[tuple[str, Any]]) -> list[Source]:
-    """What a block of settings names on the Hub: all its values that are in the notation."""
-    pinned = [parse(value) for _, value in settings if isinstance(value, str) and _PINNED.search(value)]
-    return [source for source in pinned if source.commit]
-
-
 def is_here(source: Source) -> bool:
-    """Whether a local source exists, or the cache has the file, or something of the repository."""
+    """Whether the source is local, or the cache has the file or something of the repository; asks no network."""
     if source.commit is None:
-        return Path(source.place).exists()
+        return True
     from huggingface_hub import constants
 
     folders = [f"{kind}s--{source.place.replace('/', '--')}" for kind in ("model", "dataset")]
     snapshots = [Path(constants.HF_HUB_CACHE, folder, "snapshots", source.commit) for folder in folders]
     return any((snapshot / source.inner).exists() for snapshot in snapshots)
-
-
-def problem_online(source: Source) -> str | None:
-    """Why the source cannot be fetched from the Hub, as a line; None if it can."""
-    problems = []
-    for repo_type in ("model", "dataset"):
-        try:
-            there = list_files(source, repo_type)
-        except HubError as error:
-            problems.append(str(error))
-        else:
-            return None if there else f"{source}: the repository has no such file at this commit"
-    return problems[0]
 
 
 def _snapshot(source: Source, patterns: Sequence[str], **options: Any) -> Any:
@@ -295,6 +263,17 @@ def read_json(file: str | Path) -> dict:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all safetensors files of a folder, from their headers alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total
 
 
 # ---------------------------------------------------------------- modules
