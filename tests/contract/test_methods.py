@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attune.config.check import method_of, read_params
 
 import tiny
 from attune.build import build_method
 from attune.config import plugins
-from attune.config.check import method_of, read_params
 from attune.config.plugins import plugin_config
 from attune.config.profile import Params, Profile
 from attune.config.schema import check
