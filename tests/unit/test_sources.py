@@ -23,7 +23,6 @@ from attune.data.ingest.ingest import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
-from attune.data.sources._files import local_paths
 from attune.data.splits import hashed_split
 from attune.data.store import PreparedData
 
@@ -233,8 +232,7 @@ def test_no_more_gigabytes_than_asked_for(published, caplog):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("data/raw/here/nothing", "neither a file or folder here nor the owner/name"),
-        ("owner/name", "data.revision: no owner/name here, and to read it from the Hub the commit must be named"),
+        ("data/raw/here/nothing", "data/raw/here/nothing is neither here nor a data set on the Hub, owner/name"),
         ("{empty}", "holds no .parquet or .tar file"),
         ("{empty}/*.tar", "holds no .parquet or .tar file"),
     ],
@@ -244,9 +242,10 @@ def test_data_that_is_not_there_names_the_key(path, says, tmp_path):
         rows_from("pickapic", path=path.format(empty=tmp_path))
 
 
-def test_a_revision_is_a_whole_commit():
-    with pytest.raises(ConfigError, match=r"data\.revision: .*\^\[0-9a-f\]\{40\}\$"):
-        plugin_config("sources", "pickapic", {"path": "a/b", "revision": "main"}, "data")
+@pytest.mark.parametrize(("path", "says"), [("a/b", "needs its full commit"), ("a/b@main", "'main' is no full commit")])
+def test_a_data_set_on_the_hub_needs_a_whole_commit(path, says):
+    with pytest.raises(ConfigError, match=rf"data\.path: .*{says}"):
+        plugin_config("sources", "pickapic", {"path": path}, "data")
 
 
 @dataclass
@@ -281,7 +280,7 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
     quota = Quota({"train": 3})
     module = plugins.load("sources", "pickapic")
     seen = []
-    for row in module.read(module.Config(path="owner/name", revision=commit), 0, None, quota):
+    for row in module.read(module.Config(path=f"owner/name@{commit}"), 0, None, quota):
         quota.taken[row.split] += 1
         seen.append((row.prompt, len(set(downloaded))))
     assert listed == [("owner/name", {"repo_type": "dataset", "revision": commit, "recursive": True})]
@@ -292,8 +291,8 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
 
 def test_a_hub_that_cannot_be_reached_names_the_key(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"data\.path: owner/name at b{40}: .*offline"):
-        rows_from("pickapic", path="owner/name", revision="b" * 40)
+    with pytest.raises(SourceError, match=r"data\.path: owner/name@b{40}.*offline"):
+        rows_from("pickapic", path=f"owner/name@{'b' * 40}")
 
 
 # --- the torture file -------------------------------------------------------------------------------------
@@ -663,4 +662,4 @@ def test_shards_here_are_needed_and_those_of_the_hub_are_not(published):
     assert asked("pickapic", path=str(published)) == ([published], None, None)
     assert asked("pickapic", path=str(published / "data/train-*.parquet")) == (train, None, None)
     assert asked("pickapic", path=str(train[0])) == (train[:1], None, None)
-    assert local_paths("owner/name") == local_paths(f"owner/name@{'a' * 40}") == []
+    assert asked("pickapic", path=f"owner/name@{'a' * 40}") == ([], None, None)
