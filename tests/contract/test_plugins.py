@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny_scorers
@@ -260,7 +261,8 @@ def test_a_source_tells_the_plan_what_it_needs(name, tmp_path, monkeypatch):
         config = module.Config.model_validate(block)
         files = module.needs_files(config)
         assert all(isinstance(path, Path) for path in files)
-        named = [] if name in ("world", "pickapic") else [config.path]  # generated; or on the Hub, as documented
+        on_the_hub = "@" in getattr(config, "path", "")
+        named = [] if on_the_hub or name == "world" else [config.path]
         listed = [getattr(config, "test_list", None), getattr(config, "validation_list", None)]
         assert {str(path) for path in files} == {path for path in (*named, *listed) if path is not None}
         for ask in (module.split_sizes, module.listed_prompts):

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.config.settings import AIFeedback
@@ -22,7 +22,7 @@ from attune.methods import dpo
 from attune.stages import align
 from attune.training.loop import batch_generator
 
-BLOCK = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
+BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
 
 
 def first(policy, data, **options):

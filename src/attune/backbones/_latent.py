@@ -33,7 +33,7 @@ class Facts:
 
 
 def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
-    """Of a local folder as its files say, from their headers; else the nominal ones.
+    """Of a local pipeline as its files say, from their headers; else the nominal ones.
 
     Args:
         parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
@@ -41,8 +41,8 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
     resolution = nominal.resolution
-    if source.commit is None and Path(source.place).is_dir():
-        folder = Path(source.place)
+    folder = Path(source.place)
+    if source.commit is None and (folder / "unet" / "config.json").is_file() and (folder / "vae/config.json").is_file():
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         resolution = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
