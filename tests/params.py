@@ -22,10 +22,7 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A copy with values set by dotted key, `__` for a dot; ... (an ellipsis) removes a key."""
     for key, value in changes.items():
         dotted = key.replace("__", ".")
-        if value is ...:
-            values = without(values, dotted)
-        else:
-            values = set_path(values, dotted, value)
+        values = without(values, dotted) if value is ... else set_path(values, dotted, value)
     return values
 
 

@@ -129,17 +129,6 @@ def fetch_folder(source: Source, patterns: Sequence[str]) -> Path:
     return folder
 
 
-def is_here(source: Source) -> bool:
-    """Whether the source is a local path or, of the Hub, in the cache already; nothing is asked over the network."""
-    if source.commit is None:
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    names = [source.inner] if source.inner else ["model_index.json", "config.json", "tokenizer_config.json"]
-    found = [try_to_load_from_cache(source.place, name, revision=source.commit) for name in names]
-    return any(isinstance(path, str) for path in found)
-
-
 def download_size(source: Source, patterns: Sequence[str]) -> int:
     """Bytes that `fetch_folder` would still download. Raises HubError if the Hub cannot be asked."""
     if source.commit is None:
@@ -154,7 +143,32 @@ def list_files(source: Source, repo_type: str = "model") -> dict[str, int]:
     with _hub_errors(source):
         tree = HfApi().list_repo_tree(source.place, repo_type=repo_type, revision=source.commit, recursive=True)
         files = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
-    return {path: size for path, size in files.items() if path.startswith(source.inner and f"{source.inner}/")}
+    inside = f"{source.inner}/" if source.inner else ""
+    return {path: size for path, size in files.items() if path == source.inner or path.startswith(inside)}
+
+
+def is_here(source: Source) -> bool:
+    """Whether a local source exists, or the cache has the file, or something of the repository."""
+    if source.commit is None:
+        return Path(source.place).exists()
+    from huggingface_hub import constants
+
+    folders = [f"{kind}s--{source.place.replace('/', '--')}" for kind in ("model", "dataset")]
+    snapshots = [Path(constants.HF_HUB_CACHE, folder, "snapshots", source.commit) for folder in folders]
+    return any((snapshot / source.inner).exists() for snapshot in snapshots)
+
+
+def problem_online(source: Source) -> str | None:
+    """Why the source cannot be fetched from the Hub, as a line; None if it can."""
+    problems = []
+    for repo_type in ("model", "dataset"):
+        try:
+            there = list_files(source, repo_type)
+        except HubError as error:
+            problems.append(str(error))
+        else:
+            return None if there else f"{source}: the repository has no such file at this commit"
+    return problems[0]
 
 
 def _snapshot(source: Source, patterns: Sequence[str], **options: Any) -> Any:
@@ -264,6 +278,9 @@ def read_json(file: str | Path) -> dict:
         raise ValueError(f"{file} is not JSON: {error}") from error
 
 
+# ---------------------------------------------------------------- modules
+
+
 def count_parameters(folder: Path) -> int:
     """Numbers in all safetensors files of a folder, from their headers alone."""
     from safetensors import safe_open
@@ -273,9 +290,6 @@ def count_parameters(folder: Path) -> int:
         with safe_open(file, "pt") as opened:
             total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     return total
-
-
-# ---------------------------------------------------------------- modules
 
 
 def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:

@@ -15,6 +15,7 @@ from PIL import Image
 from attune.data.arrays import ArrayFile, read_array
 from attune.data.images import decode, resize_center_crop
 from attune.data.ingest.ingest import Rules
+from attune.data.ingest.reader import ImageReader
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine, RejectedRow, TooManyBadRows, escape_csv_cell
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
@@ -129,6 +130,19 @@ def test_shrinking_is_antialiased():
 @pytest.mark.parametrize("size", [(16, 17), (33, 16), (1, 90), (7, 7)])
 def test_any_size_becomes_the_square(size):
     assert resize_center_crop(Image.fromarray(pixels(0, *size)), 16).shape == (16, 16, 3)
+
+
+def test_an_image_is_decoded_again_only_where_its_pixels_are_needed(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(0, 20, 12)))
+    reader = ImageReader(min_side=8)
+    first = reader.read(tmp_path / "a.png", lambda digest: False)
+    assert (first.size, first.image.size) == ((20, 12), (20, 12))  # new, so decoded whatever is needed
+    same = reader.read(encoded(pixels(0, 20, 12)), lambda digest: False)
+    assert (same.digest, same.size, same.image) == (first.digest, (20, 12), None)
+    assert reader.read(tmp_path / "a.png", lambda digest: digest == first.digest).image is not None
+    for _ in range(2):
+        with pytest.raises(RejectedRow, match=r"^too_small$"):
+            reader.read(encoded(pixels(1, 20, 7)), lambda digest: True)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------
@@ -444,9 +458,8 @@ def test_prompts_do_not_change_when_only_pairs_do(write, tmp_path):
 
     def written(rows, scorers=None):
         write(rows, scorers)
-        return (tmp_path / "prepared/prompts.parquet").read_bytes(), pd.read_parquet(
-            tmp_path / "prepared/pairs.parquet"
-        )
+        folder = tmp_path / "prepared"
+        return (folder / "prompts.parquet").read_bytes(), pd.read_parquet(folder / "pairs.parquet")
 
     prompts, pairs = written(rows(0, 1.0))
     more_pairs = [*rows(40, 0.5, extra={"utility_0": 1.0}), *(pair(90 + i, "bees") for i in range(3))]

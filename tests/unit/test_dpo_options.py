@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.config.settings import AIFeedback

@@ -1,4 +1,4 @@
-"""The plan: what each stage is told, what would stop a run and is said beforehand, and whose code a stage depends on."""
+"""The plan: what each stage is told, what would stop a run, and whose code a stage depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import params as files
 from attune.config import code
-from attune.config.costs import base_weights, rows
+from attune.config.costs import facts, rows
 from attune.config.local_files import Digests
 from attune.config.make_plan import make, trained_on
 from attune.config.plan import PlanError, RunPlan, plan_file, read, to_json
@@ -41,7 +41,7 @@ def settings(tmp_path):
 
 
 def said(found: Settings, machine: Machine = LAPTOP) -> list[str]:
-    return [*missing_files(found), *problems(found, base_weights(found).denoiser, machine)]
+    return [*missing_files(found), *problems(found, facts(found).denoiser, machine)]
 
 
 VALIDATION = {"scorer": "hpsv2", "prompts": 4, "every": 1, "patience": 2}
@@ -56,8 +56,8 @@ def test_nothing_stops_the_shipped_laptop_profiles(settings):
 
 def test_more_test_prompts_than_the_world_has(settings):
     (line,) = said(settings(generate__prompts=241))
-    assert line.startswith("params/tiny.yaml:generate.prompts: 241 is more than the 240 test prompts")
-    assert "raise data.test_prompts" in line
+    assert line.startswith("params/tiny.yaml:data: 240 test prompts, but 241 are needed by generate.prompts")
+    assert "data.test_prompts" in line
 
 
 def test_own_data_without_test_prompts(settings, tmp_path):
@@ -103,20 +103,30 @@ def test_a_large_model_and_no_gpu(profile, settings):
     assert not any("GPU" in line for line in said(settings(profile, allow_cpu=True)))
 
 
+NOPE = {"space": {"lr": {"choices": [1.0]}}, "objectives": ["hpsv2"], "prompts": 4, "sampler": "grid"}
+# changes of the profile, changes of params.yaml, and what is said
 CHANGES = {
-    "a scorer without a block": ({"methods__dpo__validation": {**VALIDATION, "scorer": "lpips"}}, {}, "'lpips' is not in scorers"),
+    "a scorer without a block": (
+        {"methods__dpo__validation": {**VALIDATION, "scorer": "lpips"}},
+        {},
+        "'lpips' is not in scorers",
+    ),
     "labels by a scorer that scored nothing": ({"data__score_with": []}, {}, "'pickscore' must be in data.score_with"),
-    "a range that the method refuses": ({"search__spo__space": {"beta": {"low": -1, "high": 5}}}, {}, "space.beta: -1"),
+    "a range that the method refuses": ({"search__spo__space__beta__low": -1}, {}, "space.beta: -1"),
     "a fixed value that it refuses": ({"search__spo__fixed": {"batches": 0}}, {}, "fixed.batches: 0"),
-    "a search of nothing": ({"search__nope": {"space": {"lr": {"choices": [1.0]}}, "objectives": ["hpsv2"], "prompts": 4, "sampler": "grid"}}, {}, "there is no run"),
+    "a search of nothing": ({"search__nope": NOPE}, {}, "there is no run"),
     "a preference model that is missing": ({"preference": ...}, {}, "preference: is missing"),
-    "spo after the data alone": ({}, {"runs__spo": {"method": "spo", "after": "data"}}, "runs.spo.after: spo needs the preference model"),
-    "after nothing that there is": ({}, {"runs__dpo": {"method": "dpo", "after": "spin_7"}}, "runs.dpo.after: 'spin_7' is none of"),
-    "after itself": ({}, {"runs__dpo": {"method": "dpo", "after": "dpo"}}, "runs.dpo.after: goes round in a circle"),
+    "spo after the data alone": ({}, {"runs__spo__after": "data"}, "runs.spo.after: spo needs the preference model"),
+    "after nothing that there is": ({}, {"runs__dpo__after": "spin_7"}, "runs.dpo.after: 'spin_7' is none of"),
+    "after itself": ({}, {"runs__dpo__after": "dpo"}, "runs.dpo.after: goes round in a circle"),
     "a run with a folder's name": ({}, {"runs__preference": {"after": "data"}}, "runs.preference: the name is taken"),
     "no base": ({}, {"runs__base": ...}, "runs.base: is what every run is compared with"),
-    "two starts": ({"methods__dpo__start": "models/embedded/base"}, {"runs__dpo": {"method": "dpo", "after": "sft"}}, "methods.dpo.start: the run starts from runs.sft"),
-}  # fmt: skip
+    "two starts": (
+        {"methods__dpo__start": "models/embedded/base"},
+        {"runs__dpo__after": "sft"},
+        "methods.dpo.start: the run starts from runs.sft",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -247,7 +257,7 @@ def test_make_plan_ends_with_the_problems(tmp_path):
     done = command(folder, "--show")
     assert done.returncode == 1
     assert "align@spo" in done.stdout
-    assert done.stderr.strip().startswith("params/tiny.yaml:generate.prompts: 500 is more than the 240 test prompts")
+    assert done.stderr.strip().startswith("params/tiny.yaml:data: 240 test prompts, but 500 are needed")
     assert "Traceback" not in done.stderr
     assert not (folder / "plan").exists()
 

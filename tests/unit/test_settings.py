@@ -52,7 +52,7 @@ WRONG = {
     "unknown key": ("model.backbon", "sd", "known keys: backbone, path"),
     "unknown section": ("metods", {}, "known keys: seed, threads"),
     "unknown key of a method": ("methods.spo.betta", 1, "known keys: lr, batches"),
-    "unknown key of a scorer": ("scorers.oracle.paht", "x", "expected_mean"),
+    "unknown key of a scorer": ("scorers.oracle.paht", "x", "expected_range"),
     "unknown key of the source": ("data.prompts", 3, "train_prompts"),
     "unknown key of the preference model": ("preference.betta", 3, "clip"),
     "text for a number": ("methods.dpo.beta", "2000", "valid number (given '2000')"),

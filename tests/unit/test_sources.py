@@ -23,6 +23,7 @@ from attune.data.ingest.ingest import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.sources._files import local_paths
 from attune.data.splits import hashed_split
 from attune.data.store import PreparedData
 
@@ -232,8 +233,7 @@ def test_no_more_gigabytes_than_asked_for(published, caplog):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("data/raw/here/nothing", "neither a file or folder here nor the owner/name"),
-        ("owner/name", "data.revision: no owner/name here, and to read it from the Hub the commit must be named"),
+        ("/data/raw/here/nothing", "data.path: /data/raw/here/nothing is neither here nor a data set on the Hub"),
         ("{empty}", "holds no .parquet or .tar file"),
         ("{empty}/*.tar", "holds no .parquet or .tar file"),
     ],
@@ -243,9 +243,10 @@ def test_data_that_is_not_there_names_the_key(path, says, tmp_path):
         rows_from("pickapic", path=path.format(empty=tmp_path))
 
 
-def test_a_revision_is_a_whole_commit():
-    with pytest.raises(ConfigError, match=r"data\.revision: .*\^\[0-9a-f\]\{40\}\$"):
-        plugin_config("sources", "pickapic", {"path": "a/b", "revision": "main"}, "data")
+@pytest.mark.parametrize("path", ["owner/name", "owner/name@main"])
+def test_a_data_set_on_the_hub_is_named_with_its_whole_commit(path):
+    with pytest.raises(ConfigError, match=r"data\.path: owner/name.* full commit"):
+        plugin_config("sources", "pickapic", {"path": path}, "data")
 
 
 @dataclass
@@ -280,7 +281,7 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
     quota = Quota({"train": 3})
     module = plugins.load("sources", "pickapic")
     seen = []
-    for row in module.read(module.Config(path="owner/name", revision=commit), 0, None, quota):
+    for row in module.read(module.Config(path=f"owner/name@{commit}"), 0, None, quota):
         quota.taken[row.split] += 1
         seen.append((row.prompt, len(set(downloaded))))
     assert listed == [("owner/name", {"repo_type": "dataset", "revision": commit, "recursive": True})]
@@ -291,8 +292,8 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
 
 def test_a_hub_that_cannot_be_reached_names_the_key(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"data\.path: owner/name at b{40}: .*offline"):
-        rows_from("pickapic", path="owner/name", revision="b" * 40)
+    with pytest.raises(SourceError, match=r"data\.path: owner/name@b{40} is not in the cache .*offline"):
+        rows_from("pickapic", path=f"owner/name@{'b' * 40}")
 
 
 # --- the torture file -------------------------------------------------------------------------------------
@@ -623,7 +624,8 @@ def test_a_table_is_known_with_its_images(tmp_path, monkeypatch):
         prompts_train=1, prompts_test=1, pairs_train=1, pairs_test=1
     )
     monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)  # a table of gigabytes
-    assert asked("table", path=str(path)) == (files, None, None)
+    folders = [path, *(tmp_path / name for name in ("a.png", "d.png", "sub"))]
+    assert asked("table", path=str(path)) == (folders, None, None)
     with pytest.raises(SourceError, match="is not there"):
         asked("table", path=str(tmp_path / "none.csv"))
 
@@ -661,4 +663,4 @@ def test_shards_here_are_needed_and_those_of_the_hub_are_not(published):
     assert asked("pickapic", path=str(published)) == ([published], None, None)
     assert asked("pickapic", path=str(published / "data/train-*.parquet")) == (train, None, None)
     assert asked("pickapic", path=str(train[0])) == (train[:1], None, None)
-    assert asked("pickapic", path="owner/name", revision="a" * 40) == ([], None, None)
+    assert asked("pickapic", path=f"owner/name@{'a' * 40}") == ([], None, None)

@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ from attune.hub import (
     fetch_file,
     fetch_folder,
     identity,
+    is_here,
+    list_files,
     parse,
+    problem_online,
     read_tensors,
+    sources_of,
 )
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.spm import model as preference
@@ -215,13 +220,9 @@ def test_hub_addresses_need_their_full_commit(text, says):
 
 
 def test_addresses_that_lead_nowhere(monkeypatch):
-    with pytest.raises(
-        FileNotFoundError, match=r"no file nowhere\.pt; one on the Hub is written owner/name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\.pt; one on the Hub is written owner/name"):
         fetch_file(parse("nowhere.pt"))
-    with pytest.raises(
-        FileNotFoundError, match=r"no folder /no/where; one on the Hub is written owner/name"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no folder /no/where; one on the Hub is written owner/name"):
         fetch_folder(parse("/no/where"), ["*"])
     with pytest.raises(ValueError, match="which file of the repository"):
         fetch_file(parse(f"owner/file@{COMMIT}"))
@@ -244,12 +245,39 @@ def test_what_is_in_the_cache_needs_no_network(on_the_hub):
     assert (
         fetch_file(source / "head.safetensors").read_bytes() == (EMBEDDED / "aesthetic/head.safetensors").read_bytes()
     )
+    assert is_here(source)
+    assert is_here(source / "head.safetensors")
+    assert not is_here(source / "body.safetensors")
     assert identity(source / "head.safetensors") == f"{commit[:12]}/head.safetensors"
     block = {"path": str(source), "head": str(source / "head.safetensors"), "hidden_act": "gelu"}
     here = block | {"path": str(EMBEDDED / "aesthetic"), "head": str(EMBEDDED / "aesthetic/head.safetensors")}
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scores = [aesthetic.load(aesthetic.Config(**b))(images, ["", ""]) for b in (block, here)]
     assert torch.equal(*scores)
+
+
+def test_what_settings_name_on_the_hub_is_found():
+    config = hpsv2.Config(version="2.1", path="/here/hps.pt", tokenizer=f"owner/name@{COMMIT}")
+    assert sources_of(config) == [Source("owner/name", "", COMMIT)]
+
+
+def test_the_hub_is_asked_for_what_settings_name(monkeypatch):
+    def list_repo_tree(self, repository, repo_type, revision, recursive):
+        assert (repository, revision, recursive) == ("owner/name", COMMIT, True)
+        if repo_type == "model":
+            raise ConnectionError("no such model")
+        files = [SimpleNamespace(path="a/file.pt", size=3), SimpleNamespace(path="a.pt", size=4)]
+        return [*files, SimpleNamespace(path="a")]  # a folder has no size
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", list_repo_tree)
+    source = Source("owner/name", "", COMMIT)
+    assert list_files(source, "dataset") == {"a/file.pt": 3, "a.pt": 4}
+    assert list_files(source / "a", "dataset") == {"a/file.pt": 3}
+    assert problem_online(source) is None
+    assert problem_online(source / "a.pt") is None
+    assert "no such file" in problem_online(source / "c.pt")
+    monkeypatch.undo()
+    assert "could not be fetched" in problem_online(source)
 
 
 # ---------------------------------------------------------------- sound weights

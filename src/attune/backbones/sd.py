@@ -15,19 +15,16 @@ from attune.config.settings import Model
 from attune.hub import Source
 from attune.interfaces import Conditioning
 
-PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
-NOMINAL = _latent.Facts(denoiser=859_520_964, text_encoders=123_060_480, autoencoder=83_653_863, resolution=512)
-"""Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""
+NOMINAL_WEIGHTS = {"denoiser": 859_520_964, "text_encoders": 123_060_480, "autoencoder": 83_653_863}
+"""Numbers in Stable Diffusion 1.5, for planning before it is here; 2.x has 866 and 340 million."""
 
-
-def facts(model: Model) -> _latent.Facts:
-    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    return _latent.facts(model, PARTS, NOMINAL)
+RESOLUTION = 512
+"""Pixels, if neither the settings nor the files say."""
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
-    return _latent.downloads(model, PARTS)
+    return _latent.downloads(model, [""])
 
 
 class StableDiffusion:

@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from attune.config import plugins
 from attune.config.make_plan import needs
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
-from attune.hub import count_parameters
+from attune.hub import count_parameters, parse, read_json
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"
 GB = 1e9
 STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
 BYTES_PER_PAIR = 2000  # of the tables, with scores
-PNG_BYTES = 1.5  # per pixel, of a photograph
+BYTES_PER_LATENT = 16  # four channels of float32, one for 64 pixels
+BYTES_PER_PIXEL = 1.5  # of a PNG of a photograph
 PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
 
 
@@ -41,9 +41,27 @@ class Row:
     time: str = UNKNOWN
 
 
-def facts(s: Settings) -> Any:
-    """How many weights the base model has and its resolution, without loading it."""
-    return plugins.load("backbones", s.model.backbone).facts(s.model)
+@dataclass(frozen=True)
+class Facts:
+    """How large a base model is."""
+
+    denoiser: int  # numbers of weights
+    text_encoders: int
+    autoencoder: int
+    resolution: int  # pixels
+
+
+def facts(s: Settings) -> Facts:
+    """Of a base model here as its files say, without loading it; else what models of its kind have."""
+    backbone, source = plugins.load("backbones", s.model.backbone), parse(s.model.path)
+    folder = Path(source.place)
+    if source.commit is not None or not (folder / "unet").is_dir():
+        return Facts(**backbone.NOMINAL_WEIGHTS, resolution=s.model.resolution or backbone.RESOLUTION)
+    encoders = sum(count_parameters(part) for part in folder.glob("text_encoder*"))
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    weights = [count_parameters(folder / part) for part in ("unet", "vae")]
+    return Facts(weights[0], encoders, weights[1], s.model.resolution or resolution)
 
 
 def rows(
@@ -63,52 +81,53 @@ def rows(
 
 
 def known_rows(s: Settings) -> dict[str, int]:
-    """Training `prompts` and `pairs`, as far as the source knows them before any work."""
+    """Training `prompts` and `pairs`, as far as they are known before any work; a limit on pairs counts as reached."""
     try:
         known = plugins.load("sources", s.source).split_sizes(s.data) or {}
     except SourceError:  # the problems say what is wrong with the data
         known = {}
-    return {kind: known[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in known}
+    found = {kind: known[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in known}
+    limit = getattr(s.data, "pairs", None)
+    return found if "pairs" in found or limit is None else {**found, "pairs": limit}
 
 
-def _rows(s: Settings, weights: Any, sizes: Mapping[str, int]) -> Iterator[Row]:
-    frozen = _frozen(s, weights)
-    pairs, prompts = sizes.get("pairs"), sizes.get("prompts")
-    found = f"{_many(prompts)} training prompts, {_many(pairs)} pairs"
+def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row]:
+    frozen, pairs, prompts = _frozen(s, weights), sizes.get("pairs"), sizes.get("prompts")
+    pixels, images = weights.resolution**2, s.generate.prompts * s.generate.images_per_prompt
+    found = f"source {s.source}: {_many(prompts)} training prompts, {_many(pairs)} pairs"
+    latents = None if pairs is None else 2 * pairs * pixels / 64 * BYTES_PER_LATENT  # no image in two pairs, at most
     tables = (pairs or 0) * BYTES_PER_PAIR
-    yield Row("prepare", f"source {s.source}: {found}", gpu=_size(frozen), host=_size(frozen + tables))
+    yield Row("prepare", found, gpu=_size(frozen), host=_size(frozen + tables), disk=_size(latents))
     yield _preference(s, weights, pairs)
     for name, run in s.runs.items():
         yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
-    images = s.generate.prompts * s.generate.images_per_prompt
     for name in s.runs:
-        pixels = weights.resolution**2
-        host, disk = _size(frozen + images * pixels * 6), _size(images * pixels * PNG_BYTES)
+        host, disk = _size(frozen + images * pixels * 6), _size(images * pixels * BYTES_PER_PIXEL)
         yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), host=host, disk=disk)
     for name in s.runs:
         yield Row(f"evaluate@{name}", f"{images:,} images by {', '.join(s.scorers)}")
     yield Row("report", f"{len(s.runs)} runs compared")
 
 
-def _preference(s: Settings, weights: Any, pairs: int | None) -> Row:
-    used = s.preference is not None and any(needs(run.method, "preference_model") for run in s.runs.values())
-    if not used:
+def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
+    config = s.preference
+    if config is None or not any(needs(run.method, "preference_model") for run in s.runs.values()):
         return Row("train_preference", "nothing: no run needs the preference model")
-    clip = Path(s.preference.clip)
+    clip = Path(config.clip)
     own = count_parameters(clip) if clip.is_dir() else PREFERENCE_WEIGHTS
-    memory = own * STATE[s.preference.optimizer] + _frozen(s, weights)
-    return Row(
-        "train_preference", _training(s.preference, "pairs"), _epochs(s.preference, pairs, "pairs"), _size(memory)
-    )
+    frozen = _frozen(s, weights)
+    does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
+    gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
+    return Row("train_preference", does, sees, _size(gpu), _size(own * 4 + frozen), _size(disk))
 
 
-def _align(name: str, s: Settings, weights: Any, sizes: Mapping[str, int]) -> Row:
+def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.runs[name].method
     kind = plugins.load("methods", method).Method.consumes
-    does = f"{method}: {_training(config, kind)}"
-    return Row(
-        f"align@{name}", does, _epochs(config, sizes.get(kind), kind), _size(_training_memory(config, s, weights))
-    )
+    does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
+    disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
+    gpu, host = _training_memory(config, s, weights), _frozen(s, weights)
+    return Row(f"align@{name}", does, sees, _size(gpu), _size(host), _size(disk))
 
 
 def _training(config: TrainingConfig, kind: str) -> str:
@@ -121,13 +140,13 @@ def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
     return f"{seen:,} {kind}, " + (f"{seen / n:.3g} epochs" if n else f"epochs {UNKNOWN}")
 
 
-def _frozen(s: Settings, weights: Any) -> float:
+def _frozen(s: Settings, weights: Facts) -> float:
     """Bytes of the base model's networks as they are loaded."""
     half = BYTES[s.model.dtype]
     return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
 
 
-def _training_memory(config: MethodConfig, s: Settings, weights: Any) -> float:
+def _training_memory(config: MethodConfig, s: Settings, weights: Facts) -> float:
     """All networks, and for full fine-tuning the float32 weights, their gradients, moments and frozen copy."""
     frozen = _frozen(s, weights)
     if config.lora is not None:

@@ -93,10 +93,12 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
         if run.method is not None:
             plugins.find("methods", run.method, f"runs.{name}.method")
     source, data = _source(profile.data, where)
-    trained = {name: {} for name, run in params.runs.items() if run.method is not None}
+    searched = [name for name in profile.search if method_of(name, params.runs) in plugins.available("methods")]
+    trained = [name for name, run in params.runs.items() if run.method is not None]
+    blocks = {name: {} for name in [*trained, *searched]} | dict(profile.methods)
     methods = {
         name: plugins.plugin_config("methods", method_of(name, params.runs), block, f"{where}methods.{name}")
-        for name, block in (trained | dict(profile.methods)).items()
+        for name, block in blocks.items()
     }
     preference = profile.preference and check(PreferenceConfig, profile.preference, f"{where}preference")
     return Settings(

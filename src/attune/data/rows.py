@@ -17,7 +17,7 @@ ImageRef: TypeAlias = "bytes | Path | np.ndarray | None"
 """An encoded image, the file of one, pixels as uint8 (H, W, 3), or None where the source has lost the image."""
 
 ImageGenerator: TypeAlias = "Callable[[Sequence[str], Sequence[int], str], np.ndarray]"
-"""(prompts, ordinals, title of the progress bar) -> images of the base model, uint8 (n, H, W, 3)."""
+"""(prompts, ordinals, name of the progress bar) -> images of the base model, uint8 (n, H, W, 3)."""
 
 
 class SourceError(ValueError):

@@ -92,18 +92,12 @@ def _downloads(settings: Settings) -> dict[str, float | None]:
 
 def _missing_on_the_hub(settings: Settings) -> Iterator[str]:
     """What the settings name on the Hub and the Hub does not have."""
-    configs = [settings.model, settings.preference, *settings.runs.values()]
+    configs = [settings.model, settings.data, settings.preference, *settings.runs.values()]
     configs += [scorer.config for scorer in settings.scorers.values()]
-    sources = [(source, "model") for config in configs if config for source in locations(config).values()]
-    sources += [(source, "dataset") for source in locations(settings.data).values()]
-    for source, kind in dict.fromkeys(sources):
-        if source.commit is None or hub.is_here(source):
-            continue
-        try:
-            if not hub.list_files(hub.Source(source.place, "", source.commit), kind):
-                yield f"{source}: the repository is empty at this commit"
-        except hub.HubError as error:
-            yield str(error)
+    sources = [source for config in configs if config for source in locations(config).values()]
+    for source in dict.fromkeys(sources):
+        if source.commit is not None and (problem := hub.problem_online(source)):
+            yield problem
 
 
 if __name__ == "__main__":

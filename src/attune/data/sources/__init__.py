@@ -11,7 +11,7 @@
 
 `read` looks whether its files are there when it is called and raises `SourceError` if not. It yields rows one by
 one as it finds them; decoding and checking them is the work of `attune.data.ingest`. It may call
-`generate_images(prompts, ordinals, title)` for images of the base model, and stops reading a split of which
+`generate_images(prompts, ordinals, desc)` for images of the base model, and stops reading a split of which
 `quota` wants no more pairs.
 
 The other three are for the plan, which asks them before any work. They are quick, download nothing and open no

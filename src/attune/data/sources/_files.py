@@ -13,7 +13,7 @@ from typing import Any
 from attune.data.rows import BadRow, Pair, Prompt, Row, SourceError
 from attune.hub import NOTATION, HubError, fetch_file, list_files, parse
 
-SMALL_BYTES = 20_000_000  # of tables and lists: what is read in about a second
+SMALL_BYTES = 2_000_000  # of tables and lists, about 20,000 rows: read in less than a second
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def prompt_texts(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def are_small(*paths: str | Path | None) -> bool:
-    """Whether these tables and lists are read in about a second. Files that are not there weigh nothing."""
+    """Whether these tables and lists are read in less than a second. Files that are not there weigh nothing."""
     files = (Path(path) for path in paths if path is not None)
     return sum(file.stat().st_size for file in files if file.is_file()) <= SMALL_BYTES
 

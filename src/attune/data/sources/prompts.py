@@ -47,12 +47,12 @@ def needs_files(config: Config) -> list[Path]:
 
 
 def split_sizes(config: Config) -> dict[str, int] | None:
-    """All of them, of lists that are read in a second."""
+    """All of them, of lists that are read in less than a second."""
     return count_rows(_rows(config), Quota()) if are_small(*_lists(config)) else None
 
 
 def listed_prompts(config: Config) -> Iterator[str] | None:
-    """All prompts of lists that are read in a second."""
+    """All prompts of lists that are read in less than a second."""
     return prompt_texts(_rows(config)) if are_small(*_lists(config)) else None
 
 
