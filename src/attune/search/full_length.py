@@ -18,7 +18,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from attune.evaluation.statistics import Comparison, compare
+from attune.evaluation.statistics import Comparison, compare_paired
 from attune.files import values_sha
 from attune.search.figures import draw_finalists
 from attune.search.results import ranked, table, write_best
@@ -108,7 +108,7 @@ def compare_with_incumbent(study: optuna.Study, spec: StudySpec, incumbent: dict
     scores = {trial.number: np.array(trial.user_attrs["scores"][spec.objectives[0]]) for trial in ended}
     base = next((trial.number for trial in ended if has_settings(trial, incumbent)), None)
     others = [number for number in scores if number != base] if base is not None else []
-    return {number: compare(scores[number], scores[base], seed=spec.seed) for number in others}
+    return {number: compare_paired(scores[number], scores[base], seed=spec.seed) for number in others}
 
 
 def has_settings(trial: FrozenTrial, settings: dict[str, Any]) -> bool:
