@@ -23,7 +23,7 @@ from torch import Tensor
 from attune.build import build_method, load_learner, load_scorer
 from attune.config.check import load
 from attune.config.profile import Profile
-from attune.diffusion.generate import paint
+from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.evaluation.diversity import diversity
 from attune.evaluation.statistics import bootstrap_mean_ci
@@ -39,7 +39,7 @@ TRAINED, VALIDATION, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
 
 def looked_at(policy: Policy, profile: Profile, prompts: list[str], scorers: dict[str, Reward]) -> dict[str, Any]:
     """Mean score by each scorer with its 95 % CI, and diversity, of one image per prompt."""
-    images = paint(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
+    images = generate_images(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     row: dict[str, Any] = {}
     with torch.no_grad():

@@ -94,7 +94,7 @@ def load_policy(base: str, folder: Path, args: argparse.Namespace) -> Policy:
 
 
 def random_conditioning(policy: Policy, n: int) -> Conditioning:
-    shapes = {name: (n, *value.shape[1:]) for name, value in policy.null.tensors.items()}
+    shapes = {name: (n, *value.shape[1:]) for name, value in policy.uncond.tensors.items()}
     return Conditioning({name: torch.randn(shape, device=policy.device) for name, shape in shapes.items()})
 
 

@@ -19,18 +19,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from attune.config.check import method_of, read_params
 from torch import Tensor
 
 import tiny
 from attune.backbones.sd import load as load_sd
 from attune.build import build_method, shard
 from attune.config import plugins
-from attune.config.check import method_of, read_params
 from attune.config.profile import Params, Profile
 from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save

@@ -25,7 +25,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.training.loop import epoch_rows, train
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from attune.data.prepared import PreparedData
 from torch import Tensor, nn
 
 import tiny
 from attune.config.settings import TrainingConfig
-from attune.data.prepared import PreparedData
 from attune.diffusion.policy import Policy
 from attune.distributed import Shard
 from attune.interfaces import Objective

@@ -1,7 +1,7 @@
-"""The five abstractions everything else is written against, and nothing more.
+"""The protocols everything else is written against; each declares all that its callers use.
 
-`Conditioning` is a value; `Backbone`, `Objective`, `Reward` and `StepReward` are protocols: nothing inherits
-from them. `Policy`, the fifth, is concrete and lives in `attune.diffusion.policy`.
+`Conditioning` is a value. `Backbone`, `Objective`, `Method`, `Trainable`, `Reward` and its kin are protocols: nothing
+inherits from them. `Policy`, which methods are given, is concrete and lives in `attune.diffusion.policy`.
 
 Shapes: B images or prompts, (C, h, w) a latent, (3, H, W) an image. Images outside a backbone are float in
 [0, 1]; timesteps t are long (B,), indices 0..T-1 of the training schedule.
@@ -11,21 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attune.config.settings import TrainingConfig
+from attune.config.settings import MethodConfig, TrainingConfig
+from attune.distributed import Shard
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 Metrics = dict[str, float | Tensor]
 Log = Callable[[Mapping[str, float], int], None]
-"""`log(metrics, step)`: how training reports; what listens is none of its business."""
+"""`log(metrics, step)`: how training reports its metrics."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a denoiser is told besides x_t and t: batch-first tensors under the backbone's own names."""
+    """The inputs of a denoiser besides x_t and t: batch-first tensors under the backbone's own names."""
 
     tensors: Mapping[str, Tensor]
 
@@ -88,7 +93,7 @@ class Backbone(Protocol):
 
 
 class Objective(Protocol):
-    """What a method wants of the training loop: how a batch becomes minibatches, and the loss of one."""
+    """What the training loop asks: how a batch becomes minibatches, and the loss of one."""
 
     config: TrainingConfig
 
@@ -100,7 +105,7 @@ class Objective(Protocol):
 
         A minibatch has a length and takes a slice of rows, `minibatch[2:4]`: several processes share it. The
         rows' mean of `loss` and of each metric is that of the whole; what is computed of all rows at once is
-        computed of `trained.shard.gather`.
+        computed of `trainable.shard.gather`.
         """
         ...
 
@@ -109,11 +114,58 @@ class Objective(Protocol):
         ...
 
 
+class Method(Objective, Protocol):
+    """A tuning method: `methods/<name>.py` exports `Config` and `Method(config, policy, **needed)`.
+
+    `Config.trained_on` names the scorers of the profile that the loss optimises.
+    """
+
+    consumes: Literal["pairs", "prompts"]  # the batches of `minibatches`: `PairBatch` or `PromptBatch`
+    needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
+    config: MethodConfig
+    policy: Policy
+
+
+class Trainable(Protocol):
+    """What is trained. The training loop replaces `module`, which is what gets called, by its distributed wrapper."""
+
+    module: nn.Module
+    shard: Shard  # which rows this process computes
+    reference_model: nn.Module | None  # the frozen network that serves as reference, where there is one
+    autocast: torch.dtype | None  # what a float32 network computes in; None: its own dtype
+
+    def parameters(self) -> list[Tensor]:
+        """The tensors that training may change."""
+        ...
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A scorer. Images (B, 3, H, W) float32 in [0, 1] and B prompts to (B,) scores, higher is better."""
 
+    differentiable: bool  # whether gradients reach the images
+    license: str  # of the weights
+    expected_range: tuple[float, float] | None  # a mean score outside is an error; None = any is possible
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """A scorer that can also say how alike images are."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Unit features (B, D) of images (B, 3, H, W) in [0, 1], without gradient."""
+        ...
+
+
+@runtime_checkable
+class ExplainedReward(Protocol):
+    """A scorer that can also say what its scores are made of."""
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Part -> its values (B,). Arguments as for scores."""
+        ...
 
 
 @runtime_checkable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,14 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import load
 
 from attune.build import load_policy
-from attune.config.check import load
-from attune.diffusion.generate import paint
-from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, write_scores
-from attune.evaluation.summary import summarise
-from attune.stages.champion import challenge
+from attune.diffusion.generate import generate_images
+from attune.diffusion.noise import noise_seed
+from attune.evaluation.champion import NoCandidate, find_candidate
+from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
+from attune.evaluation.summarise import summarise
 from attune.tracking import registry
+from attune.tracking.promote import promote
 
 pytestmark = pytest.mark.integration
 
@@ -61,16 +62,19 @@ def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
         values = BASE if gain is None else BASE + gain + noise
         tables[name] = pd.DataFrame({"prompt": PROMPTS, "ordinal": 0, "file": "x.png", "oracle": values})
         write_scores(f"reports/scores/{name}.parquet", tables[name], protocol)
-    Path("reports/summary.json").write_text(json.dumps(summarise(tables, protocol)))
+    Path("reports/summary.json").write_text(summarise(tables, protocol).to_json())
 
 
-def _holder(place, alias: str) -> tuple[str, str] | None:
-    found = registry.holder(NAME, alias, *place)
+def _get_by_alias(place, alias: str) -> tuple[str, str] | None:
+    found = registry.get_by_alias(NAME, alias, *place)
     return found and (found.number, found.tags["run"])
 
 
-def _challenge(place, **options: bool) -> str:
-    return challenge(NAME, load()[1], place, **options)
+def _promote(place, **options: bool) -> str:
+    profile = load()[1]
+    base = (profile.model.path, None)
+    candidate = find_candidate(Path("reports"), Path("models"))
+    return promote(NAME, candidate, base, place, seed=profile.seed, **options)
 
 
 def test_a_champion_is_made_defended_and_replaced(place):
@@ -80,23 +84,24 @@ def test_a_champion_is_made_defended_and_replaced(place):
     intervals of no width.
     """
     _report({"dpo": -0.1, "spo": 0.0})
-    assert "nothing to register" in _challenge(place)
+    with pytest.raises(NoCandidate, match="no run of the report is better than base by oracle beyond doubt"):
+        _promote(place)
     _report({"dpo": 0.2})
-    assert _challenge(place) == f"dpo, version 1 of {NAME}, is the champion: there was none"
-    assert _challenge(place) == f"dpo is champion already, version 1 of {NAME}"
+    assert _promote(place) == f"dpo, version 1 of {NAME}, is the champion: there was none"
+    assert _promote(place) == f"dpo is champion already, version 1 of {NAME}"
     _report({"spo": 0.199})
-    assert "is registered as challenger: it does not beat version 1 (dpo)" in _challenge(place)
-    assert (_holder(place, "champion"), _holder(place, "challenger")) == (("1", "dpo"), ("2", "spo"))
-    assert "challenger already" in _challenge(place)
+    assert "is registered as challenger: it does not beat version 1 (dpo)" in _promote(place)
+    assert (_get_by_alias(place, "champion"), _get_by_alias(place, "challenger")) == (("1", "dpo"), ("2", "spo"))
+    assert "challenger already" in _promote(place)
     shutil.rmtree("models/spo")
     shutil.copytree("models/dpo", "models/spo")  # other weights, trained anew
     file = Path("models/spo/pytorch_lora_weights.safetensors")
     _shift(file)
     _report({"spo": 0.5})
-    told = _challenge(place)
+    told = _promote(place)
     assert f"spo, version 3 of {NAME}, is the champion: it beats version 1 (dpo), oracle +0.3000" in told
     assert "n = 40 prompts" in told
-    assert _holder(place, "champion") == ("3", "spo")
+    assert _get_by_alias(place, "champion") == ("3", "spo")
 
 
 def _shift(file: Path) -> None:
@@ -111,8 +116,8 @@ def test_the_champion_paints_what_the_adapter_painted(place):
     _, profile = load()
     policy = load_policy(profile)
     policy.load("models/spo")
-    ours = paint(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
-    bare = paint(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    ours = generate_images(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
+    bare = generate_images(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
@@ -126,29 +131,30 @@ def test_the_champion_paints_what_the_adapter_painted(place):
 def test_scores_of_another_protocol_are_no_match(place):
     other = Protocol.from_dict(PROTOCOL.to_dict() | {"steps": 50})
     _report({"dpo": 0.9}, other)
-    before = _holder(place, "champion")
+    before = _get_by_alias(place, "champion")
     with pytest.raises(ValueError, match=f"under protocol {PROTOCOL.sha}, the best run here under {other.sha}"):
-        _challenge(place)
-    assert _holder(place, "champion") == before
-    assert "dpo" in _challenge(place, anew=True)
-    assert _holder(place, "champion")[1] == "dpo"
+        _promote(place)
+    assert _get_by_alias(place, "champion") == before
+    assert "dpo" in _promote(place, anew=True)
+    assert _get_by_alias(place, "champion")[1] == "dpo"
 
 
 def test_what_cannot_be_registered_is_named(place):
     _report({"full": 0.9})
-    assert "nothing to register" in _challenge(place)  # no folder: trained elsewhere
+    with pytest.raises(NoCandidate):  # no folder: trained elsewhere
+        _promote(place)
     (Path("models/full/unet")).mkdir(parents=True)
     with pytest.raises(ValueError, match="full is a whole denoiser; only adapters"):
-        _challenge(place)
+        _promote(place)
     _report({"spo": 0.9}, Protocol.from_dict(PROTOCOL.to_dict() | {"seed": 1}))
-    stale = json.loads(Path("reports/summary.json").read_text())
+    stale = Path("reports/summary.json").read_text()
     _report({"spo": 0.9})
-    Path("reports/summary.json").write_text(json.dumps(stale))
+    Path("reports/summary.json").write_text(stale)
     with pytest.raises(ValueError, match="of different protocols: `dvc repro` first"):
-        _challenge(place)
+        _promote(place)
 
 
 def test_a_registry_that_is_away_is_named_in_a_line(place, tmp_path):
     """Nothing listens on port 9 here."""
     with pytest.raises(registry.RegistryError, match=r"^MlflowException: .*127\.0\.0\.1"):
-        registry.holder(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)
+        registry.get_by_alias(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)

@@ -19,7 +19,8 @@ import pytest
 from clones import ADAPTER, METHODS, PARAMS, PROFILE, PROMPTS, SCORERS, STAGES, Project, tracked_runs
 from PIL import Image
 
-from attune.evaluation.protocol import Protocol, hash_prompts, noise_seed, read_scores
+from attune.diffusion.noise import noise_seed
+from attune.evaluation.protocol import Protocol, hash_prompts, read_scores
 
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 
@@ -372,7 +373,7 @@ class Method:
 
     def loss(self, minibatch):
         batch, t, noise = minibatch
-        x_t = process.add_noise(batch.chosen, noise, process.at(self.schedule, t, noise))
+        x_t = process.add_noise(batch.chosen, noise, process.extract(self.schedule, t, noise))
         loss = losses.denoising_error(self.policy.predict_noise(x_t, t, batch.cond), noise).mean()
         return self.config.strength * loss, {"loss": loss, "grain": x_t.std()}
 """

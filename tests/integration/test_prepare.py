@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from attune.config import check as config
 from attune.config import plugins
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.stages import prepare as stage
 from attune.world.grammar import all_scenes
 from attune.world.render import render

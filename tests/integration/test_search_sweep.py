@@ -44,7 +44,7 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
-    """dvc runs prepare, three trials and two in full; once more adds nothing; apply changes one line of params.yaml."""
+    """dvc runs prepare, three trials, two at full length; then nothing more; apply changes one line of params.yaml."""
     target = "sweeps/dvc.yaml:sweep@sft"
     said = run(project, "dvc", "repro", target)
     assert "Running stage 'prepare'" in said
@@ -78,7 +78,7 @@ def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
 
 
 def check_tracking(project: Path, table: pd.DataFrame) -> None:
-    """One sweep, resumed, not two; a run per trial below it, two of the last round, with parameter and scores."""
+    """One sweep, resumed, not two; a run per trial below it, two at full length, with parameter and scores."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{project / 'mlflow.db'}")
@@ -91,5 +91,5 @@ def check_tracking(project: Path, table: pd.DataFrame) -> None:
     }
     assert {r.info.status for r in runs} == {"FINISHED"}
     assert sorted(r.data.params["batches"] for r in trials) == ["1", "1", "1", "3", "3"]
-    assert sorted(r.info.run_name for r in trials if "round" in r.data.tags) == ["sft final 0", "sft final 1"]
+    assert sorted(r.info.run_name for r in trials if "round" in r.data.tags) == ["sft full 0", "sft full 1"]
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"best_params.yaml", "history.png"}

@@ -30,8 +30,8 @@ def epsilon(backbone, x_t, t, output):
 
 def step(x_t, noise_pred, t, steps=20, eta=1.0):
     """Mean and std of our DDIM step, and x_0."""
-    a_t = process.at(SCHEDULE, t, x_t)
-    a_prev = process.at(SCHEDULE, process.previous_timestep(t, 1000, steps), x_t)
+    a_t = process.extract(SCHEDULE, t, x_t)
+    a_prev = process.extract(SCHEDULE, process.previous_timestep(t, 1000, steps), x_t)
     return *process.ddim_step(x_t, noise_pred, a_t, a_prev, eta), process.predict_x0(x_t, noise_pred, a_t)
 
 

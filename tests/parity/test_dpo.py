@@ -7,7 +7,7 @@ from golden.reading import tensors
 
 from attune.diffusion import process
 from attune.diffusion.losses import denoising_error, preference_loss
-from attune.diffusion.noised import Noised
+from attune.diffusion.noised import NoisedBatch
 from attune.methods import dpo
 
 pytestmark = pytest.mark.parity
@@ -42,7 +42,7 @@ def test_training_step(table, request, model):
     backbone.resolution = 1024  # the authors always say so, whatever the picture's size
     x_0 = backbone.vae.config.scaling_factor * case["posterior_samples_wl"]
     noise, t = case["noise"].repeat(2, 1, 1, 1), case["timesteps"].repeat(2)
-    x_t = process.add_noise(x_0, noise, process.at(backbone.alphas_cumprod, t, x_0))
+    x_t = process.add_noise(x_0, noise, process.extract(backbone.alphas_cumprod, t, x_0))
     table.close(name, "x_t", x_t, case["noisy_latents"])
 
     cond = conditioning(case).repeat(2)
@@ -50,7 +50,7 @@ def test_training_step(table, request, model):
     policy.denoiser.requires_grad_(True)
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), case["model_pred"])
     config = dpo.Config(lora=None, lr=1e-8, batches=1, batch_size=3, beta=5000)
-    loss, metrics = dpo.Method(config, policy).loss(Noised(x_0, t, noise, cond, sides=2))
+    loss, metrics = dpo.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond, images_per_row=2))
     loss.backward()
     # beta = 5000 turns errors of 1e-7 into errors of 1e-3
     table.close(name, "loss", loss, case["loss"], absolute=5e-3)

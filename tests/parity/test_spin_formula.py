@@ -6,7 +6,7 @@ from golden.pipelines import Beside, Recorded, conditioning, own
 from golden.reading import tensors
 
 from attune.diffusion import process
-from attune.diffusion.noised import Noised
+from attune.diffusion.noised import NoisedBatch
 from attune.methods import spin
 
 pytestmark = pytest.mark.parity
@@ -19,12 +19,12 @@ def test_training_step(table, sd, beta):
     backbone, cond = own(sd), conditioning(case).repeat(2)
     x_0, noise = (torch.cat([case[f"{part}_real"], case[f"{part}_gen"]]) for part in ("latents", "noise"))
     t = case["timesteps"].repeat(2)
-    x_t = process.add_noise(x_0, noise, process.at(backbone.alphas_cumprod, t, x_0))
+    x_t = process.add_noise(x_0, noise, process.extract(backbone.alphas_cumprod, t, x_0))
     opponent = Recorded(x_t, t, cond, torch.cat([case["eps_ref_real"], case["eps_ref_gen"]]))
     policy = Beside(backbone, opponent)
     policy.denoiser.requires_grad_(True)
     config = spin.Config(lora=None, lr=2e-5, batches=1, batch_size=4, beta=beta, steps=20, guidance_scale=7.5)
-    loss, metrics = spin.Method(config, policy).loss(Noised(x_0, t, noise, cond, sides=2))
+    loss, metrics = spin.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond, images_per_row=2))
     loss.backward()
     predicted = torch.cat([case["eps_theta_real"], case["eps_theta_gen"]])
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), predicted)

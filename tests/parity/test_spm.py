@@ -8,7 +8,7 @@ from golden.reading import PROMPTS, assert_close, tensors, write_clip, write_spm
 from attune.data.batches import PairBatch
 from attune.data.labels import relabel
 from attune.diffusion.policy import Policy
-from attune.diffusion.process import add_noise, at
+from attune.diffusion.process import add_noise, extract
 from attune.spm import objective
 from attune.spm.model import (
     StepAwareReward,
@@ -113,10 +113,10 @@ def test_prompts_are_encoded(table, request, model):
     ids = [case[key] for key in ("input_ids", "input_ids_2") if key in case]
     if model == "sd":
         backbone.tokenizer = StoredTokens(*ids)
-        table.close("09 sd", "empty prompt", base.null.tensors["prompt_embeds"], case["negative_prompt_embeds"])
+        table.close("09 sd", "empty prompt", base.uncond.tensors["prompt_embeds"], case["negative_prompt_embeds"])
     else:
         backbone.encoders = [(StoredTokens(i), text) for i, (_, text) in zip(ids, backbone.encoders, strict=True)]
-        assert not any(value.any() for value in base.null.tensors.values())
+        assert not any(value.any() for value in base.uncond.tensors.values())
     encoded = backbone.encode_prompts(["drawn"] * 3)
     for key, value in conditioning(case).tensors.items():
         table.close(f"09 {model}", key, encoded.tensors[key], value)
@@ -128,7 +128,7 @@ def test_noising_and_the_one_step_prediction(table, request, model):
     t, cond, schedule = case["timesteps"], conditioning(case), backbone.alphas_cumprod
     for i in "01":
         x_0 = backbone.vae.config.scaling_factor * case[f"posterior_sample_{i}"]
-        x_t = add_noise(x_0, case["noise"], at(schedule, t, x_0))
+        x_t = add_noise(x_0, case["noise"], extract(schedule, t, x_0))
         table.close(name, "x_t", x_t, case[f"noised_latents_{i}"])
         null, conditional = case[f"unet_out_{i}"].chunk(2)
         table.close(name, "epsilon", base.predict_noise(x_t, t, cond), conditional)
@@ -149,7 +149,7 @@ def test_pairs_as_the_model_sees_them(table, request, spm, model):
     label = torch.ones(3)
     batch = PairBatch(PROMPTS["07"][:3], conditioning(case), *latents, label, label)
     config = objective.Config(clip="", lr=1e-5, batches=1, batch_size=3)
-    seen = objective.SPMObjective(config, *spm, base).seen(batch, case["timesteps"], case["noise"])
+    seen = objective.SPMObjective(config, *spm, base).prepare_batch(batch, case["timesteps"], case["noise"])
     expected = torch.stack([case["pixel_values_0"], case["pixel_values_1"]])
     later = case["timesteps"] > 0
     table.close(f"09 {model}", "pixels in training, t > 0", seen.pixel_values[:, later], expected[:, later])

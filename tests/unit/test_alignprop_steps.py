@@ -281,7 +281,7 @@ def test_refl_stops_at_one_step_s_prediction(build):
     run, t = minibatch.run, torch.tensor([201])
     with torch.no_grad():
         noise_pred = method.policy.predict_noise(run.x_t, t.expand(3), run.cond, 2.0)
-        a_t = process.at(method.policy.backbone.alphas_cumprod, t, run.x_t)
+        a_t = process.extract(method.policy.backbone.alphas_cumprod, t, run.x_t)
         decoded = method.policy.backbone.decode_latents(process.predict_x0(run.x_t, noise_pred, a_t))
     torch.testing.assert_close(method.rewards["light"].seen.detach(), decoded.clamp(0, 1))
 

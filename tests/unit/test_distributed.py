@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune.diffusion.ddim import normal
+from attune.diffusion.noise import generator_noise
 from attune.distributed import Shard
 
 SRC = str(Path(__file__).parents[2] / "src")
@@ -26,18 +26,18 @@ def test_rows_lie_together_and_every_row_is_somebodys():
 @pytest.mark.parametrize("k", [1, 3])
 def test_noise_is_what_one_process_would_have_drawn_for_the_row(k):
     """k candidates of each of 5 prompts, candidate-major: row j * 5 + b is prompt b; and so again for the next draw."""
-    whole = normal(torch.Generator().manual_seed(0))
+    whole = generator_noise(torch.Generator().manual_seed(0))
     expected = [whole((k * 5, 2)).view(k, 5, 2) for _ in range(2)]
     for shard in (Shard(0, 2), Shard(1, 2)):
         rows = shard.rows(5)
-        draw = shard.local_noise(normal(torch.Generator().manual_seed(0)), 5)
+        draw = shard.local_noise(generator_noise(torch.Generator().manual_seed(0)), 5)
         for noise in expected:
             assert torch.equal(draw((k * shard.count(5), 2)), noise[:, rows].flatten(0, 1))
 
 
 def test_one_process_is_left_alone():
     shard, rows = Shard(), torch.ones(3, requires_grad=True)
-    draw = normal(torch.Generator())
+    draw = generator_noise(torch.Generator())
     assert shard.gather(rows) is rows
     assert shard.local_noise(draw, 3) is draw
     assert (shard.rows(3), shard.count(3), shard.is_main_process) == (slice(0, 3), 3, True)

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.config.settings import AIFeedback
@@ -146,7 +146,7 @@ def test_wrong_options_name_their_key():
 
 
 def test_certain_labels_need_not_be_given(policy, data):
-    """`Noised` pairs without probabilities is what people's labels are."""
+    """`NoisedBatch` pairs without probabilities is what people's labels are."""
     method = dpo.Method(dpo.Config(**BLOCK), policy)
     (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
     assert minibatch.p_chosen.tolist() == [1.0] * 4

@@ -80,7 +80,7 @@ def test_images_of_a_pair_share_neither_timestep_nor_noise_nor_a_dropped_prompt(
     assert (m.t[:24] == m.t[24:]).sum() < 3  # by chance one in 1000
     assert (m.noise[:24] - m.noise[24:]).abs().flatten(1).amax(1).min() > 0.1
     (states,) = m.cond.tensors.values()
-    null = next(iter(policy.null.tensors.values()))
+    null = next(iter(policy.uncond.tensors.values()))
     empty = (states == null).flatten(1).all(1)
     assert 0 < empty.sum() < 48
     assert not torch.equal(empty[:24], empty[24:])

@@ -101,7 +101,7 @@ def test_guidance_by_its_definition(policy, inputs):
     x_t, t, cond = inputs
     with torch.no_grad():
         conditional = policy.predict_noise(x_t, t, cond)
-        null = policy.predict_noise(x_t, t, policy.null.expand(3))
+        null = policy.predict_noise(x_t, t, policy.uncond.expand(3))
         for w in (0.0, 1.0, 3.0):
             expected = null + w * (conditional - null)
             torch.testing.assert_close(policy.predict_noise(x_t, t, cond, w), expected, rtol=1e-4, atol=1e-5)
@@ -344,7 +344,7 @@ def test_which_of_several_files_must_be_said(new_policy, tmp_path):
 
 
 def test_what_is_on_the_hub_must_be_pinned(policy, tmp_path):
-    with pytest.raises(ValueError, match="owner/name: not here, and what is on the hub needs the commit"):
+    with pytest.raises(ValueError, match="owner/name is not here, and on the Hub it needs its full commit"):
         policy.load("owner/name")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         policy.load(tmp_path / "missing")
@@ -363,7 +363,7 @@ def test_an_adapter_and_a_denoiser_from_the_hub(new_policy, tmp_path, on_the_hub
     ):
         _, commit = on_the_hub(tmp_path / folder, name)
         loaded = new_policy(adapter=False)
-        loaded.load(source, commit)
+        loaded.load(f"{source}@{commit}")
         assert same_weights(loaded, expected)
 
 
@@ -463,7 +463,7 @@ def started(new, tmp_path):
     saved = new(moved=0.1, targets="all")
     saved.save(tmp_path / "first")
     policy = new(adapter=False)
-    policy.go_on(str(tmp_path / "first"), ALL)
+    policy.continue_from(str(tmp_path / "first"), ALL)
     return policy, saved
 
 
@@ -514,7 +514,7 @@ def test_a_half_precision_base_goes_on_from_a_float32_adapter(new_policy, tmp_pa
     new_policy(moved=0.1).save(tmp_path)
     policy = new_policy(adapter=False)
     policy.denoiser.to(torch.bfloat16)
-    policy.go_on(str(tmp_path), TWO)
+    policy.continue_from(str(tmp_path), TWO)
     weights = load_file(tmp_path / ADAPTER_FILE)
     found = get_peft_model_state_dict(policy.denoiser)
     assert all(torch.equal(found[name.removeprefix("unet.")], value) for name, value in weights.items())
@@ -527,7 +527,7 @@ def test_every_weight_goes_on_from_a_whole_denoiser(new, tmp_path):
     tiny.move(saved, 0.01)
     saved.save(tmp_path)
     policy, start = new(adapter=False), drawn(saved)
-    policy.go_on(str(tmp_path), None)
+    policy.continue_from(str(tmp_path), None)
     assert torch.equal(drawn(policy), start)
     assert len(policy.parameters()) == len(list(policy.denoiser.parameters()))
     assert policy.backbone.denoiser is policy.denoiser, "the base would only take up memory"
@@ -552,12 +552,12 @@ def test_a_start_that_is_not_what_the_settings_say_is_refused(new_policy, tmp_pa
         saved.unfreeze()
     saved.save(tmp_path)
     with pytest.raises(ValueError, match=re.escape(says)):
-        new_policy(adapter=False).go_on(str(tmp_path), lora)
+        new_policy(adapter=False).continue_from(str(tmp_path), lora)
 
 
 def test_a_start_on_the_hub_must_be_pinned(new_policy):
-    with pytest.raises(ValueError, match="owner/name: not here, and what is on the hub needs the commit"):
-        new_policy(adapter=False).go_on("owner/name", TWO)
+    with pytest.raises(ValueError, match="owner/name is not here, and on the Hub it needs its full commit"):
+        new_policy(adapter=False).continue_from("owner/name", TWO)
 
 
 # ---------------------------------------------------------------- identities

@@ -21,7 +21,7 @@ def scalar(value):
 
 def test_at_gives_one_value_per_row():
     x = latents(0, rows=2).double()
-    a_t = process.at(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([2, 0]), x)
+    a_t = process.extract(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([2, 0]), x)
     assert a_t.shape == (2, 1, 1, 1)
     assert a_t.dtype == torch.float64
     torch.testing.assert_close(a_t.flatten(), torch.tensor([0.1, 0.9]).double())
@@ -36,7 +36,7 @@ def test_predict_x0_undoes_add_noise():
     x_0, noise, a_t = (
         latents(0),
         latents(1),
-        process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
+        process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
     )
     torch.testing.assert_close(process.predict_x0(process.add_noise(x_0, noise, a_t), noise, a_t), x_0)
 
@@ -46,7 +46,7 @@ def test_velocity_to_noise_by_its_definition():
     x_0, noise, a_t = (
         latents(0),
         latents(1),
-        process.at(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
+        process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
     )
     velocity = a_t.sqrt() * noise - (1 - a_t).sqrt() * x_0
     x_t = process.add_noise(x_0, noise, a_t)
@@ -90,7 +90,7 @@ def test_ddim_step_by_hand():
 def test_eta_zero_is_deterministic():
     """Without noise a step puts the predicted x_0 and the predicted noise together again, at a_prev."""
     x_t, noise_pred = latents(0), latents(1)
-    a_t, a_prev = (process.at(SCHEDULE, torch.full((4,), t), x_t) for t in (501, 451))
+    a_t, a_prev = (process.extract(SCHEDULE, torch.full((4,), t), x_t) for t in (501, 451))
     mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, 0.0)
     assert not std.any()
     again = process.add_noise(process.predict_x0(x_t, noise_pred, a_t), noise_pred, a_prev)
@@ -106,8 +106,8 @@ def test_ddim_step_is_diffusers(eta):
     assert process.ddim_timesteps(1000, 20).tolist() == SCHEDULER.timesteps.tolist()
     x_t, noise_pred, noise = latents(0), latents(1), latents(2)
     for t in SCHEDULER.timesteps:
-        a_t = process.at(SCHEDULE, t.expand(4), x_t)
-        a_prev = process.at(SCHEDULE, process.previous_timestep(t.expand(4), 1000, 20), x_t)
+        a_t = process.extract(SCHEDULE, t.expand(4), x_t)
+        a_prev = process.extract(SCHEDULE, process.previous_timestep(t.expand(4), 1000, 20), x_t)
         mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, eta)
         theirs = SCHEDULER.step(noise_pred, t, x_t, eta=eta, variance_noise=noise if eta else None)
         torch.testing.assert_close(mean + std * noise, theirs.prev_sample, rtol=1e-5, atol=2e-5)

@@ -92,7 +92,7 @@ def test_a_wrong_run_is_named(values, key, value, says):
     assert says in refusal(values)
 
 
-@pytest.mark.parametrize("name", config.NOT_RUNS)
+@pytest.mark.parametrize("name", config.RESERVED)
 def test_names_of_other_models_are_taken(values, name):
     values["run_methods"] = {name: values["run_methods"]["dpo"]}
     values["profiles"]["tiny"]["methods"] = {name: block(values, "dpo")}

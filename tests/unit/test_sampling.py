@@ -8,8 +8,9 @@ from diffusers import DDIMScheduler
 import tiny
 from attune.config.settings import Sampling
 from attune.diffusion import process
-from attune.diffusion.ddim import normal, per_row_normal, sample
-from attune.diffusion.generate import paint
+from attune.diffusion.ddim import sample
+from attune.diffusion.generate import generate_images
+from attune.diffusion.noise import generator_noise, noise_seed, per_row_noise
 
 SEEDS = [11, 22, 33]
 PROMPTS = ["a cat", "a dog", "two owls"]
@@ -21,7 +22,7 @@ def cond(policy):
 
 
 def test_eta_zero_draws_only_the_start(policy, cond):
-    shapes, draw = [], per_row_normal(SEEDS)
+    shapes, draw = [], per_row_noise(SEEDS)
 
     def counted(shape):
         shapes.append(shape)
@@ -35,60 +36,70 @@ def test_eta_zero_draws_only_the_start(policy, cond):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_same_seeds_give_the_same_bits(policy, cond, eta):
-    images = [sample(policy, cond, per_row_normal(SEEDS), 4, eta, 2.0) for _ in range(2)]
+    images = [sample(policy, cond, per_row_noise(SEEDS), 4, eta, 2.0) for _ in range(2)]
     assert torch.equal(*images)
-    assert not torch.equal(images[0], sample(policy, cond, per_row_normal([1, 2, 3]), 4, eta, 2.0))
+    assert not torch.equal(images[0], sample(policy, cond, per_row_noise([1, 2, 3]), 4, eta, 2.0))
 
 
 def test_a_single_step_arrives_at_zero(policy, cond):
     """From t = 1 to t = 0, by the definition of x_0 and of the forward process."""
     schedule = policy.backbone.alphas_cumprod
-    x_t, t = per_row_normal(SEEDS)((3, 4, 8, 8)), torch.ones(3, dtype=torch.long)
+    x_t, t = per_row_noise(SEEDS)((3, 4, 8, 8)), torch.ones(3, dtype=torch.long)
     with torch.no_grad():
         noise_pred = policy.predict_noise(x_t, t, cond)
     x_0 = (x_t - (1 - schedule[1]).sqrt() * noise_pred) / schedule[1].sqrt()
     expected = process.add_noise(x_0, noise_pred, schedule[0])
-    torch.testing.assert_close(sample(policy, cond, per_row_normal(SEEDS), 1, 0.0, 1.0), expected)
+    torch.testing.assert_close(sample(policy, cond, per_row_noise(SEEDS), 1, 0.0, 1.0), expected)
 
 
 def test_a_run_is_diffusers(policy, cond):
     scheduler = DDIMScheduler(**tiny.SCHEDULE)
     scheduler.set_timesteps(10)
-    x_t = per_row_normal(SEEDS)((3, 4, 8, 8))
+    x_t = per_row_noise(SEEDS)((3, 4, 8, 8))
     with torch.no_grad():
         for t in scheduler.timesteps:
             noise_pred = policy.predict_noise(x_t, t.expand(3), cond, 3.0)
             x_t = scheduler.step(noise_pred, t, x_t, eta=0.0).prev_sample
-    ours = sample(policy, cond, per_row_normal(SEEDS), 10, 0.0, 3.0)
+    ours = sample(policy, cond, per_row_noise(SEEDS), 10, 0.0, 3.0)
     torch.testing.assert_close(ours, x_t, rtol=1e-4, atol=1e-4)
 
 
+def test_noise_depends_on_content_not_on_order():
+    seeds = {(p, k): noise_seed(p, k, 0) for p in PROMPTS for k in range(3)}
+    assert seeds == {(p, k): noise_seed(p, k, 0) for k in (2, 0, 1) for p in reversed(PROMPTS)}
+    assert len(set(seeds.values())) == 9
+    assert noise_seed("a", 0, 0) != noise_seed("a", 0, 1)
+    assert noise_seed("a", 11, 1) != noise_seed("a", 1, 11)
+    assert noise_seed("a", np.int64(3), 0) == noise_seed("a", 3, 0)
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+
+
 def test_noise_of_a_row_is_its_own():
-    together = per_row_normal(SEEDS)
-    alone = per_row_normal(SEEDS[1:2])
+    together = per_row_noise(SEEDS)
+    alone = per_row_noise(SEEDS[1:2])
     for _ in range(3):  # and stays so, draw after draw
         assert torch.equal(together((3, 4, 8, 8))[1:2], alone((1, 4, 8, 8)))
 
 
 def test_noise_of_one_generator_is_one_stream():
-    draw = normal(torch.Generator().manual_seed(0))
+    draw = generator_noise(torch.Generator().manual_seed(0))
     first, second = draw((2, 3)), draw((2, 3))
     assert not torch.equal(first, second)
-    assert torch.equal(first, normal(torch.Generator().manual_seed(0))((2, 3)))
+    assert torch.equal(first, generator_noise(torch.Generator().manual_seed(0))((2, 3)))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_an_image_does_not_depend_on_its_batch(policy, cond, eta):
-    together = sample(policy, cond, per_row_normal(SEEDS), 6, eta, 2.0)
+    together = sample(policy, cond, per_row_noise(SEEDS), 6, eta, 2.0)
     order = torch.tensor([2, 0])
-    apart = sample(policy, cond[order], per_row_normal([33, 11]), 6, eta, 2.0)
+    apart = sample(policy, cond[order], per_row_noise([33, 11]), 6, eta, 2.0)
     torch.testing.assert_close(apart, together[order], rtol=1e-5, atol=1e-5 * float(together.abs().max()))
 
 
 def paint_with(policy, rows, batch_size, eta=0.0):
     sampling = Sampling(steps=4, eta=eta, guidance_scale=2.0, batch_size=batch_size)
     prompts = [PROMPTS[i % 3] for i in rows]
-    return paint(policy, prompts, [i // 3 for i in rows], sampling, 0, None)
+    return generate_images(policy, prompts, [i // 3 for i in rows], sampling, 0, None)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -26,7 +26,7 @@ def second(new_policy, data, tmp_path):
     tiny.run(spin_of(first), data)
     first.save(tmp_path)
     policy = new_policy(adapter=False)
-    policy.go_on(str(tmp_path), ATTENTION)
+    policy.continue_from(str(tmp_path), ATTENTION)
     return policy
 
 
@@ -89,5 +89,5 @@ def test_emptied_captions_are_emptied_for_both_and_after_painting(policy, data):
     for name, value in found.cond.tensors.items():
         real, opponent = value.chunk(2)
         assert torch.equal(real, opponent)
-        empty = [torch.equal(row, policy.null.tensors[name][0]) for row in real]
+        empty = [torch.equal(row, policy.uncond.tensors[name][0]) for row in real]
         assert 0 < sum(empty) < 8

@@ -1,125 +1,100 @@
-"""Drawing images from a policy: DDIM, with noise that belongs to a prompt and not to its place in a batch."""
+"""DDIM sampling of a policy, in one function: whole runs, and the parts that truncated backpropagation needs.
+
+Source: Song et al. 2021, arXiv:2010.02502, eq. 12 and 16. The loop takes its noise from the caller, so that a part
+of a run can be computed again with the same noise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attune.diffusion import process
-from attune.diffusion.policy import Policy
+from attune.diffusion.noise import NoiseFn, to_device
 from attune.interfaces import Conditioning
 
-Normal = Callable[[tuple[int, ...]], Tensor]
-"""Draws standard normal noise of a shape."""
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
-def normal(generator: torch.Generator) -> Normal:
-    """Noise from one generator."""
-    return lambda shape: torch.randn(shape, generator=generator)
+def timesteps_to_zero(policy: Policy, steps: int) -> Tensor:
+    """The steps + 1 timesteps a run visits: 951, 901, ..., 1, 0 for 20 of 1000. Raises ValueError if they are too many.
+
+    A run of k of these steps is a slice of k + 1: `[: k + 1]` are the first k steps, `[-k - 1 :]` the last k.
+    """
+    visited = process.ddim_timesteps(len(policy.backbone.alphas_cumprod), steps)
+    return torch.cat([visited, torch.zeros(1, dtype=visited.dtype)])
 
 
-def per_row_normal(seeds: Sequence[int]) -> Normal:
-    """Noise of B rows, each from its own seed: the same image whatever else is in the batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda shape: torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
+def ddim(
+    policy: Policy,
+    x_t: Tensor,
+    timesteps: Tensor,
+    cond: Conditioning,
+    noise: Iterable[Tensor] | None,
+    *,
+    eta: float,
+    guidance_scale: float,
+    checkpoint_steps: bool = False,
+) -> Tensor:
+    """Latents (B, C, h, w) after the steps from each timestep to the next.
+
+    Nothing is detached: with gradients on, they reach every prediction, and through the latents those before it.
+    To backpropagate through the last steps only, call this twice, the first time under `torch.no_grad()`.
+
+    Args:
+        x_t: latents at timesteps[0], (B, C, h, w).
+        timesteps: long (k + 1,), falling; a slice of `timesteps_to_zero`.
+        noise: k tensors like x_t, drawn only as they are needed; None adds no noise, which is right for eta 0 alone.
+        eta: 0 deterministic, 1 ancestral.
+        guidance_scale: of classifier-free guidance, 1 = off.
+        checkpoint_steps: keep only latents between steps; each step is computed again in the backward pass.
+    """
+
+    def step(x_t: Tensor, t: Tensor, t_prev: Tensor, z: Tensor | None) -> Tensor:
+        noise_pred = policy.predict_noise(x_t, t.expand(len(x_t)), cond, guidance_scale)
+        mean, std = process.ddim_step(x_t, noise_pred, _a(policy, t, x_t), _a(policy, t_prev, x_t), eta)
+        return mean if z is None else mean + std * z
+
+    pairs = list(pairwise(timesteps))
+    for (t, t_prev), z in zip(pairs, repeat(None, len(pairs)) if noise is None else noise, strict=True):
+        x_t = maybe_checkpoint(checkpoint_steps, step, x_t, t, t_prev, z)
+    return x_t
 
 
-def on(device: torch.device, draw: Normal) -> Normal:
-    """The same noise on a device: drawn on the CPU, so that every machine draws the same."""
-    return lambda shape: draw(shape).to(device)
+def predict_x0(
+    policy: Policy, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float, checkpoint_steps: bool = False
+) -> Tensor:
+    """The clean latents (B, C, h, w) that one noise prediction at timestep t, a scalar, implies."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        return policy.predict_noise(x_t, t.expand(len(x_t)), cond, guidance_scale)
+
+    return process.predict_x0(x_t, maybe_checkpoint(checkpoint_steps, predict, x_t, t), _a(policy, t, x_t))
 
 
 @torch.no_grad()
-def sample(policy: Policy, cond: Conditioning, draw: Normal, steps: int, eta: float, guidance_scale: float) -> Tensor:
-    """Latents (B, C, h, w) for B rows of conditioning, DDIM from pure noise; with eta 0 no more noise is drawn."""
-    sampler, draw = Sampler(policy, steps, eta, guidance_scale), on(policy.device, draw)
-    x_t = draw((len(cond), *policy.backbone.latent_shape))
-    noise = (draw(tuple(x_t.shape)) for _ in range(steps)) if eta > 0 else repeat(None, steps)
-    return sampler.walk(x_t, sampler.timesteps, cond, noise)
+def sample(
+    policy: Policy, cond: Conditioning, sample_noise: NoiseFn, steps: int, eta: float, guidance_scale: float
+) -> Tensor:
+    """Latents (B, C, h, w) for B rows of conditioning, from pure noise; with eta 0 only the start is drawn."""
+    sample_noise = to_device(policy.device, sample_noise)
+    x_t = sample_noise((len(cond), *policy.backbone.latent_shape))
+    noise = (sample_noise(tuple(x_t.shape)) for _ in range(steps)) if eta > 0 else None
+    timesteps = timesteps_to_zero(policy, steps)
+    return ddim(policy, x_t, timesteps, cond, noise, eta=eta, guidance_scale=guidance_scale)
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """A DDIM run with k steps to go, whose noise is drawn already; without a graph."""
-
-    x_t: Tensor  # (B, C, h, w)
-    noise: Tensor  # (k, B, C, h, w)
-    cond: Conditioning
-
-    def __len__(self) -> int:
-        return len(self.noise)
-
-    def of(self, rows: slice) -> Unfinished:
-        """The run of those images alone."""
-        return Unfinished(self.x_t[rows], self.noise[:, rows], self.cond[rows])
+def maybe_checkpoint(wanted: bool, f: Callable[..., Tensor], *values: Any) -> Tensor:
+    """f(*values), whose inner activations are computed again in the backward pass if `wanted` and there is one."""
+    return checkpoint(f, *values, use_reentrant=False) if wanted and torch.is_grad_enabled() else f(*values)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """DDIM in two parts, so that a gradient may flow through the second one alone.
-
-    The noise predictions of `begin` carry no graph, and so its latents carry none; `finish` and `estimate` detach
-    nothing: gradients reach every prediction they make, and the latents each of them saw.
-    """
-
-    policy: Policy
-    steps: int
-    eta: float
-    guidance_scale: float
-    checkpointed: bool = False  # keep only latents between steps; each step is computed again in the backward pass
-
-    @property
-    def timesteps(self) -> Tensor:
-        return process.ddim_timesteps(len(self.policy.backbone.alphas_cumprod), self.steps)
-
-    @torch.no_grad()
-    def begin(self, cond: Conditioning, draw: Normal, left: int) -> Unfinished:
-        """All but the last `left` (1..steps) steps from pure noise; draws in the order of `sample` with eta > 0."""
-        draw = on(self.policy.device, draw)
-        x_t = draw((len(cond), *self.policy.backbone.latent_shape))
-        done = self.steps - left
-        x_t = self.walk(x_t, self.timesteps[:done], cond, (draw(tuple(x_t.shape)) for _ in range(done)))
-        return Unfinished(x_t, torch.stack([draw(tuple(x_t.shape)) for _ in range(left)]), cond)
-
-    def finish(self, run: Unfinished) -> Tensor:
-        """The final latents (B, C, h, w)."""
-        return self.walk(run.x_t, self.timesteps[-len(run) :], run.cond, run.noise)
-
-    def estimate(self, run: Unfinished) -> Tensor:
-        """The clean latents (B, C, h, w) that the next prediction alone implies."""
-        t = self.timesteps[-len(run)]
-        noise_pred = self._remembered(self._predict, run.x_t, t, run.cond)
-        return process.predict_x0(run.x_t, noise_pred, self._a(t, run.x_t))
-
-    def add_noise(self, x_0: Tensor, noise: Tensor, left: int) -> Tensor:
-        """x_t of the step after which `left` - 1 remain."""
-        return process.add_noise(x_0, noise, self._a(self.timesteps[-left], x_0))
-
-    def walk(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning, noise: Iterable[Tensor | None]) -> Tensor:
-        """Latents after a step at each of the timesteps, which adds its noise (B, C, h, w), if there is one."""
-        for t, fresh in zip(timesteps, noise, strict=True):
-            x_t = self._remembered(self._step, x_t, t, cond, fresh)
-        return x_t
-
-    def _step(self, x_t: Tensor, t: Tensor, cond: Conditioning, noise: Tensor | None) -> Tensor:
-        t_prev = process.previous_timestep(t, len(self.policy.backbone.alphas_cumprod), self.steps)
-        noise_pred = self._predict(x_t, t, cond)
-        mean, std = process.ddim_step(x_t, noise_pred, self._a(t, x_t), self._a(t_prev, x_t), self.eta)
-        return mean if noise is None else mean + std * noise
-
-    def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.policy.predict_noise(x_t, t.expand(len(x_t)), cond, self.guidance_scale)
-
-    def _a(self, t: Tensor, like: Tensor) -> Tensor:
-        return process.at(self.policy.backbone.alphas_cumprod, t.expand(1), like)
-
-    def _remembered(self, f: Callable[..., Tensor], *values: Any) -> Tensor:
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(f, *values, use_reentrant=False)
-        return f(*values)
+def _a(policy: Policy, t: Tensor, like: Tensor) -> Tensor:
+    """alphas_cumprod at a scalar timestep, (1, 1, 1, 1)."""
+    return process.extract(policy.backbone.alphas_cumprod, t.expand(1), like)

@@ -1,4 +1,4 @@
-"""Files of what a policy has learnt: LoRA adapters as diffusers, peft and kohya write them, and whole denoisers.
+"""LoRA adapters and whole denoisers: attached to a network, and as the files that diffusers, peft and kohya write.
 
 Only safetensors are read. Every tensor of a file must find its place: what fits nothing is an error, not a warning.
 """
@@ -6,37 +6,116 @@ Only safetensors are read. Every tensor of a file must find its place: what fits
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download, snapshot_download
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from attune.hub import Source, check_finite, fetch_file, fetch_folder, parse, read_tensors
+from attune.pretrained import weight_files
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NETWORK = ("config.json", "diffusion_pytorch_model*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+# ---------------------------------------------------------------- on a network
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The LoRA file, or the folder of a denoiser, that `source` means.
+
+def target_modules(denoiser: nn.Module, targets: str | Sequence[str], attention: Sequence[str]) -> list[str]:
+    """Names of the modules that an adapter is put on.
 
     Args:
-        source: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with `unet/`; or
-            `owner/name` or `owner/name/file` on the hub.
-        revision: hub commit; required for the hub, ignored for what is here.
+        targets: "attention", modules whose names end as `attention` says; "all", every Linear and Conv2d but
+            conv_in and conv_out, whose four channels have no low rank; or endings of module names.
+        attention: endings of the attention projections' names, which the backbone knows.
 
     Raises:
-        ValueError: a hub id without revision, a pickle, or more than one file it could be.
-        FileNotFoundError: there is nothing of the kind.
+        ValueError: an ending fits no module.
     """
-    path = Path(source)
-    if not path.exists():
-        path = _fetched(str(source), revision)
+    layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if targets == "all":
+        return [name for name in layers if name not in ("conv_in", "conv_out")]
+    endings = attention if targets == "attention" else targets
+    for ending in endings:
+        if not any(f".{name}".endswith(f".{ending}") for name in layers):
+            raise ValueError(f"lora.targets: no Linear or Conv2d of the denoiser is called {ending!r}")
+    return [name for name in layers if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+
+
+def add_lora(denoiser: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Puts a trainable LoRA on exactly these modules (name -> rank): A Gaussian, B zero, alpha = rank, float32."""
+    rank = max(ranks.values())
+    other_ranks = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    denoiser.add_adapter(
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern=other_ranks,
+            alpha_pattern=dict(other_ranks),
+            init_lora_weights="gaussian",
+            target_modules="|".join(map(re.escape, ranks)),
+        )
+    )
+    for weight in denoiser.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def lora_ranks(denoiser: nn.Module) -> dict[str, int]:
+    """Module name -> rank of its LoRA; empty without an adapter."""
+    down = [(name, weight) for name, weight in denoiser.named_parameters() if ".lora_A." in name]
+    return {name.partition(".lora_A.")[0]: len(weight) for name, weight in down}
+
+
+def unload_lora(denoiser: nn.Module) -> nn.Module:
+    """The same network, without its adapter if it had one."""
+    if lora_ranks(denoiser):
+        denoiser.unload_lora()
+    return denoiser
+
+
+def load_lora(denoiser: nn.Module, file: Path) -> None:
+    """Replaces the network's adapter, if it has one, by that of a file. Raises ValueError as `read_lora`."""
+    weights = read_lora(file, denoiser)
+    ranks = checked_ranks(weights, denoiser, file)
+    add_lora(unload_lora(denoiser), ranks)
+    set_peft_model_state_dict(denoiser, weights)
+
+
+def save_lora(denoiser: nn.Module, folder: Path) -> None:
+    """Writes the network's adapter as diffusers reads it (`load_lora_weights`), under peft's names.
+
+    diffusers' own converter would rename attention only, and its reader, which tells the format by the first name
+    in the file, would then leave the attention out.
+    """
+    weights = {name: value.contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, weights)
+
+
+# ---------------------------------------------------------------- files
+
+
+def locate(text: str | Path) -> Path:
+    """The LoRA file, or the folder of a denoiser, that is meant.
+
+    Args:
+        text: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with `unet/`; here, or on the
+            Hub as `owner/name[/file or folder]@commit`.
+
+    Raises:
+        ValueError: a Hub address without its commit, a pickle, or more than one file it could be.
+        FileNotFoundError: there is nothing of the kind.
+        HubError: it could not be downloaded.
+    """
+    source = parse(text)
+    path = _fetched(source)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"{source}: only safetensors are read, a pickle could run any program")
@@ -68,7 +147,7 @@ def read_lora(file: Path, denoiser: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f"{file} also changes a text encoder ({encoders[0]}); only denoisers are tuned and compared")
     tensors = {name.removeprefix("unet."): value.float() for name, value in tensors.items()}
     alphas = {name.removeprefix("unet."): value for name, value in alphas.items()}
-    for name, rank in ranks(tensors, denoiser, file).items():
+    for name, rank in checked_ranks(tensors, denoiser, file).items():
         tensors[f"{name}.lora_B.weight"] *= alphas.pop(name, rank) / rank
     if alphas:
         raise ValueError(f"{file}: an alpha for {next(iter(alphas))}, which has no weights")
@@ -78,13 +157,13 @@ def read_lora(file: Path, denoiser: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def ranks(tensors: Mapping[str, Tensor], denoiser: nn.Module, file: Path) -> dict[str, int]:
+def checked_ranks(tensors: Mapping[str, Tensor], denoiser: nn.Module, file: Path) -> dict[str, int]:
     """Module name -> rank of its pair of tensors. Raises ValueError naming the first that does not fit."""
     layers, found = dict(denoiser.named_modules()), {}
     for key in tensors:
         name, _, side = key.partition(".lora_")
         layer = layers.get(name)
-        layer = getattr(layer, "base_layer", layer)  # a layer that already has an adapter
+        layer = layer.base_layer if isinstance(layer, BaseTunerLayer) else layer  # it may have an adapter already
         down, up = (tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
         if side not in ("A.weight", "B.weight") or not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{file}: {key} fits nothing in the denoiser")
@@ -93,16 +172,6 @@ def ranks(tensors: Mapping[str, Tensor], denoiser: nn.Module, file: Path) -> dic
             raise ValueError(f"{file}: {name} is {tuple(layer.weight.shape)}, its A and B are {shapes}")
         found[name] = len(down)
     return found
-
-
-def write_lora(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors under peft's names as diffusers reads them (`load_lora_weights`).
-
-    All in peft's names: diffusers' converter would rename attention only, and its reader, which judges a file by
-    its first name, would then leave the attention out.
-    """
-    weights = {name: value.contiguous() for name, value in tensors.items()}
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, weights)
 
 
 def read_denoiser(folder: Path, like: nn.Module) -> nn.Module:
@@ -119,6 +188,7 @@ def read_denoiser(folder: Path, like: nn.Module) -> nn.Module:
         raise ValueError(
             f"{folder} does not fit the base model: {len(odd)} weights differ or are missing, first {odd[0]}"
         )
+    check_finite(network.state_dict(), folder)
     return network.eval().requires_grad_(False).to(like.device)
 
 
@@ -129,7 +199,7 @@ def _fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
 
 def _in_peft_names(file: Path, denoiser: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors and alphas as peft names them, those of the denoiser below `unet.` or nothing."""
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     odd = [name for name in tensors if "dora" in name or "magnitude" in name]
     if odd:
         raise ValueError(f"{file}: {odd[0]} is of DoRA, which is not supported")
@@ -164,15 +234,12 @@ def _written_alpha(file: Path) -> float | None:
     return config.get("lora_alpha")
 
 
-def _fetched(source: str, revision: str | None) -> Path:
-    parts = source.split("/")
-    if len(parts) < 2 or source.startswith((".", "/")):
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    if revision is None:
-        raise ValueError(f"{source}: not here, and what is on the hub needs the commit it is meant at")
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    if name:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    wanted = [ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG, *NETWORK, *(f"unet/{pattern}" for pattern in NETWORK)]
-    other = ["*.bin", "*.fp16.*", "*.non_ema.*"]  # the same weights again
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=other))
+def _fetched(source: Source) -> Path:
+    if source.commit is None:
+        if not Path(source.place).exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        return Path(source.place)
+    if source.inner.endswith((".safetensors", *PICKLES)):
+        return fetch_file(source)
+    network = ["config.json", *weight_files("diffusion_pytorch_model")]
+    return fetch_folder(source, [ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG, *network, *(f"unet/{name}" for name in network)])

@@ -1,7 +1,7 @@
 """The diffusion process as pure functions: forward noising, DDIM and its transition density.
 
 Notation: a_t = alphas_cumprod[t]. All functions take a_t as a tensor that broadcasts against latents (see
-`at`), latents are (B, C, h, w), timesteps long (B,).
+`extract`), latents are (B, C, h, w), timesteps long (B,).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def at(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> Tensor:
+def extract(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """a_t for each row, shaped to broadcast against `like`: (B, 1, 1, 1)."""
     return alphas_cumprod.to(like.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 

@@ -2,8 +2,8 @@
 
 A diffusion model's likelihood is bounded by its denoising error, so the DPO log-ratio of an image becomes
 (minus) how much better than the reference the policy denoises it. Both images of a pair share the timestep
-and the noise, so the difference measures the pictures and not the draw. The loss of the margin is a choice
-(`loss`), and so is how far labels are believed (`label_smoothing`, `ai_feedback`).
+and the noise, so the difference comes from the images and not from the noise. The loss of the margin is a choice
+(`loss`), and so is how much labels are trusted (`label_smoothing`, `ai_feedback`).
 
 Source: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization",
 arXiv:2311.12908, eq. 14 (its beta T w(t) is absorbed in `beta`, as in the authors' code).
@@ -13,29 +13,52 @@ Cost per step: one policy and one reference forward, and one backward, on 2 B im
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import AIFeedback, MethodConfig
+from attune.config.settings import AIFeedback, Lora, MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
-from attune.diffusion.noised import Noised, policy_and_reference_error
-from attune.diffusion.policy import Policy
+from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.interfaces import Metrics
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Config(MethodConfig):
-    beta: Float = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000 (SD 1.5), 5000 (SDXL)")
-    caption_dropout: Float = Field(
-        0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2"
+    """Defaults: the paper's training of SD 1.5, 2,000 steps of 2,048 pairs, section 5.1 and the authors' code."""
+
+    lora: Lora | None = Field(None, description="null = train every weight, in float32, as the paper does")
+    lr: Float = Field(2.048e-5, gt=0, description="learning rate; paper: 1e-8 times the 2,048 pairs of a step")
+    warmup: int = Field(500, ge=0, description="optimizer steps of linear warm-up; authors' code: 500")
+    batches: int = Field(512_000, ge=1, description="batches of pairs; paper: 2,000 steps")
+    batch_size: int = Field(8, ge=1, description="pairs per batch")
+    accumulation: int = Field(256, ge=1, description="batches per optimizer step; paper: 2,048 pairs to a step")
+    gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
+    beta: Float = Field(
+        2000.0, gt=0, description="strength of the KL penalty; the loss uses beta / 2. Paper: 2000 SD 1.5, 5000 SDXL"
     )
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the margin; sigmoid is the paper's")
-    label_smoothing: Float = Field(0.0, ge=0, lt=0.5, description="share of labels taken to be flipped (cDPO)")
-    ai_feedback: AIFeedback | None = Field(None, description="labels from a scorer, hard or soft; null = people's")
+    caption_dropout: Float = Field(
+        0.2, ge=0, lt=1, description="share of pairs trained without their prompt; authors' code: 0.2"
+    )
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
+        "sigmoid", description="loss of the margin between chosen and rejected image; sigmoid is the paper's"
+    )
+    label_smoothing: Float = Field(
+        0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (conservative DPO); paper: 0"
+    )
+    ai_feedback: AIFeedback | None = Field(
+        None, description="labels from a scorer beside people's or instead of them; null = people's alone"
+    )
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        return (self.ai_feedback.scorer,) if self.ai_feedback else ()
 
 
 LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
@@ -43,17 +66,17 @@ LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 class Method:
     consumes = "pairs"
+    needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
-        self.trained_on = (config.ai_feedback.scorer,) if config.ai_feedback else ()  # gains there are not held out
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield Noised.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen)
+        yield NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen)
 
-    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected

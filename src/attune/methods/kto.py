@@ -1,8 +1,8 @@
 """Diffusion-KTO: raise the utility of liked images, lower that of disliked ones, each image by itself.
 
-No pair is needed: an image is judged against a reference point, the mean implicit reward of its batch, through a
-utility that saturates on both sides, as Kahneman and Tversky found people's to do. Pairs are taken apart here:
-the chosen image is liked, the rejected one disliked, and each has its own timestep, noise and caption dropout.
+No pair is needed: an image's implicit reward is compared with a reference point, the mean over its batch, through a
+utility that saturates for great gains and losses (Kahneman and Tversky's model of people). Pairs are used as two
+single images: the chosen one is liked, the rejected one disliked. Each has its own timestep, noise and caption dropout.
 
 Source: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv:2404.04465; authors' code:
 train_kto_sd_v1.5.py, jacklishufan/diffusion-kto, whose beta has no factor 1/2. Differences: docs/methods/kto.md.
@@ -12,7 +12,7 @@ Cost per step: one policy and one reference forward, and one backward, on 2 B im
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +20,37 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import MethodConfig
+from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PairBatch
-from attune.diffusion.noised import Noised, policy_and_reference_error
-from attune.diffusion.policy import Policy
+from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.interfaces import Metrics
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Config(MethodConfig):
-    beta: Float = Field(gt=0, description="strength of the implicit reward, no factor 1/2; authors' code: 1000")
-    lambda_desirable: Float = Field(1.0, ge=0, description="weight of liked images")
-    lambda_undesirable: Float = Field(1.0, ge=0, description="weight of disliked images")
+    """Defaults: the authors' exps/example.sh for SD 1.5, 20,000 steps of 2,048 images."""
+
+    lora: Lora | None = Field(None, description="null = train every weight, in float32, as the authors do")
+    lr: Float = Field(1e-7, gt=0, description="learning rate; authors' code: 1e-7")
+    warmup: int = Field(200, ge=0, description="optimizer steps of linear warm-up; authors' code: 200")
+    batches: int = Field(2_560_000, ge=1, description="batches of pairs; authors' code: 20,000 steps")
+    batch_size: int = Field(8, ge=1, description="pairs per batch")
+    accumulation: int = Field(128, ge=1, description="batches per optimizer step; 2,048 images to a step")
+    gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
+    beta: Float = Field(
+        1000.0, gt=0, description="strength of the implicit reward, without a factor 1/2; authors' code: 1000"
+    )
+    lambda_desirable: Float = Field(
+        1.6, ge=0, description="weight of liked images; the authors draw a liked image four times of five"
+    )
+    lambda_undesirable: Float = Field(0.4, ge=0, description="weight of disliked images, drawn once of five times")
     utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = Field(
-        "kahneman_tversky", description="kahneman_tversky is the paper's choice"
+        "kahneman_tversky", description="utility function of gains and losses; kahneman_tversky is the paper's choice"
     )
     caption_dropout: Float = Field(
-        0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0.2"
+        0.2, ge=0, lt=1, description="share of images trained without their prompt; authors' code: 0.2"
     )
 
 
@@ -67,16 +82,17 @@ def kto_loss(gain: Tensor, liked: Tensor, utility: str, lambda_desirable: float,
 
 class Method:
     consumes = "pairs"
+    needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator, per_pair=2)
         cond = self.policy.drop_captions(batch.cond.repeat(2), self.config.caption_dropout, generator)
-        yield Noised(torch.cat([batch.chosen, batch.rejected]), t, noise, cond, sides=2)
+        yield NoisedBatch(torch.cat([batch.chosen, batch.rejected]), t, noise, cond, images_per_row=2)
 
-    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         c = self.config
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         reward = c.beta * (reference_error - error)

@@ -1,8 +1,8 @@
 """MaPO: raise the likelihood of chosen images, and widen its margin over rejected ones, without a reference.
 
-Where the base model is far from what people like, a reference holds the policy back. MaPO compares the policy's
+Where the base model is far from what people like, a reference keeps the policy there. MaPO compares the policy's
 own errors instead: a score that falls from 1 to 0 as the denoising error grows stands for the likelihood, and a
-plain denoising loss on chosen images keeps the policy a model of images.
+plain denoising loss on chosen images keeps the policy able to denoise.
 
 Source: Hong et al. 2024, "Margin-aware Preference Optimization for Aligning Diffusion Models without Reference",
 arXiv:2406.06424. Score, loss and defaults follow the authors' code, utils.py `compute_loss`, mapo-t2i/mapo.
@@ -12,24 +12,43 @@ Cost per step: one policy forward and one backward on 2 B images; no reference f
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import MethodConfig
+from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import preference_loss
-from attune.diffusion.noised import Noised, policy_error
-from attune.diffusion.policy import Policy
+from attune.diffusion.noised import NoisedBatch, policy_error
 from attune.interfaces import Metrics
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Config(MethodConfig):
-    beta: Float = Field(0.1, gt=0, description="weight of the margin's loss beside the denoising loss")
-    snr: Float = Field(0.5, gt=0, description="constant in the place of the signal-to-noise ratio: scales the error")
-    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="share trained without their prompt; authors' code: 0")
+    """Defaults: the authors' LoRA script for SDXL, 2,000 steps of 128 pairs; they have none for SD 1.5."""
+
+    lora: Lora | None = Field(
+        Lora(rank=8), description="adapter; authors' code (SDXL): rank 8. null = train every weight"
+    )
+    lr: Float = Field(1e-5, gt=0, description="learning rate; authors' code (SDXL): 1e-5")
+    batches: int = Field(64_000, ge=1, description="batches of pairs; authors' code (SDXL): 2,000 steps")
+    batch_size: int = Field(4, ge=1, description="pairs per batch")
+    accumulation: int = Field(32, ge=1, description="batches per optimizer step; authors' code (SDXL): 128 pairs")
+    gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
+    beta: Float = Field(
+        0.1, gt=0, description="weight of the margin's loss beside the denoising loss; authors' code (SDXL): 0.1"
+    )
+    snr: Float = Field(
+        0.5, gt=0, description="constant in place of the signal-to-noise ratio, scales the error; authors' code: 0.5"
+    )
+    caption_dropout: Float = Field(
+        0.0, ge=0, lt=1, description="share of pairs trained without their prompt; authors' code: 0"
+    )
 
 
 def score(error: Tensor, snr: float) -> Tensor:
@@ -51,16 +70,17 @@ def mapo_loss(chosen_error: Tensor, margin: Tensor, beta: float) -> Tensor:
 
 class Method:
     consumes = "pairs"
+    needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield Noised.pairs(batch.chosen, batch.rejected, t, noise, cond)
+        yield NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond)
 
-    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error = policy_error(self.policy, minibatch)
         chosen_error, rejected_error = error.chunk(2)
         phi_chosen, phi_rejected = score(error, self.config.snr).chunk(2)

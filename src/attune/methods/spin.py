@@ -1,13 +1,13 @@
-"""SPIN-Diffusion: self-play. Tell real images from those the model painted itself an iteration ago.
+"""SPIN-Diffusion: self-play. Tell real images from those that the policy itself sampled an iteration ago.
 
-Each iteration is a game against the last: for the same prompt, the chosen image is the data's, the rejected one
-is painted by the opponent, the policy as it was when the iteration began, which is also the frozen reference.
-Nobody need have compared two images: the data must only be better than what the model paints. An iteration is one
-training; the next one goes on from its model (`start`), and so plays against it.
+Each iteration is a game against the last: for the same prompt, the chosen image is the data's, and the rejected one
+is sampled from the opponent, the policy as it was when the iteration began, which is also the frozen reference.
+No image need be compared by people: the data must only be better than the model's samples. An iteration is one
+training; the next one continues from its model (`start`), and so plays against it.
 
 Source: Yuan et al. 2024, "Self-Play Fine-Tuning of Diffusion Models for Text-to-Image Generation",
 arXiv:2402.10210, algorithm 1 and eq. 4.9 in epsilon form (its beta_t is absorbed in `beta` / 2, as in Diffusion-DPO).
-Opponents are painted batch by batch and never stored, which is as cheap while no image is used twice.
+Opponents are sampled batch by batch and never stored, which is as cheap while no image is used twice.
 Cost per step: `steps` denoiser samples, doubled by guidance, on B prompts; then one policy and one reference
 forward, and one backward, on 2 B images.
 """
@@ -15,50 +15,74 @@ forward, and one backward, on 2 B images.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import MethodConfig
+from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PairBatch
-from attune.diffusion import ddim as sampling
+from attune.diffusion.ddim import sample
 from attune.diffusion.losses import implicit_reward, preference_loss
-from attune.diffusion.noised import Noised, policy_and_reference_error
-from attune.diffusion.policy import Policy
+from attune.diffusion.noise import generator_noise
+from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.interfaces import Conditioning, Metrics
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Config(MethodConfig):
-    beta: Float = Field(gt=0, description="KL strength; the loss uses beta / 2. Paper: 2000, then 5000")
-    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="shard trained without their prompt")
-    steps: int = Field(ge=1, le=999, description="DDIM steps of the opponent's images")
-    eta: Float = Field(0.0, ge=0, le=1, description="of the opponent's images: 0 deterministic, 1 ancestral")
-    guidance_scale: Float = Field(ge=0, description="of the opponent's images; 7.5 in the paper")
+    """Defaults: the paper's first of three iterations on SD 1.5, 50 steps of 2,048 images.
+
+    Its second has 500 steps at beta 5000, its third 200 at beta 5000 and lr 5e-8.
+    """
+
+    lora: Lora | None = Field(None, description="null = train every weight, in float32, as the paper does")
+    lr: Float = Field(2e-5, gt=0, description="learning rate; paper: 2e-5, 2e-5 and 5e-8 in its three iterations")
+    warmup: int = Field(200, ge=0, description="optimizer steps of linear warm-up; paper: 200")
+    schedule: Literal["constant", "linear"] = Field(
+        "linear", description="after warm-up; linear: down to 0 over the remaining batches, as in the paper"
+    )
+    batches: int = Field(12_800, ge=1, description="batches of pairs; paper: 50, 500 and 200 steps (50 here)")
+    batch_size: int = Field(8, ge=1, description="pairs per batch, of which only the chosen images are used")
+    accumulation: int = Field(256, ge=1, description="batches per optimizer step; paper: 2,048 images to a step")
+    gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
+    beta: Float = Field(
+        2000.0, gt=0, description="strength of the KL penalty; the loss uses beta / 2. Paper: 2000, 5000 and 5000"
+    )
+    caption_dropout: Float = Field(0.0, ge=0, lt=1, description="share of pairs trained without their prompt")
+    steps: int = Field(50, ge=1, le=999, description="DDIM steps of the opponent's images; paper: 50")
+    eta: Float = Field(0.0, ge=0, le=1, description="noise of the opponent's images: 0 deterministic, 1 ancestral")
+    guidance_scale: Float = Field(
+        7.5, ge=0, description="classifier-free guidance of the opponent's images, 1 = off; paper: 7.5"
+    )
 
 
 class Method:
     consumes = "pairs"
+    needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[Noised]:
-        real, opponents = batch.chosen, self.paint(batch.cond, generator)
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
+        real, opponents = batch.chosen, self.opponents(batch.cond, generator)
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield Noised.pairs(real, opponents, t, noise, cond)
+        yield NoisedBatch.pairs(real, opponents, t, noise, cond)
 
-    def paint(self, cond: Conditioning, generator: torch.Generator) -> Tensor:
-        """Latents (B, C, h, w) of the policy as it was at the start of this iteration."""
+    def opponents(self, cond: Conditioning, generator: torch.Generator) -> Tensor:
+        """Latents (B, C, h, w) sampled from the policy as it was at the start of this iteration."""
         c, shard, n = self.config, self.policy.shard, len(cond)
-        draw = shard.local_noise(sampling.normal(generator), n)
+        sample_noise = shard.local_noise(generator_noise(generator), n)
         with self.policy.reference():
-            ours = sampling.sample(self.policy, cond[shard.rows(n)], draw, c.steps, c.eta, c.guidance_scale)
+            ours = sample(self.policy, cond[shard.rows(n)], sample_noise, c.steps, c.eta, c.guidance_scale)
         return shard.gather(ours[: shard.count(n)])
 
-    def loss(self, minibatch: Noised) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         real, opponent = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = real - opponent

@@ -1,57 +1,84 @@
 """SPO: step-by-step preference optimisation with a step-aware preference model (SPM).
 
-At every denoising step the policy proposes k candidates for the next latents; the SPM judges what each would
+At every denoising step the policy proposes k candidates for the next latents. The SPM scores what each would
 become (its one-step prediction x_0, decoded, at that t); the best and the worst make a preference pair for
-that step alone. A *random* candidate continues the trajectory, so the next step is judged from an ordinary
-state and not from a lucky one.
+that step alone. A *random* candidate continues the trajectory, so that the next step starts from an ordinary
+state and not from a selected one.
 
 Source: Liang et al. 2024, "Aesthetic Post-Training Diffusion Models from Generic Preferences with Step-by-step
 Preference Optimization", arXiv:2406.04314, algorithm 1 and eq. 8; authors' code: train_spo.py, RockeyCoss/SPO.
 Differences from that code: gradients are clipped (theirs exhausts an iterator and never clips; set
 `max_grad_norm: null` for parity), and chosen and rejected, which share x_t, share one forward.
-Cost per prompt, N steps, k candidates, the first s plain: s + (N - s) k denoiser samples, doubled by
-guidance, and (N - s) k decodings and judgements; then one policy and one reference forward per kept step.
+Cost per prompt, N steps, k candidates, the first s without: s + (N - s) k denoiser samples, doubled by
+guidance, and (N - s) k decodings and scorings; then one policy and one reference forward per kept step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import MethodConfig
+from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PromptBatch
-from attune.diffusion import ddim as sampling
 from attune.diffusion import process
 from attune.diffusion.losses import preference_loss
-from attune.diffusion.policy import Policy
+from attune.diffusion.noise import NoiseFn, generator_noise, to_device
 from attune.interfaces import Conditioning, Metrics, StepReward
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Config(MethodConfig):
-    beta: Float = Field(gt=0, description="strength of the margin in log-ratio; 10 in the paper")
-    clip: Float = Field(gt=0, lt=1, description="ratios are clamped to 1 +- clip; 0.1 in the paper")
-    candidates: int = Field(ge=2, description="k proposals per step; 4 for SD 1.5, 2 for SDXL")
-    threshold: Float = Field(ge=0, lt=1, description="keep a pair if softmax gap exceeds this; 0.3 SD 1.5, 0.4 SDXL")
-    steps: int = Field(ge=2, description="DDIM steps N of a rollout, eta 1; 20 in the paper")
-    start_step: int = Field(ge=0, description="first steps without candidates; 4 in the paper")
-    inner_steps: int = Field(0, ge=0, description="steps each candidate runs on before it is judged; 3 for SDXL")
-    guidance_scale: Float = Field(ge=0, description="guidance in rollout and loss; 5 in the paper")
-    minibatch_size: int = Field(ge=1, description="step pairs per minibatch")
+    """Defaults: the paper's training of SD 1.5, section 4.1: 10 epochs of 4,000 prompts, 40 to an optimizer step."""
+
+    lora: Lora | None = Field(Lora(rank=4), description="adapter; paper: rank 4 SD 1.5, 64 SDXL. null = train all")
+    lr: Float = Field(6e-5, gt=0, description="learning rate; paper: 6e-5 SD 1.5, 1e-5 SDXL")
+    batches: int = Field(4000, ge=1, description="rollouts; paper: 10 epochs of 4,000 prompts, 10 to a rollout here")
+    batch_size: int = Field(10, ge=1, description="prompts per rollout")
+    accumulation: int = Field(4, ge=1, description="minibatches per optimizer step")
+    weight_decay: Float = Field(1e-4, ge=0, description="of AdamW; authors' code: 1e-4")
+    beta: Float = Field(10.0, gt=0, description="factor of the margin of log-ratios; paper: 10")
+    clip: Float = Field(0.1, gt=0, lt=1, description="importance ratios are clamped to 1 +- clip; authors' code: 0.1")
+    candidates: int = Field(4, ge=2, description="candidates k for each step; authors' code: 4 SD 1.5, 2 SDXL")
+    threshold: Float = Field(
+        0.3, ge=0, lt=1, description="a pair is kept if the softmax gap exceeds this; authors' code: 0.3, SDXL 0.4"
+    )
+    steps: int = Field(20, ge=2, description="DDIM steps N of a rollout, at eta 1; paper: 20")
+    start_step: int = Field(4, ge=0, description="first steps, which have no candidates; authors' code: 4")
+    inner_steps: int = Field(
+        0, ge=0, description="steps that each candidate continues before it is scored; authors' code: 0, SDXL 3"
+    )
+    guidance_scale: Float = Field(
+        5.0, ge=0, description="classifier-free guidance in rollout and loss, 1 = off; paper: 5"
+    )
+    minibatch_size: int = Field(10, ge=1, description="step pairs per minibatch")
     continuation: Literal["random", "chosen", "rejected"] = Field(
-        "random", description="the candidate a rollout goes on from; the others are the paper's ablation"
+        "random", description="the candidate that a rollout continues from; the others are the paper's ablation"
     )
 
     @model_validator(mode="after")
-    def _candidates_are_drawn(self) -> Config:
+    def _has_steps_with_candidates(self) -> Config:
         if self.start_step >= self.steps:
-            raise ValueError("start_step must be less than steps, or no candidate is ever drawn")
+            raise ValueError("start_step must be less than steps, or there are no candidates")
         return self
+
+
+class Transition(NamedTuple):
+    """One step of a rollout of n prompts: rows of x_prev are k candidates of each prompt, candidate-major.
+
+    Rows of x_t are n where the candidates share it, and k n where they have diverged.
+    """
+
+    x_t: Tensor
+    t: Tensor  # scalar
+    x_prev: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,10 +129,10 @@ def spo_loss(log_ratio_chosen: Tensor, log_ratio_rejected: Tensor, beta: float, 
 
 class Method:
     consumes = "prompts"
-    trained_on = ("pickscore",)  # the preference model starts from it, so gains there are not held out
+    needs = ("preference_model",)
 
-    def __init__(self, config: Config, policy: Policy, judge: StepReward):
-        self.config, self.policy, self.judge = config, policy, judge
+    def __init__(self, config: Config, policy: Policy, preference_model: StepReward):
+        self.config, self.policy, self.preference_model = config, policy, preference_model
         self.schedule = policy.backbone.alphas_cumprod
         self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
 
@@ -115,41 +142,47 @@ class Method:
         def choose(k: int, ours: int) -> Tensor:
             return torch.randint(k, (n,), generator=generator)[shard.rows(n)]
 
-        draw = shard.local_noise(sampling.normal(generator), n)
-        pairs = self.rollout(batch[shard.rows(n)], draw, choose)
+        sample_noise = shard.local_noise(generator_noise(generator), n)
+        pairs = self.rollout(batch[shard.rows(n)], sample_noise, choose)
         pairs = pairs if shard.world_size == 1 else self.gathered(pairs[: None if shard.count(n) else 0])
         order = torch.randperm(len(pairs), generator=generator)
         for rows in order.split(self.config.minibatch_size):
-            if len(rows):  # the judge may have been sure of nothing
+            if len(rows):  # there are no pairs if the preference model is confident of none
                 yield pairs[rows]
 
     @torch.no_grad()
-    def rollout(self, batch: PromptBatch, draw: sampling.Normal, choose: Callable[[int, int], Tensor]) -> StepPairs:
-        """Runs the policy on a batch of prompts and collects the step pairs its judge is sure about."""
-        c, n, draw = self.config, len(batch.prompts), sampling.on(self.policy.device, draw)
-        x, group, kept = draw((n, *self.policy.backbone.latent_shape)), [], []
+    def rollout(self, batch: PromptBatch, sample_noise: NoiseFn, choose: Callable[[int, int], Tensor]) -> StepPairs:
+        """Samples images of a batch of n prompts, and collects the step pairs that are confidently ordered.
+
+        A segment begins with a step whose k candidates branch off a shared x_t, and goes on for `inner_steps` more.
+
+        Args:
+            choose: (k, n) -> index (n,) of the candidate that continues, where that is random.
+        """
+        c, n, sample_noise = self.config, len(batch.prompts), to_device(self.policy.device, sample_noise)
+        x_t, segment, kept = sample_noise((n, *self.policy.backbone.latent_shape)), [], []
         for i, t in enumerate(self.timesteps):
             branches = i >= c.start_step and (i - c.start_step) % (c.inner_steps + 1) == 0
-            noise_pred = self.predict(x, t, batch.cond)
-            if branches and group:  # the candidates made so far are judged here, and one of them goes on
-                a_t = process.at(self.schedule, t.expand(len(x)), x)
-                pairs, best, worst = self.judged(batch, group, process.predict_x0(x, noise_pred, a_t), t)
-                goes_on = {"random": lambda: choose(c.candidates, n), "chosen": best.cpu, "rejected": worst.cpu}
-                survivor = goes_on[c.continuation]() * n + torch.arange(n)
+            noise_pred = self.predict(x_t, t, batch.cond)
+            if branches and segment:  # its candidates are scored by this prediction, and one of them continues
+                a_t = process.extract(self.schedule, t.expand(len(x_t)), x_t)
+                pairs, best, worst = self.scored(batch, segment, process.predict_x0(x_t, noise_pred, a_t), t)
+                continues = {"random": lambda: choose(c.candidates, n), "chosen": best.cpu, "rejected": worst.cpu}
+                next_state = continues[c.continuation]() * n + torch.arange(n)
                 kept += pairs
-                x, noise_pred, group = x[survivor], noise_pred[survivor], []
-            mean, std = self.transition(x, noise_pred, t)
+                x_t, noise_pred, segment = x_t[next_state], noise_pred[next_state], []
+            mean, std = self.transition(x_t, noise_pred, t)
             if branches:
                 mean, std = mean.repeat(c.candidates, 1, 1, 1), std.repeat(c.candidates, 1, 1, 1)
-            x_prev = mean + std * draw(tuple(mean.shape))
+            x_prev = mean + std * sample_noise(tuple(mean.shape))
             if i >= c.start_step:
-                group.append((x, t, x_prev))
-            x = x_prev
-        pairs, _, _ = self.judged(batch, group, x, torch.zeros_like(t))
+                segment.append(Transition(x_t, t, x_prev))
+            x_t = x_prev
+        pairs, _, _ = self.scored(batch, segment, x_t, torch.zeros_like(t))
         return StepPairs.cat(kept + pairs)
 
     def gathered(self, ours: StepPairs) -> StepPairs:
-        """The pairs of all processes, in the order of one: by step, then by prompt."""
+        """The pairs of all processes, in the order that one process would have them: by step, then by prompt."""
         gather = self.policy.shard.gather
         halves = ours.x_t.tensor_split(2) if self.config.inner_steps else [ours.x_t]
         columns = [torch.cat(list(map(gather, halves))), *map(gather, (ours.chosen, ours.rejected, ours.t))]
@@ -157,19 +190,21 @@ class Method:
         pairs = StepPairs(*columns, cond)
         return pairs[pairs.t.argsort(descending=True, stable=True)]
 
-    def judged(self, batch: PromptBatch, group: list, x_0: Tensor, t: Tensor) -> tuple[list[StepPairs], Tensor, Tensor]:
-        """The pairs of every step of a group of candidates, decided by how their x_0 look at time t.
+    def scored(
+        self, batch: PromptBatch, segment: Sequence[Transition], x_0: Tensor, t: Tensor
+    ) -> tuple[list[StepPairs], Tensor, Tensor]:
+        """The step pairs of a segment, by the scores at time t of what its candidates become, x_0 (k n, C, h, w).
 
-        With them, for each prompt, which candidate was best and which worst (B,).
+        Returns: pairs for each step of the segment; for each prompt its best and its worst candidate, (n,).
         """
         k, n = self.config.candidates, len(batch.prompts)
         images = map(self.policy.backbone.decode_latents, x_0.chunk(k))  # one candidate at a time: pixels are large
-        scores = torch.stack([self.judge(candidate, batch.prompts, t.expand(n)) for candidate in images])
-        best, worst, sure = compare(scores, self.config.threshold)
-        rows = sure.nonzero().flatten()
+        scores = [self.preference_model(candidate, batch.prompts, t.expand(n)) for candidate in images]
+        best, worst, confident = compare(torch.stack(scores), self.config.threshold)
+        rows = confident.nonzero().flatten()
         chosen, rejected = best[rows] * n + rows, worst[rows] * n + rows
         pairs = []
-        for x_t, step_t, x_prev in group:
+        for x_t, step_t, x_prev in segment:
             shared = len(x_t) == n and self.config.inner_steps == 0
             start = [rows] if shared else [rows, rows] if len(x_t) == n else [chosen, rejected]
             t_rows = step_t.expand(len(rows))
@@ -185,7 +220,7 @@ class Method:
         """Mean and std of x_prev at eta 1, where a std of zero cannot occur."""
         t = t.expand(len(x_t))
         t_prev = process.previous_timestep(t, len(self.schedule), self.config.steps)
-        a_t, a_prev = process.at(self.schedule, t, x_t), process.at(self.schedule, t_prev, x_t)
+        a_t, a_prev = process.extract(self.schedule, t, x_t), process.extract(self.schedule, t_prev, x_t)
         return process.ddim_step(x_t, noise_pred, a_t, a_prev, eta=1.0)
 
     def log_probs(self, m: StepPairs) -> tuple[Tensor, Tensor]:

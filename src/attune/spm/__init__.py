@@ -1,1 +1,1 @@
-"""The step-aware preference model (SPM): a CLIP that judges one-step predictions and knows their timestep."""
+"""The step-aware preference model (SPM): a CLIP that scores one-step predictions, conditioned on their timestep."""

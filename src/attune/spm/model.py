@@ -1,8 +1,8 @@
-"""The step-aware preference model: PickScore's CLIP, told at which timestep a picture was predicted.
+"""The step-aware preference model: PickScore's CLIP, conditioned on the timestep at which an image was predicted.
 
 A timestep embedding modulates every vision layer (adaptive layer norm, as in DiT): it shifts and scales what
-attention and MLP read and gates what they add. Gates start at 1 and the rest at 0, so at the start the model
-is the CLIP it came from, bit for bit, whatever t. The text tower is untouched.
+attention and MLP read and gates what they add. Gates start at 1 and the rest at 0, so at the start the scores
+are those of the CLIP it came from, bit for bit, whatever t. The text tower is untouched.
 
 Source: Liang et al. 2024 (SPO), arXiv:2406.04314, section 3.2; authors' `time_conditioned_clip.py`, whose
 constructor sets all modulation biases to 1 and is saved by a later initialisation: here only gates are 1.
@@ -25,20 +25,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from attune.clip.model import (
-    TextFeatures,
-    full_precision,
-    image_size,
-    load_model,
-    load_tokenizer,
-    normalise,
-    rounded_crop,
-)
-from attune.hub import build_with, misfit, read_json, read_tensors
+from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer
+from attune.clip.pixels import normalise, rounded_crop
+from attune.hub import build_with, fetch_folder, misfit, parse, read_json, read_tensors
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
 WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
-_ADDED = ("adaLN_modulation", "t_embedder")
+_ADALN = ("adaLN_modulation", "t_embedder")
 
 
 def timestep_embedding(t: Tensor, width: int = FREQUENCIES) -> Tensor:
@@ -80,7 +73,7 @@ def _modulation(width: int, n: int) -> nn.Sequential:
 
 
 class StepAwareCLIP(nn.Module):
-    """A CLIP with a time-conditioned vision tower; at construction its additions are neutral."""
+    """A CLIP with a time-conditioned vision tower, which has no effect at construction (`init_identity`)."""
 
     checkpointing = False  # recompute vision layers in the backward pass: less memory, same numbers
 
@@ -93,10 +86,10 @@ class StepAwareCLIP(nn.Module):
         vision.encoder.layers = nn.ModuleList(StepAwareLayer(vision.config) for _ in range(depth))
         vision.adaLN_modulation = _modulation(width, 2)
         self.model.t_embedder = TimestepEmbedder(width)
-        self.make_neutral()
+        self.init_identity()
 
     @torch.no_grad()
-    def make_neutral(self, seed: int = 0) -> None:
+    def init_identity(self, seed: int = 0) -> None:
         """Gates 1, shifts and scales 0, random timestep embedding: scores become plain CLIP's."""
         vision = self.model.vision_model
         for layer in vision.encoder.layers:
@@ -109,9 +102,9 @@ class StepAwareCLIP(nn.Module):
             linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator, device="cpu"))
             linear.bias.zero_()
 
-    def additions(self) -> list[nn.Parameter]:
-        """What a CLIP does not have. While these are neutral, the model does not know the timestep."""
-        return [weight for name, weight in self.named_parameters() if any(part in name for part in _ADDED)]
+    def adaln_parameters(self) -> list[nn.Parameter]:
+        """The weights that a CLIP does not have. While they are as `init_identity` sets them, t has no effect."""
+        return [weight for name, weight in self.named_parameters() if any(part in name for part in _ADALN)]
 
     def image_features(self, pixel_values: Tensor, t: Tensor) -> Tensor:
         """Projected features (B, D), not normalised, of pixel values (B, 3, S, S) predicted at t (B,)."""
@@ -156,7 +149,7 @@ def _zero(linear: nn.Linear) -> None:
 
 
 def inference_pixels(images: Tensor, size: int) -> Tensor:
-    """What a judge sees: shortest side to `size`, bicubic without antialias, centre crop, only then a clamp.
+    """Pixel values for scoring: shortest side to `size`, bicubic without antialias, centre crop, only then a clamp.
 
     The authors resize the unclamped image in [-1, 1]; resizing is linear and keeps constants, so [0, 1] does
     as well.
@@ -175,7 +168,7 @@ def inference_pixels(images: Tensor, size: int) -> Tensor:
 
 
 def training_pixels(images: Tensor, size: int) -> Tensor:
-    """What the model is trained on: clamped, squeezed to a square, clamped again; else as `inference_pixels`.
+    """Pixel values for training: clamped, squeezed to a square, clamped again; else as `inference_pixels`.
 
     The authors' two paths differ and both are kept: one resizes the decoder's overshoot, the other cuts it.
     """
@@ -192,44 +185,38 @@ def _bicubic(images: Tensor, shape: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def from_clip(
-    path: str, revision: str | None = None, tokenizer: CLIPTokenizer | None = None
-) -> tuple[StepAwareCLIP, CLIPTokenizer]:
-    """A trainable model that scores exactly as the CLIP (PickScore) it starts from; folder or Hub id."""
-    clip = load_model(path, revision)
+def from_clip(source: str, tokenizer: CLIPTokenizer | None = None) -> tuple[StepAwareCLIP, CLIPTokenizer]:
+    """A trainable model that scores exactly as the CLIP (PickScore) it starts from."""
+    clip = load_model(source)
     model = StepAwareCLIP(clip.config)
     missing, unexpected = model.model.load_state_dict(clip.state_dict(), strict=False)
-    foreign = [name for name in missing if not any(part in name for part in _ADDED)]
+    foreign = [name for name in missing if not any(part in name for part in _ADALN)]
     if foreign or unexpected:
-        raise ValueError(f"{path} does not fit its configuration: {misfit(foreign, unexpected)}")
-    return model, tokenizer or load_tokenizer(path, revision)
+        raise ValueError(f"{source} does not fit its configuration: {misfit(foreign, unexpected)}")
+    return model, tokenizer or load_tokenizer(source)
 
 
 def load(
-    path: str | Path,
-    clip: str | None = None,
-    revision: str | None = None,
-    tokenizer: CLIPTokenizer | None = None,
+    path: str | Path, clip: str | None = None, tokenizer: CLIPTokenizer | None = None
 ) -> tuple[StepAwareCLIP, CLIPTokenizer]:
     """A saved model and its tokenizer.
 
     Args:
         path: a folder written by `save`, or one file in the released layout (`.bin` or `.safetensors`).
-        clip: folder or Hub id whose configuration a single file lacks; ignored for a folder.
-        revision: Hub commit of `clip`.
+        clip: where the configuration is that a single file lacks; ignored for a folder.
         tokenizer: if not the one beside the configuration.
 
     Raises:
         ValueError: tensors are missing or unexpected, the file holds more than tensors, or it comes without `clip`.
     """
     path = Path(path)
-    source, revision, file = (str(path), None, path / WEIGHTS) if path.is_dir() else (clip, revision, path)
+    source, file = (str(path), path / WEIGHTS) if path.is_dir() else (clip, path)
     if source is None:
         raise ValueError(f"{path} is no folder; a single file needs the CLIP that it fits")
-    config = CLIPConfig.from_pretrained(source, revision=revision)
+    config = CLIPConfig.from_pretrained(fetch_folder(parse(source), [CONFIG]))
     tensors = {name: value.float() for name, value in released_tensors(read_tensors(file)).items()}
     model = build_with(lambda: StepAwareCLIP(config), tensors, file)
-    return model.eval(), tokenizer or load_tokenizer(source, revision)
+    return model.eval(), tokenizer or load_tokenizer(source)
 
 
 def released_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,14 +238,14 @@ def save(model: StepAwareCLIP, tokenizer: CLIPTokenizer, folder: str | Path) -> 
 
 
 def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """What the tokenizer is, without how it was found: that would change the folder's digest and nothing else."""
+    """Writes the tokenizer without where it was loaded from, which would only change the folder's digest."""
     tokenizer.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     config = {key: value for key, value in read_json(file).items() if key not in ("is_local", "local_files_only")}
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------- the judge
+# ---------------------------------------------------------------- the scorer
 
 
 class StepAwareReward:

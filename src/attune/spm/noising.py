@@ -1,4 +1,4 @@
-"""What the preference model is shown in training: one-step predictions of images noised to a timestep.
+"""The images that the preference model is trained on: one-step predictions of images noised to a timestep.
 
 Source: Liang et al. 2024 (SPO), arXiv:2406.04314, section 3.2 and eq. 8; authors' `SPMTask.get_noised_imgs`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from attune.diffusion.process import add_noise, at, predict_x0
+from attune.diffusion.process import add_noise, extract, predict_x0
 from attune.interfaces import Conditioning
 
 PredictNoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -36,6 +36,6 @@ def one_step_latents(
         noise: (B, C, h, w); both images of a pair must be given the same.
         cond: conditioning of the B prompts.
     """
-    a_t = at(alphas_cumprod, t, x_0)
+    a_t = extract(alphas_cumprod, t, x_0)
     x_t = add_noise(x_0, noise, a_t)
     return predict_x0(x_t, predict_noise(x_t, t, cond), a_t)

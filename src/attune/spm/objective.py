@@ -1,4 +1,4 @@
-"""How the step-aware preference model learns which of two images a person chose, through the same noise.
+"""The training objective of the step-aware preference model: which of two equally noised images a person chose.
 
 Both images of a pair are noised alike to a random timestep, predicted back in one step by the frozen base,
 and scored at that timestep; the loss is the Kullback-Leibler divergence of the label from the softmax of the
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,14 @@ from transformers import CLIPTokenizer
 
 from attune.clip.model import image_size, load_tokenizer, tokenise
 from attune.config.settings import PreferenceConfig as Config
-from attune.diffusion.policy import Policy
 from attune.distributed import Shard
-from attune.hub import find_file
+from attune.hub import fetch_file, parse
 from attune.interfaces import Conditioning, Metrics
 from attune.spm.model import StepAwareCLIP, from_clip, load, training_pixels
 from attune.spm.noising import one_step_latents
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 
 class Pairs(Protocol):
@@ -47,39 +49,39 @@ class Pairs(Protocol):
 
 
 @dataclass(frozen=True)
-class ScoredPairs:
-    """B pairs ready to be scored: pixel values (2, B, 3, S, S), token ids (B, L), t, label_0, weight (B,)."""
+class NoisedPairs:
+    """B noised pairs, ready to be scored: pixel values (2, B, 3, S, S), token ids (B, L), t, label_0, weight (B,)."""
 
     pixel_values: Tensor
     input_ids: Tensor
     t: Tensor
     label_0: Tensor
     weight: Tensor
-    total: Tensor | None = None  # what weights are divided by, for B rows of a larger minibatch; None = their sum
+    weight_sum: Tensor | None = None  # what weights are divided by, for rows of a larger minibatch; None = their sum
 
     def __len__(self) -> int:
         return len(self.t)
 
-    def __getitem__(self, rows: slice) -> ScoredPairs:
+    def __getitem__(self, rows: slice) -> NoisedPairs:
         t = self.t[rows]
-        total = (self.weight.sum() if self.total is None else self.total) * (len(t) / len(self))
+        weight_sum = (self.weight.sum() if self.weight_sum is None else self.weight_sum) * (len(t) / len(self))
         columns = (self.input_ids[rows], t, self.label_0[rows], self.weight[rows])
-        return ScoredPairs(self.pixel_values[:, rows], *columns, total)
+        return NoisedPairs(self.pixel_values[:, rows], *columns, weight_sum)
 
 
 def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
-    """What training starts from: the plain CLIP made step-aware, or trained step-aware weights."""
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision) if config.tokenizer else None
+    """The model that training starts from: the plain CLIP made step-aware, or trained step-aware weights."""
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.weights is None:
-        return from_clip(config.clip, config.revision, tokenizer)
-    return load(find_file(config.weights, config.weights_revision), config.clip, config.revision, tokenizer)
+        return from_clip(config.clip, tokenizer)
+    return load(fetch_file(parse(config.weights)), config.clip, tokenizer)
 
 
 # ---------------------------------------------------------------- pure functions
 
 
 def preference_criterion(
-    scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None, total: Tensor | None = None
+    scores_0: Tensor, scores_1: Tensor, label_0: Tensor, weight: Tensor | None = None, weight_sum: Tensor | None = None
 ) -> Tensor:
     """KL(label || softmax of the two scores), weighted mean, nats.
 
@@ -91,7 +93,7 @@ def preference_criterion(
         label_0: (B,) probability that image 0 is preferred: 1, 0 or 0.5.
         weight: (B,) weights, normalised here to sum to 1; 1 / pairs of the prompt, so that a prompt with many
             pairs does not count more. None: equal.
-        total: scalar to divide the weights by instead of their sum.
+        weight_sum: scalar to divide the weights by instead of their sum.
 
     Returns: scalar.
     """
@@ -99,11 +101,11 @@ def preference_criterion(
     log_p = F.log_softmax(torch.stack([scores_0, scores_1]), dim=0)
     divergence = (torch.xlogy(label, label) - label * log_p).sum(0)
     weight = torch.ones_like(divergence) if weight is None else weight.to(divergence.dtype)
-    return (weight / (weight.sum() if total is None else total) * divergence).sum()
+    return (weight / (weight.sum() if weight_sum is None else weight_sum) * divergence).sum()
 
 
 def accuracy(scores_0: Tensor, scores_1: Tensor, label_0: Tensor) -> Tensor:
-    """Shard of decided pairs whose chosen image scores strictly higher, scalar; 0.5 if all are ties."""
+    """Share of decided pairs whose chosen image scores strictly higher, scalar; 0.5 if all are ties."""
     decided = label_0 != 0.5
     if not decided.any():
         return scores_0.new_tensor(0.5)
@@ -115,15 +117,15 @@ def accuracy(scores_0: Tensor, scores_1: Tensor, label_0: Tensor) -> Tensor:
 
 
 class SPMObjective:
-    """An `Objective` over labelled pairs, and what it trains: `module`, all of it.
+    """An `Objective` over labelled pairs, and the `Trainable` that it trains: all of the CLIP.
 
-    `base` is a policy without an adapter. It is not called `policy` because nothing of it moves.
+    `base` is a policy without an adapter, which is not trained.
     """
 
     def __init__(self, config: Config, model: StepAwareCLIP, tokenizer: CLIPTokenizer, base: Policy) -> None:
         self.config, self.tokenizer, self.base = config, tokenizer, base
         self.model = model.train().requires_grad_(True)
-        for weight in [] if config.step_aware else model.additions():
+        for weight in [] if config.step_aware else model.adaln_parameters():
             weight.requires_grad_(False)
         self.model.checkpointing = config.gradient_checkpointing
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
@@ -132,34 +134,34 @@ class SPMObjective:
         self.autocast: torch.dtype | None = None  # `loss` chooses its own precision
 
     def parameters(self) -> list[Tensor]:
-        """What training may change: vision and text tower, projections and temperature."""
+        """The trainable weights: vision and text tower, projections and temperature."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
-    def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[ScoredPairs]:
+    def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[NoisedPairs]:
         shard, n = self.shard, len(batch.prompts)
         t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
         if shard.world_size == 1:
-            yield self.seen(batch, t, noise)
-        else:  # each process looks at its own pairs: the base's predictions are what costs
+            yield self.prepare_batch(batch, t, noise)
+        else:  # each process prepares its own pairs only, because the base's predictions cost the most
             rows = shard.rows(n)
             ours = self.pixels(batch[rows], t[rows], noise[rows])[:, : shard.count(n)]
-            yield self.with_pixels(batch, t, shard.gather(ours.transpose(0, 1)).transpose(0, 1))
+            yield self._with_text(batch, t, shard.gather(ours.transpose(0, 1)).transpose(0, 1))
 
-    def seen(self, batch: Pairs, t: Tensor, noise: Tensor) -> ScoredPairs:
-        """The pairs as the model sees them through noise (B, C, h, w) at timesteps t (B,)."""
-        return self.with_pixels(batch, t, self.pixels(batch, t, noise))
+    def prepare_batch(self, batch: Pairs, t: Tensor, noise: Tensor) -> NoisedPairs:
+        """The pairs as the model is given them: noised to t (B,) with noise (B, C, h, w), and predicted back."""
+        return self._with_text(batch, t, self.pixels(batch, t, noise))
 
     def pixels(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
-        """Pixel values (2, B, 3, S, S) of both images of each pair, seen through noise."""
+        """Pixel values (2, B, 3, S, S) of both images of each pair, predicted from t (B,) and noise."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
         return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)
 
-    def with_pixels(self, batch: Pairs, t: Tensor, pixels: Tensor) -> ScoredPairs:
-        """What else the model is told and learns from."""
+    def _with_text(self, batch: Pairs, t: Tensor, pixels: Tensor) -> NoisedPairs:
+        """Adds token ids, labels and weights to the pixel values of a batch, on the model's device."""
         clip = self.model.model
         ids = tokenise(self.tokenizer, batch.prompts, clip.config.text_config.max_position_embeddings)
-        return ScoredPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
+        return NoisedPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
     def one_step_images(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
@@ -181,12 +183,12 @@ class SPMObjective:
         )
         return self.base.backbone.decode_latents(torch.where((t == 0)[:, None, None, None], x_0, predicted))
 
-    def loss(self, minibatch: ScoredPairs) -> tuple[Tensor, Metrics]:
+    def loss(self, minibatch: NoisedPairs) -> tuple[Tensor, Metrics]:
         m = minibatch
         half = torch.autocast(m.t.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
         with half:
             scores_0, scores_1 = self.module(m.pixel_values, m.input_ids, m.t).float()
-        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight, m.total)
+        loss = preference_criterion(scores_0, scores_1, m.label_0, m.weight, m.weight_sum)
         margin = (2 * m.label_0 - 1) * (scores_0 - scores_1)
         return loss, {
             "loss": loss,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,29 +18,16 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from attune.config.settings import TrainingConfig
 from attune.distributed import Shard
-from attune.interfaces import Objective
+from attune.interfaces import Objective, Trainable
 from attune.training.guard import NonFiniteError, locate_nonfinite
 
 # How long a process waits for the others. The main process may compute a validation score or sample images for as
 # long as this while they wait. It does not delay the news of a process that has died: the launcher reports that.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-
-
-class Trainable(Protocol):
-    """What is trained. `TrainStep` replaces `module`, which is what gets called, by its distributed wrapper."""
-
-    module: nn.Module
-    shard: Shard  # which rows this process computes
-    reference_model: nn.Module | None  # the frozen copy that serves as reference, where there is one
-    autocast: torch.dtype | None  # what a float32 network computes in; None: its own dtype
-
-    def parameters(self) -> list[Tensor]:
-        """The tensors that training may change."""
-        ...
 
 
 class TrainStep:

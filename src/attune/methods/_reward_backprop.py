@@ -1,0 +1,174 @@
+"""Backpropagation of a differentiable reward through DDIM sampling: what AlignProp, DRaFT and ReFL have in common.
+
+A batch of prompts is sampled without a graph up to the step where gradients begin (`rollout_no_grad`). The rest is
+computed in the loss, from noise that was drawn before, and decoded and scored with a graph (`weighted_reward`).
+Latents are never detached, so the gradient also runs through what later predictions saw of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attune.config.schema import Float
+from attune.config.settings import MethodConfig
+from attune.data.batches import PromptBatch
+from attune.diffusion.ddim import ddim, timesteps_to_zero
+from attune.diffusion.noise import NoiseFn, to_device
+from attune.interfaces import Backbone, Conditioning, Metrics, Reward
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
+
+# a pixel's gradient is about 1e-6, and a decoder in float16 has none below 6e-8; a power of two costs no digit
+DECODER_GRADIENT_SCALE = 2.0**12
+
+
+# descriptions of fields whose defaults differ from method to method
+REWARDS = (
+    "scorers of the profile and their weights in the sum r; a scorer of weight 0 is only logged, and stays held out"
+)
+CHECKPOINT_STEPS = (
+    "saves memory: only latents are kept between steps, and images are decoded one by one; each step with a gradient "
+    "is then computed twice"
+)
+
+
+class RewardConfig(MethodConfig):
+    """Settings that the methods of this family share."""
+
+    rewards: dict[str, Float] = Field(min_length=1, description=REWARDS)
+    preprocess: Literal["tensor", "square"] = Field(
+        "tensor",
+        description="how images are resized for the scorers: tensor = as published, but differentiable; square = "
+        "squeezed to a square by bilinear interpolation, as AlignProp's code does",
+    )
+    steps: int = Field(50, ge=1, le=999, description="DDIM steps N of each image")
+    eta: Float = Field(1.0, ge=0, le=1, description="noise of the DDIM steps: 0 deterministic, 1 ancestral")
+    guidance_scale: Float = Field(ge=0, description="classifier-free guidance in every step, 1 = off")
+    checkpoint_steps: bool = Field(False, description=CHECKPOINT_STEPS)
+
+    @field_validator("rewards")
+    @classmethod
+    def _something_is_maximised(cls, rewards: dict[str, float]) -> dict[str, float]:
+        if not any(rewards.values()):
+            raise ValueError("every weight is 0, so nothing would be trained on")
+        return rewards
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        return tuple(name for name, weight in self.rewards.items() if weight)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Sampling runs of n prompts with k steps to go, without a graph; the noise of these steps is drawn already."""
+
+    x_t: Tensor  # (n, C, h, w)
+    timesteps: Tensor  # (k + 1,), from the present one to 0
+    noise: Tensor  # (n, k, C, h, w)
+    cond: Conditioning
+    prompts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def __getitem__(self, rows: slice) -> Trajectory:
+        columns = {"x_t": self.x_t[rows], "noise": self.noise[rows], "cond": self.cond[rows]}
+        return replace(self, prompts=self.prompts[rows], **columns)
+
+
+def first_gradient_step(sample_share: Callable[[], float], steps: int) -> int:
+    """Index (0..steps - 1) of the first step with a gradient, from a share of the run: 0 is its start and 1 its end.
+
+    A share outside [0, 1) is drawn again. Shares of `steps` are rounded down, after a margin for 0.57 * 100 = 56.99...
+    """
+    while not 0 <= (share := sample_share()) < 1:
+        pass
+    return min(int(share * steps + 1e-6), steps - 1)
+
+
+@torch.no_grad()
+def rollout_no_grad(
+    policy: Policy, batch: PromptBatch, config: RewardConfig, k: int, sample_noise: NoiseFn
+) -> Trajectory:
+    """All but the last k (1..steps) DDIM steps from pure noise.
+
+    Of several processes each computes the rows of its own prompts; all of them get the whole.
+    """
+    shard, n = policy.shard, len(batch.prompts)
+    sample_noise = shard.local_noise(to_device(policy.device, sample_noise), n)
+    cond = batch.cond[shard.rows(n)]
+    timesteps, shape = timesteps_to_zero(policy, config.steps), (len(cond), *policy.backbone.latent_shape)
+    x_T = sample_noise(shape)
+    fresh = (sample_noise(shape) for _ in range(config.steps - k))
+    options = {"eta": config.eta, "guidance_scale": config.guidance_scale}
+    x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, **options)
+    noise = torch.stack([sample_noise(shape) for _ in range(k)], dim=1)
+    ours = slice(shard.count(n))
+    rest = timesteps[-k - 1 :]
+    return Trajectory(shard.gather(x_t[ours]), rest, shard.gather(noise[ours]), batch.cond, list(batch.prompts))
+
+
+def rollout(policy: Policy, trajectory: Trajectory, config: RewardConfig) -> Tensor:
+    """The final latents (n, C, h, w), with a graph where gradients are on."""
+    return ddim(
+        policy,
+        trajectory.x_t,
+        trajectory.timesteps,
+        trajectory.cond,
+        trajectory.noise.unbind(1),
+        eta=config.eta,
+        guidance_scale=config.guidance_scale,
+        checkpoint_steps=config.checkpoint_steps,
+    )
+
+
+def weighted_reward(
+    policy: Policy, latents: Tensor, prompts: Sequence[str], rewards: Mapping[str, Reward], config: RewardConfig
+) -> tuple[Tensor, Metrics]:
+    """The weighted sum of scores (n,) of decoded latents, with a graph, and what to log about it."""
+    decoded = decode(policy.backbone, latents, one_by_one=config.checkpoint_steps)
+    images, scores = decoded.clamp(0, 1), {}
+    for name, weight in config.rewards.items():
+        with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
+            scores[name] = rewards[name](images, prompts)
+    reward = sum(weight * scores[name] for name, weight in config.rewards.items() if weight)
+    return reward, {
+        "reward": reward.mean(),
+        **{f"reward_{name}": score.mean() for name, score in scores.items()},
+        "clamped": ((decoded < 0) | (decoded > 1)).float().mean(),
+    }
+
+
+def decode(backbone: Backbone, latents: Tensor, one_by_one: bool) -> Tensor:
+    """Images (n, 3, H, W), float32, nominally in [0, 1]; gradients are scaled up while they pass the decoder.
+
+    Args:
+        one_by_one: keep no activations of the decoder; each image is decoded again in the backward pass.
+    """
+    if one_by_one:
+        rows = latents.split(1)
+        images = torch.cat([checkpoint(backbone.decode_latents, row, use_reentrant=False) for row in rows])
+    else:
+        images = backbone.decode_latents(latents)
+    if latents.requires_grad:
+        images.register_hook(lambda gradient: gradient * DECODER_GRADIENT_SCALE)
+        latents.register_hook(lambda gradient: gradient / DECODER_GRADIENT_SCALE)
+    return images
+
+
+def require_differentiable(rewards: Mapping[str, Reward], config: RewardConfig) -> None:
+    """Raises ValueError if a scorer with a weight has no gradient."""
+    for name in config.trained_on:
+        if not rewards[name].differentiable:
+            raise ValueError(
+                f"rewards.{name}: no gradient flows through this scorer; where it has one, "
+                f"scorers.{name}.preprocess must be another, and weight 0 only watches it"
+            )
