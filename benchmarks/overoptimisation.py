@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from attune.config.check import load
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from attune.build import build_method, load_learner, load_scorer
-from attune.config.check import load
 from attune.config.profile import Profile
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from attune.config.check import load, method_of, read_params
 from optuna.trial import TrialState
 
 from attune import tracking
 from attune.build import load_policy, load_scorer
-from attune.config.check import load, method_of, read_params
 from attune.config.profile import Params, Profile
 from attune.config.search import Config
 from attune.evaluation.statistics import Comparison, compare_paired

@@ -120,6 +120,10 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
     shared = {
         "lora": None,  # already there
         "lr": 1e-5,
+        "warmup": 0,
+        "accumulation": 1,
+        "gradient_checkpointing": args.checkpointing,
+        "weight_decay": 1e-2,
         "batches": args.steps + 1,
         "batch_size": args.batch,
         "compile": args.compile,
@@ -129,7 +133,7 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         latents = torch.randn(2, *shape, device=policy.device)
         ones = torch.ones(n, device=policy.device)
         pairs = PairBatch(["a cat"] * n, random_conditioning(policy, n), *latents, ones, ones)
-        return dpo.Method(dpo.Config(**shared, beta=5000), policy), lambda b, generator: pairs
+        return dpo.Method(dpo.Config(**shared, beta=5000, caption_dropout=0), policy), lambda b, generator: pairs
     config = spo.Config(
         **shared,
         beta=10,
@@ -141,7 +145,7 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         guidance_scale=5,
         minibatch_size=args.batch,
     )
-    return SPOInner(spo.Method(config, policy, judge=None)), lambda b, generator: None
+    return SPOInner(spo.Method(config, policy, preference_model=None)), lambda b, generator: None
 
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -47,8 +47,8 @@ SIZES = {"even": {"batch_size": 4}, "odd": {"batch_size": 3, "accumulation": 2},
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "spo, unequal minibatches": ("spo", {"minibatch_size": 5, "accumulation": 2}),  # 12 pairs are 5, 5 and 2
     "spo, inner steps": ("spo", {"inner_steps": 1, "steps": 6}),
-    "alignprop, checkpointed": ("alignprop", {"checkpointed": True, "accumulation": 2}),
-    "alignprop, renoised": ("alignprop", {"cut": "fixed", "cut_at": [0.75], "steps": 4, "renoised": 2}),
+    "alignprop, checkpointed": ("alignprop", {"checkpoint_steps": True, "accumulation": 2}),
+    "draft, renoised": ("draft", {"n_renoised": 2}),
     "dpo, gradient checkpointing": ("dpo", {"gradient_checkpointing": True}),
     "alignprop, gradient checkpointing": ("alignprop", {"gradient_checkpointing": True}),
     "dpo, every weight": ("dpo", {"lora": None, "lr": 1e-4}),
@@ -67,7 +67,7 @@ class Parts:
     backbone: Backbone
     data: PreparedData
     clip: str
-    judge: Path
+    preference: Path
 
 
 @contextmanager
@@ -75,8 +75,8 @@ def parts() -> Iterator[Parts]:
     with chdir(ROOT), TemporaryDirectory() as folder:  # where the paths of params.yaml start
         backbone = load_sd(Model(backbone="sd", path=tiny.write_pipeline(Path(folder, "sd"))), torch.device("cpu"))
         clip = tiny.write_clip(Path(folder, "clip"))
-        save(*from_clip(clip), Path(folder, "judge"))
-        yield Parts(backbone, tiny.prepared(backbone), clip, Path(folder, "judge"))
+        save(*from_clip(clip), Path(folder, "preference"))
+        yield Parts(backbone, tiny.prepared(backbone), clip, Path(folder, "preference"))
 
 
 def ends() -> dict[str, End]:
@@ -102,7 +102,7 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
     policy.shard = shard()
-    return build_method(name, profile, policy, made.judge, name)
+    return build_method(name, profile, policy, made.preference, name)
 
 
 def alignment(name: str, made: Parts, changes: dict[str, Any], **options: Any) -> End:

@@ -49,6 +49,8 @@ SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+# settings of the training loop, for methods whose paper's are not wanted
+PLAIN = {"accumulation": 1, "warmup": 0, "weight_decay": 1e-2, "schedule": "constant", "gradient_checkpointing": False}
 PROMPTS = ["a cat", "a dog", "two owls", "a red ox", "bees", "no hen", "ten rats", "a cow"]
 
 
@@ -169,7 +171,7 @@ def move(policy: Policy, by: float) -> None:
 
 
 def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
-    """A judge that is sure: light pictures are good, the more so the later."""
+    """A preference model that is confident: bright images are good, the more so the later."""
     return 100 * images.mean((1, 2, 3)) * (1 + (1000 - t) / 1000)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from attune.data.prepared import PreparedData
 from torch import Tensor, nn
 
 import tiny
 from attune.config.settings import TrainingConfig
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.distributed import Shard
 from attune.interfaces import Objective
@@ -22,7 +22,7 @@ from attune.training.loop import Batches, train
 
 OWN = {
     "sft": {},
-    "dpo": {"beta": 500.0},
+    "dpo": {"beta": 500.0, "caption_dropout": 0.0},
     "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "start_step": 1}
     | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
 }
@@ -32,7 +32,7 @@ METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
 def method(name: str, policy: Policy, **changes: Any) -> Objective:
     """A method with a learning rate that shows after three batches, and `changes`."""
     loop = {"lora": None, "lr": 1e-3, "batches": 3, "batch_size": 2, "warmup": 2}
-    config = METHODS[name].Config(**(loop | OWN[name] | changes))
+    config = METHODS[name].Config(**(tiny.PLAIN | loop | OWN[name] | changes))
     return METHODS[name].Method(config, policy, *([tiny.brightness] if name == "spo" else []))
 
 

@@ -148,27 +148,14 @@ def list_files(source: Source, repo_type: str = "model") -> dict[str, int]:
 
 
 def is_here(source: Source) -> bool:
-    """Whether a local source exists, or the cache has the file, or something of the repository."""
+    """Whether the source is local, or the cache has the file or something of the repository; asks no network."""
     if source.commit is None:
-        return Path(source.place).exists()
+        return True
     from huggingface_hub import constants
 
     folders = [f"{kind}s--{source.place.replace('/', '--')}" for kind in ("model", "dataset")]
     snapshots = [Path(constants.HF_HUB_CACHE, folder, "snapshots", source.commit) for folder in folders]
     return any((snapshot / source.inner).exists() for snapshot in snapshots)
-
-
-def problem_online(source: Source) -> str | None:
-    """Why the source cannot be fetched from the Hub, as a line; None if it can."""
-    problems = []
-    for repo_type in ("model", "dataset"):
-        try:
-            there = list_files(source, repo_type)
-        except HubError as error:
-            problems.append(str(error))
-        else:
-            return None if there else f"{source}: the repository has no such file at this commit"
-    return problems[0]
 
 
 def _snapshot(source: Source, patterns: Sequence[str], **options: Any) -> Any:
@@ -276,6 +263,17 @@ def read_json(file: str | Path) -> dict:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all safetensors files of a folder, from their headers alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total
 
 
 # ---------------------------------------------------------------- modules

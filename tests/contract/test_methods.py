@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attune.config.check import method_of, read_params
 
 import tiny
 from attune.build import build_method
 from attune.config import plugins
-from attune.config.check import method_of, read_params
 from attune.config.plugins import plugin_config
 from attune.config.profile import Params, Profile
 from attune.config.schema import check
@@ -27,7 +27,7 @@ PARAMS = check(Params, read_params(ROOT / "params.yaml"))
 PROFILES = PARAMS.profiles
 METHODS = plugins.available("methods")
 # every other loss compares chosen with rejected, relative to the reference
-NOT_PREFERENCE = {"sft", "kto", "mapo", "alignprop"}
+NOT_PREFERENCE = {"sft", "kto", "mapo", "alignprop", "draft", "refl"}
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -58,9 +58,23 @@ def build(preference, monkeypatch):
     return build
 
 
+def test_its_defaults_are_complete_and_described(name):
+    """A profile need only write what differs; the descriptions make up the reference of settings."""
+    config = plugins.load("methods", name).Config
+    assert config().batch_size * config().accumulation > 1
+    own = [field for field in config.model_fields if field in config.__annotations__]
+    assert [field for field in own if not config.model_fields[field].description] == []
+
+
+def test_it_names_the_scorers_it_trains_on(name):
+    config = plugins.load("methods", name).Config
+    rewards = config.model_fields.get("rewards")
+    assert config().trained_on == tuple(rewards.default if rewards else ())
+
+
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_has_its_block(name, profile):
-    assert blocks(profile, name)
+def test_every_block_is_read_and_written_alike(name, profile):
+    assert blocks(profile, name) or profile != "short"
     for run, block in blocks(profile, name).items():
         where = f"profiles.{profile}.methods.{run}"
         config = plugin_config("methods", name, block, where)
@@ -70,10 +84,11 @@ def test_every_profile_has_its_block(name, profile):
             plugin_config("methods", name, {**block, "no_such_key": 1}, where)
 
 
-def test_it_says_what_it_consumes_and_wants_what_there_is(name):
+def test_it_says_what_it_consumes_and_needs(name):
     method = plugins.load("methods", name).Method
     assert method.consumes in ("pairs", "prompts")
-    assert list(inspect.signature(method).parameters)[:2] == ["config", "policy"]
+    assert set(method.needs) <= {"preference_model", "rewards"}
+    assert list(inspect.signature(method).parameters) == ["config", "policy", *method.needs]
 
 
 def test_three_steps_change_the_adapter_and_nothing_else(name, new_policy, data, build):

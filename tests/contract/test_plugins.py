@@ -75,9 +75,10 @@ def test_a_backbone_is_loaded_by_its_block_and_a_device(name):
 @pytest.mark.parametrize("name", plugins.available("backbones"))
 def test_a_backbone_can_be_planned_for_before_it_is_here(name):
     module, there = plugins.load("backbones", name), f"owner/name@{'0' * 40}"
-    assert module.NOMINAL_WEIGHTS.keys() == {"denoiser", "text_encoders", "autoencoder"}
-    assert min(module.NOMINAL_WEIGHTS.values()) > 1e6
-    assert module.RESOLUTION in (512, 1024)
+    facts = module.facts(Model(backbone=name, path=there))
+    assert min(facts.denoiser, facts.text_encoders, facts.autoencoder) > 1e6
+    assert facts.resolution in (512, 1024)
+    assert module.facts(Model(backbone=name, path=there, resolution=64)).resolution == 64
     for source, patterns in module.downloads(Model(backbone=name, path=there)):
         assert source.commit == "0" * 40
         assert patterns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attune.config.check import load
 
+import params
 from attune.build import load_policy
+from attune.config.resolve import load
 from attune.diffusion.generate import generate_images
 from attune.diffusion.noise import noise_seed
 from attune.evaluation.champion import NoCandidate, find_candidate
@@ -32,25 +34,31 @@ BASE = np.random.default_rng(0).normal(0, 0.1, 40)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Uri and root of a store; the working directory has the embedded models and two adapters of random weights."""
+    """Uri and root of a store; the working directory has the embedded models and two runs of random weights."""
     before, environment = Path.cwd(), dict(os.environ)
     for key in [key for key in os.environ if key.startswith(("DVC_", "MLFLOW_", "ATTUNE_"))]:
         del os.environ[key]
     root = tmp_path_factory.mktemp("champion")
     (root / "models").mkdir()
     (root / "models/embedded").symlink_to(ROOT / "models/embedded")
-    shutil.copy(ROOT / "params.yaml", root)
+    params.write(root, *params.shipped())
     os.chdir(root)
     for seed, name in enumerate(("dpo", "spo")):
-        policy = load_policy(load()[1])
+        policy = load_policy(load().model)
         policy.add_adapter(4, seed, "attention")
         for weight in policy.parameters():
             weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         policy.save(root / "models" / name)
+        _note(name, "dpo")
     yield "sqlite:///mlflow.db", root
     os.chdir(before)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _note(run: str, method: str | None) -> None:
+    """What the stage align writes beside a run's model."""
+    Path("models", run, "run.json").write_text(json.dumps({"method": method}))
 
 
 def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
@@ -71,10 +79,9 @@ def _get_by_alias(place, alias: str) -> tuple[str, str] | None:
 
 
 def _promote(place, **options: bool) -> str:
-    profile = load()[1]
-    base = (profile.model.path, None)
+    settings = load()
     candidate = find_candidate(Path("reports"), Path("models"))
-    return promote(NAME, candidate, base, place, seed=profile.seed, **options)
+    return promote(NAME, candidate, (settings.model.path, None), place, seed=settings.seed, **options)
 
 
 def test_a_champion_is_made_defended_and_replaced(place):
@@ -113,17 +120,18 @@ def _shift(file: Path) -> None:
 def test_the_champion_paints_what_the_adapter_painted(place):
     """diffusers, with base and adapter from the registry alone, against attune with the adapter's own file."""
     prompt, seed = "a red circle", 7
-    _, profile = load()
-    policy = load_policy(profile)
+    settings = load()
+    sampling = settings.generate.sampling
+    policy = load_policy(settings.model)
     policy.load("models/spo")
-    ours = generate_images(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
-    bare = generate_images(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    ours = generate_images(policy, [prompt], [0], sampling, seed, None)[0]
+    bare = generate_images(load_policy(settings.model), [prompt], [0], sampling, seed, None)[0]
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(prompt, 0, seed)))[None]
-    settings = {"num_inference_steps": profile.generate.sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
-    theirs = np.asarray(pipe(prompt, latents=noise, **settings).images[0])
+    options = {"num_inference_steps": sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
+    theirs = np.asarray(pipe(prompt, latents=noise, **options).images[0])
     assert np.abs(ours.astype(int) - theirs).max() <= 1  # of 255
     assert np.abs(ours.astype(int) - bare).max() > 10  # an adapter that did nothing would agree as well
 
@@ -141,9 +149,13 @@ def test_scores_of_another_protocol_are_no_match(place):
 
 def test_what_cannot_be_registered_is_named(place):
     _report({"full": 0.9})
-    with pytest.raises(NoCandidate):  # no folder: trained elsewhere
+    with pytest.raises(NoCandidate):  # no folder
         _promote(place)
-    (Path("models/full/unet")).mkdir(parents=True)
+    Path("models/full/unet").mkdir(parents=True)
+    _note("full", None)
+    with pytest.raises(NoCandidate):  # released by somebody
+        _promote(place)
+    _note("full", "dpo")
     with pytest.raises(ValueError, match="full is a whole denoiser; only adapters"):
         _promote(place)
     _report({"spo": 0.9}, Protocol.from_dict(PROTOCOL.to_dict() | {"seed": 1}))

@@ -8,7 +8,8 @@ import torch
 from golden.pipelines import adapted, conditioning
 from golden.reading import tensors
 
-from attune.methods import alignprop
+from attune.data.batches import PromptBatch
+from attune.methods import _reward_backprop, alignprop
 
 pytestmark = pytest.mark.parity
 NAME = "13"
@@ -38,19 +39,20 @@ def policy(sd, case, tmp_path_factory):
 
 
 def method_for(policy, case, k, **changes):
-    loop = {"lora": None, "lr": 1e-3, "batches": 1, "batch_size": 2}
-    paper = {"steps": 10, "guidance_scale": 5, "cut": "fixed", "cut_at": [1 - k / 10], "coefficient": 1}
-    config = alignprop.Config(**(loop | paper | {"rewards": {"stored": 1}} | changes))
+    own = {"rewards": {"stored": 1}, "target": None, "loss_coeff": 1, "checkpoint_steps": False}
+    chain = {"steps": 10, "guidance_scale": 5, "truncation": "fixed", "truncation_range": [1 - k / 10]}
+    config = alignprop.Config(**(own | chain | changes))
     return alignprop.Method(config, policy, {"stored": StoredReward(case["W"])})
 
 
 def gradients(method, case, k):
     """The loss, and the gradient of every adapter weight, from the case's noise."""
     noise = [case["latents"], *case["noise"]]
-    run = method.sampler.begin(conditioning(case), lambda shape: noise.pop(0), left=k)
+    batch = PromptBatch(["0", "1"], conditioning(case))
+    trajectory = _reward_backprop.rollout_no_grad(method.policy, batch, method.config, k, lambda shape: noise.pop(0))
     assert not noise
-    assert not run.x_t.requires_grad
-    loss, _ = method.loss(alignprop.Rollout(run, ["0", "1"]))
+    assert not trajectory.x_t.requires_grad
+    loss, _ = method.loss(trajectory)
     named = {key.replace(".default", ""): w for key, w in method.policy.denoiser.named_parameters() if w.requires_grad}
     return loss, dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
@@ -58,7 +60,7 @@ def gradients(method, case, k):
 @pytest.mark.parametrize("k", [1, 3, 9, 10])
 def test_gradients_through_the_last_steps(table, policy, case, k):
     method = method_for(policy, case, k)
-    first = alignprop.first_with_gradient("fixed", method.config.cut_at, 10, torch.Generator())
+    first = alignprop.truncation_step("fixed", method.config.truncation_range, 10, torch.Generator())
     assert first == 10 - k
     loss, found = gradients(method, case, k)
     table.close(NAME, "image shown to the reward", method.rewards["stored"].seen, case["image"])
@@ -72,7 +74,7 @@ def test_gradients_through_the_last_steps(table, policy, case, k):
 
 def test_gradients_from_checkpoints(table, policy, case):
     """Images are then decoded one by one, which moves the last bits."""
-    loss, found = gradients(method_for(policy, case, 3, checkpointed=True), case, 3)
+    loss, found = gradients(method_for(policy, case, 3, checkpoint_steps=True), case, 3)
     table.close(NAME, "loss, checkpointed", loss, case["loss"])
     for key, gradient in found.items():
         table.close(NAME, "gradients, K = 3, checkpointed", gradient, case[f"K3.grad.{key}"], rel=1e-4)

@@ -56,7 +56,7 @@ def test_training_step(table, request, tmp_path, model):
     case, name = tensors(f"05_spo_step_{model}"), f"05 {model}"
     null, cond = conditioning(case, "negative_"), conditioning(case)
     policy = adapted(request.getfixturevalue(model), null, f"05_spo_lora_{model}", tmp_path)
-    method = spo.Method(config(model), policy, judge=None)
+    method = spo.Method(config(model), policy, preference_model=None)
     x_t = case["x_t"] if "x_t" in case else torch.cat([case["x_t_win"], case["x_t_lose"]])
     pairs = spo.StepPairs(x_t, case["next_win"], case["next_lose"], case["timesteps"], cond)
     with policy.reference():
@@ -100,20 +100,20 @@ def check_gradients(table, name, policy, case):
 
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_rollout(table, request, model):
-    """SDXL: every candidate runs on for three steps before it is judged."""
+    """SDXL: every candidate continues for three steps before it is scored."""
     case = tensors(f"06_spo_rollout_{model}")
-    judge = StoredPreference(case["W"], case["input_ids"])
+    preference_model = StoredPreference(case["W"], case["input_ids"])
     policy = Policy(request.getfixturevalue(model), conditioning(case, "negative_"))
-    method = spo.Method(config(model), policy, judge)
+    method = spo.Method(config(model), policy, preference_model)
     pairs = rollout(method, case)
-    check_comparisons(table, f"06 {model}", method, judge, case)
+    check_comparisons(table, f"06 {model}", method, preference_model, case)
     check_pairs(table, f"06 {model}", method, pairs, case)
 
 
 def rollout(method, case):
-    """Our step pairs from the case's noise and survivors."""
+    """Our step pairs from the case's noise and next states."""
     noise = [case["latents"], *(case[f"noise_step_{i:02d}"].flatten(0, -4) for i in range(20))]
-    survivors = list(case["denoise_idx"])
+    next_states = list(case["denoise_idx"])
 
     def draw(shape):
         drawn = noise.pop(0)
@@ -122,25 +122,25 @@ def rollout(method, case):
 
     def choose(k, n):
         assert (k, n) == (method.config.candidates, 2)
-        return survivors.pop(0)
+        return next_states.pop(0)
 
     pairs = method.rollout(PromptBatch(["0", "1"], conditioning(case)), draw, choose)
     assert not noise
-    assert not survivors
+    assert not next_states
     return pairs
 
 
-def check_comparisons(table, name, method, judge, case):
+def check_comparisons(table, name, method, preference_model, case):
     """Times, scores and decisions of every comparison."""
     times = [551, 351, 151, 0] if method.config.inner_steps else [*range(701, 0, -50), 0]
-    scores = torch.cat(judge.scores).reshape(case["compare.scores"].shape)
-    said_at = torch.cat(judge.times).reshape(scores.shape)
+    scores = torch.cat(preference_model.scores).reshape(case["compare.scores"].shape)
+    said_at = torch.cat(preference_model.times).reshape(scores.shape)
     table.exact(name, "times of comparisons", said_at, torch.tensor(times)[:, None, None].expand(scores.shape))
-    best, worst, sure = zip(*(spo.compare(row, method.config.threshold) for row in scores), strict=True)
+    best, worst, confident = zip(*(spo.compare(row, method.config.threshold) for row in scores), strict=True)
     decided = torch.stack([torch.stack(best), torch.stack(worst)], 1)
     table.close(name, "scores", scores, case["compare.scores"])
     table.exact(name, "best and worst", decided, case["compare.win_lose_index"])
-    table.exact(name, "kept", torch.stack(sure), case["compare.valid"])
+    table.exact(name, "kept", torch.stack(confident), case["compare.valid"])
 
 
 def check_pairs(table, name, method, pairs, case):

@@ -347,6 +347,13 @@ def test_weights_that_are_not_finite_are_refused(load, copied, part):
         load(path=str(copied))
 
 
+def test_facts_are_counted_in_the_files_that_are_here(name, load, folder):
+    facts, backbone = plugins.load("backbones", name).facts(Model(backbone=name, path=folder)), load()
+    assert facts.resolution == backbone.resolution
+    assert facts.denoiser == sum(weight.numel() for weight in backbone.denoiser.parameters())
+    assert facts.autoencoder == sum(weight.numel() for weight in backbone.vae.parameters())
+
+
 def test_downloads_are_all_that_is_read(name, load, folder, tmp_path):
     """A copy of only those files loads as the whole does."""
     module, source = plugins.load("backbones", name), Model(backbone=name, path=folder)

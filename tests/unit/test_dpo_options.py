@@ -22,7 +22,7 @@ from attune.methods import dpo
 from attune.stages import align
 from attune.training.loop import batch_generator
 
-BLOCK = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
+BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
 
 
 def first(policy, data, **options):

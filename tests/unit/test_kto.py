@@ -10,7 +10,11 @@ from attune.methods import kto
 from attune.methods.kto import kto_loss, reference_point
 from attune.training.loop import batch_generator
 
-BLOCK = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 50}
+BLOCK = (
+    tiny.PLAIN
+    | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 50}
+    | {"lambda_desirable": 1, "lambda_undesirable": 1}
+)
 
 
 def method(policy, **options):

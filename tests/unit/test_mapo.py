@@ -10,7 +10,7 @@ from attune.methods import mapo
 from attune.methods.mapo import mapo_loss, score
 from attune.training.loop import batch_generator
 
-BLOCK = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 4}
+BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4}
 
 
 def only(method, data, rows=range(4)):

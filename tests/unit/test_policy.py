@@ -13,7 +13,8 @@ from torch import nn
 import tiny
 from attune.config.settings import Lora
 from attune.diffusion.ddim import sample
-from attune.diffusion.policy import ADAPTER_FILE, fingerprint
+from attune.diffusion.lora import ADAPTER_FILE
+from attune.diffusion.policy import fingerprint
 from attune.interfaces import Conditioning
 
 
@@ -97,15 +98,15 @@ def test_the_adapter_is_float32_on_a_half_precision_base(new_policy):
 
 
 def test_guidance_by_its_definition(policy, inputs):
-    """null + w (cond - null), from separate calls; w = 1 is the conditional, w = 0 the null prediction."""
+    """uncond + w (cond - uncond), from separate calls; w = 1 is the conditional prediction, w = 0 the unconditional."""
     x_t, t, cond = inputs
     with torch.no_grad():
         conditional = policy.predict_noise(x_t, t, cond)
-        null = policy.predict_noise(x_t, t, policy.uncond.expand(3))
+        uncond = policy.predict_noise(x_t, t, policy.uncond.expand(3))
         for w in (0.0, 1.0, 3.0):
-            expected = null + w * (conditional - null)
+            expected = uncond + w * (conditional - uncond)
             torch.testing.assert_close(policy.predict_noise(x_t, t, cond, w), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(conditional, null, atol=1e-3)
+    assert not torch.allclose(conditional, uncond, atol=1e-3)
 
 
 class Wrapper(nn.Module):

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attune.config.check import read_params
 from PIL import Image
 
+import params
+from attune.config.plan import EvaluatePlan, Plugin
 from attune.config.plugins import plugin_config
-from attune.config.profile import Profile
 from attune.config.schema import ConfigError, Float
 from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.evaluation import scoring
@@ -68,8 +68,8 @@ def test_identity_names_weights_and_settings(files):
 def test_the_embedded_scorers_are_known_by_the_names_they_were_published_under(monkeypatch):
     """A protocol's hash covers these strings: another way of writing them would set all old scores apart."""
     monkeypatch.chdir(ROOT)
-    published = json.loads((ROOT / "reports/summary.json").read_text())["protocol"]["scorers"]
-    blocks = read_params("params.yaml")["profiles"]["tiny"]["scorers"]
+    published = json.loads((ROOT / "reports/tiny/summary.json").read_text())["protocol"]["scorers"]
+    blocks = params.shipped()[1]["scorers"]
     configs = {name: plugin_config("rewards", name, block, name) for name, block in blocks.items()}
     assert sorted(list(scorer_identity(name, config)) for name, config in configs.items()) == published
 
@@ -185,10 +185,10 @@ def test_a_mean_out_of_range_stops_and_says_what_to_check():
 
 @pytest.fixture
 def generated(tmp_path, monkeypatch):
-    """70 images, which are two batches and a bit, in data/generated/base, and a profile that scores them."""
+    """70 images, which are two batches and a bit, in data/tiny/generated/base, and plans that score them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    folder = tmp_path / "data/generated/base"
+    folder = tmp_path / "data/tiny/generated/base"
     folder.mkdir(parents=True)
     rng, prompts = np.random.default_rng(0), [scene.prompt for scene in all_scenes()[::20][:35]]
     rows = [(prompt, k, f"{i}_{k}.png") for i, prompt in enumerate(prompts) for k in range(2)]
@@ -197,38 +197,39 @@ def generated(tmp_path, monkeypatch):
     pd.DataFrame(rows, columns=["prompt", "ordinal", "file"]).to_parquet(folder / "index.parquet")
     made = Protocol(hash_prompts(prompts), 35, 2, "ddim", 4, 0, 1, 32, "float32", 0, ())
     (folder / "protocol.json").write_text(json.dumps(made.to_dict() | {"scorers": []}))
-    values = read_params(ROOT / "params.yaml")["profiles"]["tiny"]
+    blocks = params.shipped()[1]["scorers"]
 
-    def profile(*names: str, **changes: dict) -> Profile:
-        scorers = {name: values["scorers"][name] | changes.get(name, {}) for name in (*names, *changes)}
-        return Profile.model_validate(values | {"scorers": scorers})
+    def plan(*names: str, **changes: dict) -> EvaluatePlan:
+        settings = {name: blocks[name] | changes.get(name, {}) for name in (*names, *changes)}
+        scorers = {name: Plugin(kind="rewards", name=name, settings=block) for name, block in settings.items()}
+        return EvaluatePlan(profile="tiny", run="base", scorers=scorers)
 
-    return profile
+    return plan
 
 
 def test_batches_give_the_scores_of_one_call(generated):
-    frame = evaluate("base", generated("oracle", "pickscore", "aesthetic"))
-    stored, protocol = read_scores("reports/scores/base.parquet")
+    frame = evaluate(generated("oracle", "pickscore", "aesthetic"))
+    stored, protocol = read_scores("reports/tiny/scores/base.parquet")
     assert protocol.scorer_names == ("aesthetic", "oracle", "pickscore")
     assert list(stored) == list(frame.columns)
     assert {"oracle.faithfulness", "oracle.appeal"} <= set(stored)
     scorer = pickscore.load(pickscore.Config(path="models/embedded/pickscore"))
-    pixels = scoring.read_pixels(Path("data/generated/base"), frame.file)
+    pixels = scoring.read_pixels(Path("data/tiny/generated/base"), frame.file)
     with torch.no_grad():
         whole = scorer(pixels, frame.prompt.tolist()).double().numpy()
     np.testing.assert_allclose(stored.pickscore, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_features_come_from_the_first_scorer_that_offers_them(generated):
-    evaluate("base", generated("oracle", "pickscore", "aesthetic"))
-    features = np.load("reports/features/base.npy")
+    evaluate(generated("oracle", "pickscore", "aesthetic"))
+    features = np.load("reports/tiny/features/base.npy")
     assert features.shape == (70, 64)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
 def test_without_features_the_report_says_so(generated):
-    evaluate("base", generated("oracle"))
-    assert np.load("reports/features/base.npy").shape == (70, 0)
+    evaluate(generated("oracle"))
+    assert np.load("reports/tiny/features/base.npy").shape == (70, 0)
     summary = summary_of_base()
     assert set(summary.methods["base"].diagnostics.indices) == {"saturation", "high_frequency"}
     assert summary.methods["base"].diagnostics.diversity is None
@@ -236,7 +237,7 @@ def test_without_features_the_report_says_so(generated):
 
 
 def test_with_features_it_does_not(generated):
-    evaluate("base", generated("aesthetic"))
+    evaluate(generated("aesthetic"))
     summary = summary_of_base()
     assert summary.methods["base"].diagnostics.diversity["vendi"] > 1
     assert "were not measured" not in to_markdown(summary)
@@ -244,13 +245,13 @@ def test_with_features_it_does_not(generated):
 
 def test_an_unexpected_mean_ends_the_stage_and_writes_nothing(generated):
     with pytest.raises(SystemExit, match=r"scorer pickscore: mean .* lies outside 100 to 200"):
-        evaluate("base", generated("oracle", pickscore={"expected_range": [100, 200]}))
+        evaluate(generated("oracle", pickscore={"expected_range": [100, 200]}))
     assert not Path("reports").exists()
 
 
 def summary_of_base():
-    frame, protocol = read_scores("reports/scores/base.parquet")
-    found = diagnostics({"base": frame}, Path("data/generated"), Path("reports/features"))
+    frame, protocol = read_scores("reports/tiny/scores/base.parquet")
+    found = diagnostics({"base": frame}, Path("data/tiny/generated"), Path("reports/tiny/features"))
     return summarise({"base": frame}, protocol, diagnostics=found)
 
 
@@ -258,7 +259,7 @@ def test_memory_holds_one_batch(generated, monkeypatch):
     seen = []
     whole = scoring.read_pixels
     monkeypatch.setattr(scoring, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
-    evaluate("base", generated("pickscore", "aesthetic"))
+    evaluate(generated("pickscore", "aesthetic"))
     assert seen == [32, 32, 6] * 2
 
 

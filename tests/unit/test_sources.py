@@ -23,7 +23,6 @@ from attune.data.ingest.ingest import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
-from attune.data.sources._files import local_paths
 from attune.data.splits import hashed_split
 from attune.data.store import PreparedData
 

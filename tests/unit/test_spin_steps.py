@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from attune.config.settings import Lora
-from attune.diffusion.ddim import normal, sample
+from attune.diffusion.ddim import sample
+from attune.diffusion.noise import generator_noise
 from attune.methods import spin
 from attune.training.loop import batch_generator
 
@@ -16,7 +17,7 @@ SETTINGS = {"lr": 1e-3, "batches": 3, "batch_size": 2, "beta": 500, "steps": 4, 
 
 
 def spin_of(policy, **changes):
-    return spin.Method(spin.Config(lora=ATTENTION, **(SETTINGS | changes)), policy)
+    return spin.Method(spin.Config(lora=ATTENTION, **(tiny.PLAIN | SETTINGS | changes)), policy)
 
 
 @pytest.fixture
@@ -54,8 +55,8 @@ def test_the_opponent_is_what_the_reference_paints_however_far_the_policy_has_mo
     tiny.move(second, 0.3)
     _, found = game(method, data)
     with second.reference():
-        expected = sample(second, batch.cond, normal(generator), 4, 0.0, 2.0)
-    by_policy = sample(second, batch.cond, normal(batch_generator(0, 0)), 4, 0.0, 2.0)
+        expected = sample(second, batch.cond, generator_noise(generator), 4, 0.0, 2.0)
+    by_policy = sample(second, batch.cond, generator_noise(batch_generator(0, 0)), 4, 0.0, 2.0)
     assert torch.equal(found.x_0.chunk(2)[1], expected)
     assert not torch.allclose(by_policy, expected, atol=1e-2)
 

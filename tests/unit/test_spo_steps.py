@@ -17,7 +17,7 @@ LN_2 = math.log(2)
 def config(**changes):
     own = {"beta": 10.0, "clip": 0.1, "candidates": 3, "threshold": 0.0, "steps": 5, "start_step": 2}
     loop = {"lora": None, "lr": 1e-3, "batches": 2, "batch_size": 2, "minibatch_size": 4, "guidance_scale": 2.0}
-    return Config(**(own | loop | changes))
+    return Config(**(tiny.PLAIN | own | loop | changes))
 
 
 @pytest.fixture
@@ -38,10 +38,10 @@ def rollout(method, batch, seed=0):
 
 def test_compare_by_hand():
     """Column 0: 2 - 0 = 2, gap tanh 1 = 0.762; column 1: best is candidate 2, 0.5 over candidate 1."""
-    best, worst, sure = compare(torch.tensor([[0.0, 0.1], [2.0, 0.0], [1.0, 0.5]]), threshold=0.3)
+    best, worst, confident = compare(torch.tensor([[0.0, 0.1], [2.0, 0.0], [1.0, 0.5]]), threshold=0.3)
     assert best.tolist() == [1, 2]
     assert worst.tolist() == [0, 1]
-    assert sure.tolist() == [True, False]
+    assert confident.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("d", [0.1, 1.0, 5.0])
@@ -145,25 +145,25 @@ def test_joining_with_a_step_of_which_nothing_was_kept(place):
 # ---------------------------------------------------------------- rollout
 
 
-def test_every_step_of_every_prompt_makes_a_pair_if_the_judge_is_sure(policy, batch):
-    """5 steps, 2 plain: candidates of the steps from 401, 201 and 1, judged at 201, 1 and 0."""
+def test_every_step_of_every_prompt_makes_a_pair_if_the_preference_model_is_confident(policy, batch):
+    """5 steps, 2 without: candidates of the steps from 401, 201 and 1, scored at 201, 1 and 0."""
     seen = []
 
-    def judge(images, prompts, t):
+    def preference_model(images, prompts, t):
         assert images.shape == (2, 3, 16, 16)  # one candidate of every prompt at a time
         assert list(prompts) == list(batch.prompts)
         seen.append(t.tolist())
         return tiny.brightness(images, prompts, t)
 
-    pairs = rollout(Method(config(), policy, judge), batch)
+    pairs = rollout(Method(config(), policy, preference_model), batch)
     assert seen == [[t, t] for t in (201, 1, 0) for _ in range(3)]
     assert pairs.t.tolist() == [401, 401, 201, 201, 1, 1]
     assert pairs.x_t.shape == pairs.chosen.shape == pairs.rejected.shape == (6, 4, 8, 8)
     assert (pairs.chosen - pairs.rejected).flatten(1).abs().amax(1).min() > 0
 
 
-def test_the_chosen_candidate_is_the_one_the_judge_prefers(policy, batch):
-    """At the last step a candidate is judged on itself, decoded."""
+def test_the_chosen_candidate_is_the_one_that_scores_higher(policy, batch):
+    """At the last step a candidate itself is decoded and scored."""
     pairs = rollout(Method(config(), policy, tiny.brightness), batch)
     chosen, rejected = (
         tiny.brightness(policy.backbone.decode_latents(x[-2:]), batch.prompts, torch.zeros(2))
@@ -172,18 +172,18 @@ def test_the_chosen_candidate_is_the_one_the_judge_prefers(policy, batch):
     assert (chosen > rejected).all()
 
 
-def test_the_survivor_goes_on_whatever_the_judge_says(policy, batch):
+def test_the_next_state_does_not_depend_on_the_scores(policy, batch):
     """The next x_t is the candidate that was drawn, not the winner."""
     following = []
-    for judge in (tiny.brightness, lambda *args: -tiny.brightness(*args)):
-        pairs = rollout(Method(config(), policy, judge), batch)
+    for preference_model in (tiny.brightness, lambda *args: -tiny.brightness(*args)):
+        pairs = rollout(Method(config(), policy, preference_model), batch)
         following.append(pairs)
     assert torch.equal(following[0].x_t, following[1].x_t)
     assert torch.equal(following[0].chosen, following[1].rejected)
 
 
 def test_with_inner_steps_the_sides_part_after_the_first(policy, batch):
-    """Groups of 2 steps: (401, 201) judged at 1, and (1,) judged at 0."""
+    """Segments of 2 steps: (401, 201) scored at 1, and (1,) scored at 0."""
     pairs = rollout(Method(config(inner_steps=1), policy, tiny.brightness), batch)
     assert pairs.t.tolist() == [401, 401, 201, 201, 1, 1]
     chosen, rejected = pairs.x_t.chunk(2)
@@ -208,7 +208,7 @@ def test_minibatches_hold_every_pair_once(policy, batch):
 
 
 @pytest.mark.parametrize("inner_steps", [0, 1])
-def test_a_judge_that_is_never_sure_makes_no_minibatch_and_no_step(policy, data, inner_steps):
+def test_without_a_confident_pair_there_is_no_minibatch_and_no_step(policy, data, inner_steps):
     method = Method(
         config(threshold=0.5, inner_steps=inner_steps),
         policy,
@@ -234,7 +234,7 @@ def test_a_rollout_without_candidates_is_refused():
         config(start_step=5)
 
 
-# ---------------------------------------------------------------- which candidate goes on
+# ---------------------------------------------------------------- which candidate continues
 
 
 def brightest(images, prompts, t):
@@ -250,8 +250,8 @@ def final_brightness(policy, batch, continuation):
     return policy.backbone.decode_latents(latents).mean().item()
 
 
-def test_going_on_from_the_best_leads_to_what_the_judge_likes(policy, batch):
-    """With a judge of brightness the three continuations end in that order, and a random one in between."""
+def test_continuing_from_the_best_leads_to_higher_scores(policy, batch):
+    """Scored by brightness, the three continuations end in that order, and a random one in between."""
     ends = [final_brightness(policy, batch, name) for name in ("rejected", "random", "chosen")]
     assert ends[0] < ends[1] < ends[2]
 

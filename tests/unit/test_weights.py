@@ -28,9 +28,7 @@ from attune.hub import (
     is_here,
     list_files,
     parse,
-    problem_online,
     read_tensors,
-    sources_of,
 )
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.spm import model as preference
@@ -256,12 +254,7 @@ def test_what_is_in_the_cache_needs_no_network(on_the_hub):
     assert torch.equal(*scores)
 
 
-def test_what_settings_name_on_the_hub_is_found():
-    config = hpsv2.Config(version="2.1", path="/here/hps.pt", tokenizer=f"owner/name@{COMMIT}")
-    assert sources_of(config) == [Source("owner/name", "", COMMIT)]
-
-
-def test_the_hub_is_asked_for_what_settings_name(monkeypatch):
+def test_a_repository_or_a_folder_of_it_is_listed(monkeypatch):
     def list_repo_tree(self, repository, repo_type, revision, recursive):
         assert (repository, revision, recursive) == ("owner/name", COMMIT, True)
         if repo_type == "model":
@@ -273,11 +266,9 @@ def test_the_hub_is_asked_for_what_settings_name(monkeypatch):
     source = Source("owner/name", "", COMMIT)
     assert list_files(source, "dataset") == {"a/file.pt": 3, "a.pt": 4}
     assert list_files(source / "a", "dataset") == {"a/file.pt": 3}
-    assert problem_online(source) is None
-    assert problem_online(source / "a.pt") is None
-    assert "no such file" in problem_online(source / "c.pt")
-    monkeypatch.undo()
-    assert "could not be fetched" in problem_online(source)
+    assert list_files(source / "a.pt", "dataset") == {"a.pt": 4}
+    with pytest.raises(HubError, match=r"could not be fetched \(no such model\)"):
+        list_files(source)
 
 
 # ---------------------------------------------------------------- sound weights

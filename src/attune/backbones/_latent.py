@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
-from attune.hub import Source, fetch_folder, parse
+from attune.hub import Source, count_parameters, fetch_folder, parse, read_json
 from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer, weight_files
 
 if TYPE_CHECKING:
@@ -20,19 +22,42 @@ if TYPE_CHECKING:
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def downloads(model: Model, encoders: Sequence[str]) -> list[tuple[Source, list[str]]]:
-    """What loading the model fetches: sources, each with its patterns of files, as `hub.fetch_folder` takes them.
+@dataclass(frozen=True)
+class Facts:
+    """What a planner asks of a base model before its weights are here: numbers of weights, and pixels."""
+
+    denoiser: int
+    text_encoders: int
+    autoencoder: int
+    resolution: int
+
+
+def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
+    """Of a local pipeline as its files say, from their headers; else the nominal ones.
 
     Args:
-        encoders: what the folders of the tokenizers and text encoders end in.
+        parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
+        nominal: of the published model.
     """
+    source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
+    resolution = nominal.resolution
+    folder = Path(source.place)
+    if source.commit is None and (folder / "unet" / "config.json").is_file() and (folder / "vae/config.json").is_file():
+        counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
+        config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
+        resolution = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return Facts(**counts, resolution=model.resolution or resolution)
+
+
+def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[Source, list[str]]]:
+    """What loading the model fetches: sources, each with its patterns of files, as `hub.fetch_folder` takes them."""
     source = parse(model.path)
     found = [(source / "scheduler", ["*.json"])]
-    for number in encoders:
-        found.append((source / f"tokenizer{number}", list(TOKENIZER_FILES)))
-        found.append((source / f"text_encoder{number}", ["config.json", *weight_files("model", model.variant)]))
+    for part in parts["text_encoders"]:
+        found.append((source / part.replace("text_encoder", "tokenizer"), list(TOKENIZER_FILES)))
+        found.append((source / part, ["config.json", *weight_files("model", model.variant)]))
     network = weight_files("diffusion_pytorch_model", model.variant)
-    found.append((source / "unet", ["config.json", *network]))
+    found += [(source / part, ["config.json", *network]) for part in parts["denoiser"]]
     if model.vae is not None:
         return [*found, (parse(model.vae), ["config.json", *weight_files("diffusion_pytorch_model")])]
     return [*found, (source / "vae", ["config.json", *network])]

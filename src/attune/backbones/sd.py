@@ -15,16 +15,19 @@ from attune.config.settings import Model
 from attune.hub import Source
 from attune.interfaces import Conditioning
 
-NOMINAL_WEIGHTS = {"denoiser": 859_520_964, "text_encoders": 123_060_480, "autoencoder": 83_653_863}
-"""Numbers in Stable Diffusion 1.5, for planning before it is here; 2.x has 866 and 340 million."""
+PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
+NOMINAL = _latent.Facts(denoiser=859_520_964, text_encoders=123_060_480, autoencoder=83_653_863, resolution=512)
+"""Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""
 
-RESOLUTION = 512
-"""Pixels, if neither the settings nor the files say."""
+
+def facts(model: Model) -> _latent.Facts:
+    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
+    return _latent.facts(model, PARTS, NOMINAL)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
-    return _latent.downloads(model, [""])
+    return _latent.downloads(model, PARTS)
 
 
 class StableDiffusion:

@@ -16,16 +16,21 @@ from attune.hub import Source, fetch_folder, parse, read_json
 from attune.interfaces import Conditioning
 
 INDEX = "model_index.json"
-NOMINAL_WEIGHTS = {"denoiser": 2_567_463_684, "text_encoders": 123_060_480 + 694_659_840, "autoencoder": 83_653_863}
-"""Numbers in Stable Diffusion XL 1.0, for planning before it is here."""
+PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
+NOMINAL = _latent.Facts(
+    denoiser=2_567_463_684, text_encoders=123_060_480 + 694_659_840, autoencoder=83_653_863, resolution=1024
+)
+"""Of Stable Diffusion XL 1.0."""
 
-RESOLUTION = 1024
-"""Pixels, if neither the settings nor the files say."""
+
+def facts(model: Model) -> _latent.Facts:
+    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
+    return _latent.facts(model, PARTS, NOMINAL)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
-    return [*_latent.downloads(model, ["", "_2"]), (parse(model.path), [INDEX])]
+    return [*_latent.downloads(model, PARTS), (parse(model.path), [INDEX])]
 
 
 class StableDiffusionXL:

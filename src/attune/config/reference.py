@@ -105,11 +105,7 @@ def _default(field: FieldInfo) -> str:
 
 def type_text(field: FieldInfo) -> str:
     """A field's type and its bounds, as a reader of YAML says it."""
-    bounds = [
-        f"{SIGNS[type(m)]} {next(iter(vars(m).values()), None) or _bound(m)}"
-        for m in field.metadata
-        if type(m) in SIGNS
-    ]
+    bounds = [f"{SIGNS[type(mark)]} {_bound(mark)}" for mark in field.metadata if type(mark) in SIGNS]
     return ", ".join([_type(field.annotation), *bounds])
 
 

@@ -79,11 +79,13 @@ def score_images(folder: Path, scorers: Mapping[str, Callable[[], Reward]]) -> t
     Raises:
         UnexpectedMean: a scorer's mean lies outside the interval it announces.
     """
+    from attune.interfaces import FeatureExtractor
+
     frame = pd.read_parquet(folder / "index.parquet")
     features = None
     for name, load in scorers.items():
         scorer = load()
-        wanted = features is None and hasattr(scorer, "features")
+        wanted = features is None and isinstance(scorer, FeatureExtractor)
         columns, found = _score(name, scorer, folder, frame, wanted)
         features = found if wanted else features
         check_mean(name, columns[name].mean(), scorer.expected_range)
@@ -97,6 +99,8 @@ def _score(
     """One pass of a scorer over the images: its columns `name` and `name.part`, and features (N, D) if wanted."""
     import torch
 
+    from attune.interfaces import ExplainedReward
+
     parts: dict[str, list[Any]] = {}
     features = []
     for start in tqdm(range(0, len(frame), BATCH_SIZE), desc=f"{folder.name}: {name}", unit="batch"):
@@ -104,7 +108,7 @@ def _score(
         pixels, prompts = read_pixels(folder, rows["file"]), rows["prompt"].tolist()
         with torch.no_grad():
             found = {name: scorer(pixels, prompts).double().numpy()}
-        if hasattr(scorer, "parts"):
+        if isinstance(scorer, ExplainedReward):
             found |= {f"{name}.{part}": values for part, values in scorer.parts(pixels, prompts).items()}
         for column, values in found.items():
             parts.setdefault(column, []).append(values)

@@ -16,7 +16,8 @@ from golden.reading import HERE, TOKENIZER, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attune.diffusion.policy import ADAPTER_FILE, Policy
+from attune.diffusion.lora import ADAPTER_FILE
+from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Conditioning
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
@@ -65,9 +66,9 @@ def own(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def adapted(backbone: Backbone, null: Conditioning, file: str, folder: Path) -> Policy:
+def adapted(backbone: Backbone, uncond: Conditioning, file: str, folder: Path) -> Policy:
     """A policy whose adapter is read from a stored file, in diffusers' layout."""
-    policy = Policy(own(backbone), null)
+    policy = Policy(own(backbone), uncond)
     policy.add_adapter(rank=4, seed=0)
     save_file(load_file(HERE / f"{file}.safetensors"), folder / ADAPTER_FILE)
     policy.load(folder)
@@ -92,8 +93,8 @@ class Recorded(nn.Module):
 class Beside(Policy):
     """A policy without an adapter, whose reference is another network."""
 
-    def __init__(self, backbone: Backbone, other: nn.Module, null: Conditioning | None = None):
-        super().__init__(backbone, null)
+    def __init__(self, backbone: Backbone, other: nn.Module, uncond: Conditioning | None = None):
+        super().__init__(backbone, uncond)
         self.other = other
 
     @contextmanager
