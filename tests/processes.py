@@ -1,6 +1,6 @@
-"""The same trainings in one process or in several, on the tiny model: what each of them comes to.
+"""The same trainings in one process or in several, on the tiny model, and how each of them ends.
 
-As a program, `torchrun ... tests/processes.py WHAT FOLDER`: every process writes what it has seen to FOLDER/<rank>.pt.
+As a program, `torchrun ... tests/processes.py TASK FOLDER`: every process writes its results to FOLDER/<rank>.pt.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ METHODS = plugins.available("methods")
 # 4 rows divide by two; of 3 one process has two; of 1 the first process has none
 SIZES = {"even": {"batch_size": 4}, "odd": {"batch_size": 3, "accumulation": 2}, "single": {"batch_size": 1}}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spo, unequal minibatches": ("spo", {"minibatch_size": 5, "accumulation": 2}),  # 12 pairs are 5, 5 and 2
     "spo, inner steps": ("spo", {"inner_steps": 1, "steps": 6}),
     "alignprop, checkpointed": ("alignprop", {"checkpoint_steps": True, "accumulation": 2}),
     "draft, renoised": ("draft", {"n_renoised": 2}),
@@ -61,7 +62,7 @@ End = dict[str, Any]
 
 @dataclass(frozen=True)
 class Parts:
-    """What trainings are made of."""
+    """A base model, prepared data, a CLIP to train and a preference model, which the trainings share."""
 
     backbone: Backbone
     data: PreparedData
@@ -176,7 +177,7 @@ def errors() -> dict[str, str]:
     return said
 
 
-WHATS = {
+TASKS = {
     "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
     "errors": lambda folder: errors(),
@@ -184,5 +185,5 @@ WHATS = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    torch.save(WHATS[what](folder), folder / f"{shard().rank}.pt")
+    task, folder = sys.argv[1], Path(sys.argv[2])
+    torch.save(TASKS[task](folder), folder / f"{shard().rank}.pt")
