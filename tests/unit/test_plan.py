@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import params as files
-from attune.config import code
-from attune.config.costs import facts, rows
-from attune.config.local_files import Digests
-from attune.config.make_plan import make, trained_on
 from attune.config.plan import PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
-from attune.config.together import Machine, missing_files, problems
+from attune.planning import code
+from attune.planning.costs import facts, rows
+from attune.planning.local_files import Digests
+from attune.planning.make import make, trained_on
+from attune.planning.problems import Machine, missing_files, problems
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(gpus=0, gpu_bytes=0, ram_bytes=16 * 10**9, free_disk_bytes=10**11)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attune.config import plugins
-from attune.config.make_plan import needs, wanted_rows
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 from attune.config.settings import locations
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
+from attune.planning.make import needs, wanted_rows
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from attune.config import plugins
-from attune.config.code import code_digests
-from attune.config.local_files import Digests
 from attune.config.plan import (
     EvaluatePlan,
     GeneratePlan,
@@ -24,6 +22,8 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import StrictModel
 from attune.config.settings import MethodConfig, locations
+from attune.planning.code import code_digests
+from attune.planning.local_files import Digests
 
 PREVIEW_PROMPTS = 6
 
