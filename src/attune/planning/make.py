@@ -40,6 +40,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
             tracking=settings.tracking,
             threads=settings.threads,
             samples=settings.generate.sampling,
+            wanted=wanted_rows(settings),
         ),
     }
     for name, run in runs.items():
@@ -135,7 +136,6 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
         sampling=settings.sampling,
         source=_plugin("sources", settings.source, settings.data),
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
-        wanted=wanted_rows(settings),
         files=digests.of(files),
         code=code_digests(modules),
     )

@@ -145,8 +145,14 @@ def _prompts(s: Settings) -> Iterator[str]:
     oracles = [name for name, scorer in s.scorers.items() if scorer.plugin == "oracle"]
     if not oracles or not source.FREE_PROMPTS:
         return
-    foreign = next((prompt for prompt in source.listed_prompts(s.data) or () if not _is_of_the_world(prompt)), None)
-    said = "prompts of data.source " + s.source if foreign is None else f"the prompt {foreign!r}"
+    try:
+        listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
+    except SourceError:  # said with the data
+        return
+    foreign = next((prompt for prompt in listed if not _is_of_the_world(prompt)), None)
+    if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
+        return
+    said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
     yield (
         f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
         f"cannot judge {said}; remove scorers.{oracles[0]}"
