@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import tiny
-from attune.diffusion.noised import Noised
+from attune.diffusion.noised import NoisedBatch
 from attune.diffusion.policy import fingerprint
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
@@ -79,7 +79,7 @@ class Fed:
 def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
     t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
-    rows = Noised(whole.chosen, t, noise, whole.cond)
+    rows = NoisedBatch(whole.chosen, t, noise, whole.cond)
     half = [rows[:3], rows[3:]]
     ends = []
     for minibatches in ([rows], half):
