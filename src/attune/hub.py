@@ -279,17 +279,6 @@ def count_parameters(folder: Path) -> int:
 # ---------------------------------------------------------------- modules
 
 
-def count_parameters(folder: Path) -> int:
-    """Numbers in all safetensors files of a folder, from their headers alone."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-    return total
-
-
 def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
     """The module `build` makes, holding these very tensors: one copy in memory, and no time for random ones.
 

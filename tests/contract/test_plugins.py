@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 import tiny_scorers
 from attune.config import plugins
 from attune.config.plugins import plugin_config
+from attune.config.resolve import read_yaml
 from attune.config.schema import ConfigError
 from attune.config.settings import Model, SourceConfig
 from attune.data.rows import Pair, Prompt, Quota, SourceError
@@ -27,7 +28,7 @@ from attune.world.grammar import all_scenes
 from attune.world.render import render
 
 ROOT = Path(__file__).parents[2]
-PROFILES = read_params(ROOT / "params.yaml")["profiles"]
+PROFILES = {path.stem: read_yaml(path) for path in sorted((ROOT / "params").glob("*.yaml"))}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ HEAVY = {"transformers", "diffusers", "peft", "accelerate"}  # seconds each; tor
 def test_plugins_are_quick_to_import(kind):
     """Settings are checked, and a run is planned, before any work: by then all plug-ins may have been imported."""
     code = (
-        "import sys; from attune.config import check as config, plugins\n"
+        "import sys; from attune.config import plugins\n"
         f"for name in plugins.available({kind!r}): plugins.load({kind!r}, name)\n"
         f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 from attune.config import plugins
 from attune.config.make_plan import needs
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
-from attune.hub import count_parameters, parse, read_json
+from attune.hub import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"
@@ -41,9 +42,8 @@ class Row:
     time: str = UNKNOWN
 
 
-@dataclass(frozen=True)
-class Facts:
-    """How large a base model is."""
+class Facts(Protocol):
+    """How large a base model is; each file of attune/backbones has one, `facts(model)`."""
 
     denoiser: int  # numbers of weights
     text_encoders: int
@@ -52,16 +52,8 @@ class Facts:
 
 
 def facts(s: Settings) -> Facts:
-    """Of a base model here as its files say, without loading it; else what models of its kind have."""
-    backbone, source = plugins.load("backbones", s.model.backbone), parse(s.model.path)
-    folder = Path(source.place)
-    if source.commit is not None or not (folder / "unet").is_dir():
-        return Facts(**backbone.NOMINAL_WEIGHTS, resolution=s.model.resolution or backbone.RESOLUTION)
-    encoders = sum(count_parameters(part) for part in folder.glob("text_encoder*"))
-    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
-    resolution = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    weights = [count_parameters(folder / part) for part in ("unet", "vae")]
-    return Facts(weights[0], encoders, weights[1], s.model.resolution or resolution)
+    """Of a base model here as its files say, without loading it; else what published ones of its kind have."""
+    return plugins.load("backbones", s.model.backbone).facts(s.model)
 
 
 def rows(

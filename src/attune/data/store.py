@@ -1,6 +1,6 @@
 """The prepared data on disk, and how batches are drawn from it.
 
-data/prepared/
+data/<profile>/prepared/
     prompts.parquet     prompt, split; the prompts of a split lie together
     pairs.parquet       prompt, image_0, image_1 (rows of the latents), label_0, split, and what the source adds;
                         `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with

@@ -62,7 +62,7 @@ def _compare(candidate: Candidate, champion: registry.Version, store: tuple[str,
             f"the best run here under {ours}: they cannot be compared. Score both alike, or use --anew"
         )
     with tempfile.TemporaryDirectory() as folder:
-        return compare_with(candidate, registry.scores_of(champion, Path(folder), *store), seed=seed)
+        return compare_with(candidate, registry.download_scores(champion, Path(folder), *store), seed=seed)
 
 
 def _describe(who: str, champion: registry.Version | None, found: Comparison | None, scorer: str) -> str:
