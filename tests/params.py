@@ -7,6 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from attune.config.plan import Plugin
 from attune.config.resolve import read_yaml
 from attune.config.schema import set_path
 
@@ -40,3 +41,11 @@ def write(folder: Path, params: dict[str, Any], profile: dict[str, Any]) -> Path
     for path, values in ((folder / "params.yaml", params), (folder / "params" / f"{params['profile']}.yaml", profile)):
         YAML().dump(values, path)
     return folder
+
+
+def scorers(profile: dict[str, Any]) -> dict[str, Plugin]:
+    """A profile's scorers as the plans hold them."""
+    named = {name: dict(block) for name, block in profile["scorers"].items()}
+    return {
+        name: Plugin(kind="rewards", name=block.pop("scorer", name), settings=block) for name, block in named.items()
+    }

@@ -11,7 +11,8 @@ from pathlib import Path
 import grimp
 import pytest
 
-from attune.config import code, plugins
+from attune.config import plugins
+from attune.planning import code
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src"
@@ -19,16 +20,16 @@ SRC = ROOT / "src"
 # Top to bottom: a line imports only from lines below it, and modules on one line know nothing of each other.
 LAYERS = (
     "stages",
-    "search",
+    "search | planning",
     "finetune",
     "build | tracking",
-    "methods | rewards | spm",
-    "diffusion.generate | data.sources",
+    "methods | rewards | spm | diffusion.generate",
     "backbones | data | training | evaluation",
     "diffusion.ddim | diffusion.noised | clip",
     "diffusion.policy | world",
-    "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
-    "interfaces | config",
+    "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses | pretrained",
+    "interfaces",
+    "config",
     "hub",
     "files | paths | distributed",
 )
@@ -41,7 +42,7 @@ OWNERS = {
     "accelerate": ("training",),
     "argparse": ("stages",),
     "ruamel": ("config",),
-    "diffusers": ("backbones", "diffusion.lora"),
+    "diffusers": ("backbones", "diffusion.lora", "pretrained"),
     "huggingface_hub": ("hub",),
     "yaml": (),  # PyYAML reads DVC's 1e-05 as a string
 }

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attune.config.check import read_params
 from ruamel.yaml import YAML
 
 import tiny_scorers

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from attune.config.local_files import Digests
 from attune.files import digest, values_sha, write_atomically
+from attune.planning.local_files import Digests
 
 
 def test_the_hash_of_values_ignores_key_order_and_nothing_else():

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import params as files
-from attune.config import code
-from attune.config.costs import facts, rows
-from attune.config.local_files import Digests
-from attune.config.make_plan import make, trained_on
 from attune.config.plan import PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
-from attune.config.together import Machine, missing_files, problems
+from attune.planning import code
+from attune.planning.costs import facts, rows
+from attune.planning.local_files import Digests
+from attune.planning.make import make, trained_on
+from attune.planning.problems import Machine, missing_files, problems
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(gpus=0, gpu_bytes=0, ram_bytes=16 * 10**9, free_disk_bytes=10**11)
@@ -80,7 +80,7 @@ def test_data_that_is_not_there(settings, tmp_path):
 
 
 def test_a_free_prompt_and_the_oracle(settings, tmp_path):
-    (tmp_path / "list.txt").write_text("a red circle on a white background\na photo of a cat\n")
+    (tmp_path / "list.txt").write_text("a photo of a cat\n" * 300)
     data = {"source": "prompts", "path": str(tmp_path / "list.txt"), "score_with": []}
     runs = {"runs__sft": ..., "runs__dpo": ..., "runs__spo": ...}
     lines = said(settings(runs=runs, data=data, preference=...))
@@ -112,7 +112,7 @@ CHANGES = {
         "'lpips' is not in scorers",
     ),
     "labels by a scorer that scored nothing": ({"data__score_with": []}, {}, "'pickscore' must be in data.score_with"),
-    "a range that the method refuses": ({"search__spo__space__beta__low": -1}, {}, "space.beta: -1"),
+    "a range that the method refuses": ({"search__spo__space": {"clip": {"low": 0.1, "high": 2}}}, {}, "space.clip: 2"),
     "a fixed value that it refuses": ({"search__spo__fixed": {"batches": 0}}, {}, "fixed.batches: 0"),
     "a search of nothing": ({"search__nope": NOPE}, {}, "there is no run"),
     "a preference model that is missing": ({"preference": ...}, {}, "preference: is missing"),
@@ -162,6 +162,7 @@ def test_a_setting_changes_the_plans_of_the_stages_that_read_it(settings, tmp_pa
 
 def test_a_plan_reads_back_as_it_was_written(settings, tmp_path, monkeypatch):
     found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
+    (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     for file, plan in found.items():
         file.parent.mkdir(exist_ok=True)

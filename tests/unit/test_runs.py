@@ -11,11 +11,11 @@ import params as files
 import tiny
 from attune.build import load_learner
 from attune.config import plugins
-from attune.config.make_plan import trained_on
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.config.settings import Model
 from attune.finetune import seed_of
+from attune.planning.make import trained_on
 from attune.training.loop import epoch_rows
 
 ROOT = Path(__file__).parents[2]

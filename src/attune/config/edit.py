@@ -46,8 +46,7 @@ def write_yaml(values: Mapping[str, Any], path: Path) -> None:
 
 
 def round_trip() -> YAML:
-    """ruamel's YAML that keeps quotes and long lines, and writes null as `null`."""
+    """ruamel's YAML that keeps quotes and long lines; nothing behind a key is null, as DVC writes it."""
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 4096, True
-    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     return yaml

@@ -53,7 +53,6 @@ class PreparePlan(StagePlan):
     sampling: Sampling
     source: Plugin
     score_with: Mapping[str, Plugin]
-    wanted: Mapping[str, int]  # `prompts/<split>`, `pairs/<split>` -> the fewest there must be
 
 
 class PreferencePlan(StagePlan):
@@ -120,6 +119,7 @@ class Session(StrictModel):
     tracking: str | None
     threads: int
     samples: Sampling  # of the images that show a training's progress
+    wanted: Mapping[str, int]  # `prompts/<split>`, `pairs/<split>` -> the fewest that prepare must find
 
 
 P = TypeVar("P", bound=StrictModel)

@@ -62,8 +62,8 @@ def image_index(plan: GeneratePlan) -> pd.DataFrame:
     import pandas as pd
 
     wanted = plan.generate.prompts
-    table = pd.read_parquet(Paths(plan.profile).prepared / "prompts.parquet")
-    prompts = table.prompt[table.split == "test"].head(wanted).tolist()
+    table = pd.read_parquet(Paths(plan.profile).prepared / "test_prompts.parquet")
+    prompts = table.prompt.head(wanted).tolist()
     if len(prompts) < wanted:
         raise SystemExit(f"generate.prompts: {wanted} wanted, the test split has {len(prompts)}: lower it")
     ordinals = pd.DataFrame({"ordinal": range(plan.generate.images_per_prompt)})

@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attune import hub
-from attune.config import costs
-from attune.config.local_files import Digests
-from attune.config.make_plan import make
 from attune.config.plan import FOLDER, to_json
 from attune.config.profile import BASE
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.config.settings import locations
-from attune.config.together import machine, missing_files, problems
 from attune.files import write_atomically
 from attune.paths import TIMES, Paths, project_root
+from attune.planning import costs
+from attune.planning.local_files import Digests
+from attune.planning.make import make
+from attune.planning.problems import machine, missing_files, problems
 
 
 def main() -> None:

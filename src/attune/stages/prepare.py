@@ -7,7 +7,7 @@ import sys
 from functools import cache
 
 from attune.config import plugins
-from attune.config.plan import PreparePlan
+from attune.config.plan import PreparePlan, Session, read
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import planned, stage
@@ -49,7 +49,7 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
     paths, source, config = Paths(plan.profile), plugins.load("sources", plan.source.name), plan.source.config
     decided = config.model_dump()
     limits = {key: decided[key] for key in ("min_side", "max_bad_share") if key in decided}
-    rules = Rules(Quota.of(config), **limits, wanted=plan.wanted)
+    rules = Rules(Quota.of(config), **limits, wanted=read(Session, "session").wanted)
     policy = cache(lambda: load_policy(plan.model))
 
     def generate(prompts, ordinals, desc):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,6 @@ def main() -> None:
     from attune.search.sweep import count_states, sweep
 
     work = sweep_plan(plan)
-    os.environ.setdefault("OMP_NUM_THREADS", str(work.threads))
     try:
         LOG.info("%s: %s", work.report, count_states(sweep(work)))
     except SearchError as error:

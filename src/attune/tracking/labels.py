@@ -18,7 +18,7 @@ import psutil
 from attune.files import values_sha
 
 HOST = socket.gethostname()
-CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty looks at; not dvc.lock, which every repro changes
+CODE = (":/src", ":/params.yaml", ":/params", ":/dvc.yaml")  # of git.dirty; every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
 USER = re.compile(r"//\S*@")  # greedy, as a password may contain "@" and "/"
 PASSWORD = re.compile(r"(password=)('[^']*'|[^&\s'\"]*)", re.IGNORECASE)

@@ -27,6 +27,7 @@ from attune.interfaces import Backbone, Reward
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_BATCH = 64
+TEST_PROMPTS = "test_prompts.parquet"
 
 
 def write_prepared(
@@ -54,6 +55,8 @@ def write_prepared(
     counts = ingest.counts(prompts, pairs)
     _check_counts(counts, rules)
     prompts.to_parquet(part / "prompts.parquet", index=False)
+    # a file of their own, so that images are not generated again when only training prompts have changed
+    prompts[prompts.split == "test"][["prompt"]].to_parquet(part / TEST_PROMPTS, index=False)
     pairs.to_parquet(part / "pairs.parquet", index=False)
     write_prompts(part, prompts.prompt.tolist(), backbone)
     shutil.rmtree(folder, ignore_errors=True)

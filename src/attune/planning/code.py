@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[2]
-NO_EFFECT = ("attune.tracking", "attune.config")
+NO_EFFECT = ("attune.tracking", "attune.config", "attune.planning")
 """Packages that change no result: tracking is a view, and what config decides is in the plan itself."""
 
 

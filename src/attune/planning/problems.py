@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attune.config import plugins
-from attune.config.make_plan import needs, wanted_rows
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 from attune.config.settings import locations
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
+from attune.planning.make import needs, wanted_rows
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -145,8 +145,14 @@ def _prompts(s: Settings) -> Iterator[str]:
     oracles = [name for name, scorer in s.scorers.items() if scorer.plugin == "oracle"]
     if not oracles or not source.FREE_PROMPTS:
         return
-    foreign = next((prompt for prompt in source.listed_prompts(s.data) or () if not _is_of_the_world(prompt)), None)
-    said = "prompts of data.source " + s.source if foreign is None else f"the prompt {foreign!r}"
+    try:
+        listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
+    except SourceError:  # said with the data
+        return
+    foreign = next((prompt for prompt in listed if not _is_of_the_world(prompt)), None)
+    if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
+        return
+    said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
     yield (
         f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
         f"cannot judge {said}; remove scorers.{oracles[0]}"

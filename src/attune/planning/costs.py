@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 from attune.config import plugins
-from attune.config.make_plan import needs
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
 from attune.hub import count_parameters
+from attune.planning.make import needs
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"

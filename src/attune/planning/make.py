@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from attune.config import plugins
-from attune.config.code import code_digests
-from attune.config.local_files import Digests
 from attune.config.plan import (
     EvaluatePlan,
     GeneratePlan,
@@ -24,6 +22,8 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import StrictModel
 from attune.config.settings import MethodConfig, locations
+from attune.planning.code import code_digests
+from attune.planning.local_files import Digests
 
 PREVIEW_PROMPTS = 6
 
@@ -40,6 +40,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
             tracking=settings.tracking,
             threads=settings.threads,
             samples=settings.generate.sampling,
+            wanted=wanted_rows(settings),
         ),
     }
     for name, run in runs.items():
@@ -135,7 +136,6 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
         sampling=settings.sampling,
         source=_plugin("sources", settings.source, settings.data),
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
-        wanted=wanted_rows(settings),
         files=digests.of(files),
         code=code_digests(modules),
     )
