@@ -132,6 +132,8 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
         profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}}
         folder = params.write(tmp_path / name, given | {"runs": runs_given}, profile)
         write_prepared(folder / "data" / "short" / "prepared", data, pairs)
+        (folder / "models").mkdir()
+        (folder / "models" / "embedded").symlink_to(ROOT / "models" / "embedded")
         settings = load(folder)
         monkeypatch.chdir(folder)
         write_plans(settings)
