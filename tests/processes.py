@@ -19,14 +19,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from attune.config.check import method_of, read_params
 from torch import Tensor
 
+import params
 import tiny
 from attune.backbones.sd import load as load_sd
 from attune.build import build_method, shard
 from attune.config import plugins
-from attune.config.profile import Params, Profile
+from attune.config.plan import Plugin
+from attune.config.profile import Params
+from attune.config.resolve import resolve
 from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
@@ -90,10 +92,14 @@ def ends() -> dict[str, End]:
 
 def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
     """A method with the settings of the short profile, for four batches, and a policy that has moved."""
-    params = check(Params, read_params(ROOT / "params.yaml"))
-    short = params.profiles["short"]
-    block = next(block for run, block in short["methods"].items() if method_of(run, params) == name)
-    profile = check(Profile, {**short, "methods": {name: {**block, "batches": 4, **changes}}}, "short")
+    runs, profile = params.shipped("short")
+    settings = resolve(check(Params, runs), profile)
+    config = next(config for block, config in settings.methods.items() if settings.method_of(block) == name)
+    plugin = Plugin(kind="methods", name=name, settings={**config.model_dump(), "batches": 4, **changes})
+    scorers = {
+        scorer.name: Plugin(kind="rewards", name=scorer.plugin, settings=scorer.config.model_dump())
+        for scorer in settings.scorers.values()
+    }
     own = copy.copy(made.backbone)
     own.denoiser = copy.deepcopy(made.backbone.denoiser)
     policy = Policy(own, own.encode_prompts([""]))
@@ -102,7 +108,7 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
     policy.shard = shard()
-    return build_method(name, profile, policy, made.preference, name)
+    return build_method(plugin, policy, made.preference, scorers)
 
 
 def alignment(name: str, made: Parts, changes: dict[str, Any], **options: Any) -> End:

@@ -51,7 +51,8 @@ def launch(module: str) -> None:
     """Becomes several processes that train together, where the environment asks for them (docs/several_gpus.md).
 
     ATTUNE_PROCESSES=2 starts so many on this machine; ATTUNE_LAUNCH is any launcher's command line, which is given
-    `-m <module> <arguments>`. Does nothing in a process that a launcher has started, which RANK tells.
+    `-m <module>`. Does nothing in a process that a launcher has started, which RANK tells. The run is passed on in the
+    environment, as DVC does: torchrun would take `--run` for an abbreviation of its own `--run-path`.
     """
     env = os.environ
     processes, launcher = env.get("ATTUNE_PROCESSES", ""), shlex.split(env.get("ATTUNE_LAUNCH", ""))
@@ -68,8 +69,10 @@ def launch(module: str) -> None:
     except PlanError as error:
         sys.exit(str(error))
     env["ATTUNE_LAUNCHED"] = "1"
+    if "--run" in sys.argv:
+        env["DVC_STAGE"] = f"align@{run_of_stage()}"
     try:
-        os.execvp(launcher[0], [*launcher, "-m", module, *sys.argv[1:]])
+        os.execvp(launcher[0], [*launcher, "-m", module])
     except OSError as error:
         sys.exit(f"ATTUNE_LAUNCH: {launcher[0]}: {error.strerror}")
 
