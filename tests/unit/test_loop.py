@@ -199,7 +199,7 @@ def test_same_seed_same_bits_and_only_the_adapter_moves(new_policy, data, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_optimizer_steps_are_as_many_as_asked(new_policy, data, name):
-    """SPO: 2 prompts, 2 steps with candidates, a preference model that is always confident: 4 pairs, 2 minibatches of 2."""
+    """SPO: 2 prompts, 2 steps with candidates, all pairs confident: 4 pairs, 2 minibatches of 2."""
     per_batch = {"sft": 1, "dpo": 1, "spo": 2}[name]
     for accumulation in (1, 2):
         policy = new_policy()
