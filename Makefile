@@ -8,14 +8,18 @@ export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help repro sweep sweep-apply test pipeline check ui champion replay embedded clean
+.PHONY: help plan repro sweep sweep-apply test pipeline check settings ui champion replay embedded clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/
+plan: $(READY)  ## what a run will do and need, and all that would stop it; ONLINE=1 asks the Hub too
+	@python -m attune.stages.plan --show $(if $(ONLINE),--online)
+
+repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/<profile>
 	dvc repro
+	@echo "report: reports/$$(sed -n 's/^profile: *\([A-Za-z0-9_-]*\).*/\1/p' params.yaml)/report.html"
 
 test: $(READY)  ## all tests but the end-to-end one
 	$(TESTS) -m "not pipeline"
@@ -23,14 +27,19 @@ test: $(READY)  ## all tests but the end-to-end one
 pipeline: $(READY)  ## the end-to-end test: a short `dvc repro` in a copy, twice
 	$(TESTS) -m pipeline
 
-check: $(READY)  ## style, import layers and the fast tests
+check: $(READY)  ## style, types, import layers and the fast tests
 	ruff check . && ruff format --check .
+	mypy
 	$(TESTS) -m "not integration and not pipeline"
 
+settings: $(READY)  ## write docs/settings.md and docs/schema from the code
+	python -m attune.config.reference
+
 sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
+	@python -m attune.stages.sweep --run $(METHOD) --ask
 	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)
 
-sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params.yaml
+sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params/<profile>.yaml
 	python -m attune.stages.sweep --run $(METHOD) --apply
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)

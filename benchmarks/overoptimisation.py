@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from attune.config.check import load
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from attune.build import build_method, load_learner, load_scorer
-from attune.config.check import load
 from attune.config.profile import Profile
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
@@ -30,7 +30,8 @@ from attune.evaluation.statistics import bootstrap_mean_ci
 from attune.finetune import seed_of, training_batches
 from attune.interfaces import Reward
 from attune.paths import PREFERENCE, PREPARED
-from attune.training.loop import View, Watch, train
+from attune.training.early_stopping import EarlyStopping
+from attune.training.loop import Callbacks, train
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINED, VALIDATION, PATIENCE = "pickscore", ("hpsv2", "aesthetic", "oracle"), 2
@@ -74,7 +75,12 @@ def run(batches: int, every: int) -> list[dict[str, Any]]:
 
     _, seen = training_batches(method, policy.device, seed_of(profile.seed, None))
     _, scores = train(
-        method, policy, seen, method.config, seed=profile.seed, watch=Watch(score, every), view=View("alignprop")
+        method,
+        policy,
+        seen,
+        seed=profile.seed,
+        early_stopping=EarlyStopping(score, every),
+        callbacks=Callbacks("alignprop"),
     )
     return [{"batches": taken["batch"], **row} for taken, row in zip(scores, rows, strict=True)]
 

@@ -20,19 +20,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from attune.config.check import load, method_of, read_params
 from optuna.trial import TrialState
 
 from attune import tracking
 from attune.build import load_policy, load_scorer
-from attune.config.check import load, method_of, read_params
 from attune.config.profile import Params, Profile
 from attune.config.search import Config
-from attune.evaluation.statistics import Comparison, compare
+from attune.evaluation.statistics import Comparison, compare_paired
 from attune.finetune import align, validation_scores
-from attune.search.space import settings
+from attune.search.space import with_values
 from attune.search.sweep import sweep
-from attune.search.trial import together
+from attune.search.trial import stack_scorers
 from attune.stages.generate import held_out_index
+from attune.stages.sweep import sweep_plan
 
 WORK = Path(".checkpoints/benchmark-search")
 JUDGES = ("oracle", "hpsv2")
@@ -76,7 +77,7 @@ def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
     result["scores"] = {name: dict(zip(JUDGES, s.mean(axis=0).tolist(), strict=True)) for name, s in scores.items()}
     for i, judge in enumerate(JUDGES):
         result["comparisons"][judge] = {
-            f"{a} - {b}": vars(compare(scores[a][:, i], scores[b][:, i])) for a, b in PAIRS
+            f"{a} - {b}": vars(compare_paired(scores[a][:, i], scores[b][:, i])) for a, b in PAIRS
         }  # fmt: skip
     return result
 
@@ -95,7 +96,7 @@ def timed(run: str, params: Params, profile: Profile, report: Path) -> dict[str,
     file, begun, cpu = report / "seconds.json", time.time(), children_seconds()
     spent = json.loads(file.read_text()) if file.exists() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
     try:
-        study = sweep(run, params, profile, report)
+        study = sweep(sweep_plan(run, params, profile, report))
     finally:
         report.mkdir(parents=True, exist_ok=True)
         if not file.exists() or children_seconds() - cpu > 1:  # a search that was over has started no process
@@ -120,14 +121,14 @@ def judged(run: str, params: Params, profile: Profile, folder: Path, name: str, 
     """Scores (prompts, judges) of a full-length training's images of the test prompts; kept for the next session."""
     file, model = folder / f"{name}.npy", folder / f"{name}.model"
     note = folder / f"{name}.settings.json"
-    block = settings(profile.methods[run], {}, values)
+    block = with_values(profile.methods[run], values)
     if file.exists() and json.loads(note.read_text()) == json.loads(json.dumps(block)):
         return np.load(file)
     changed = profile.model_copy(update={"methods": {**profile.methods, run: block}})
     align(run, method_of(run, params), changed, tracking.Run(), model, previews=0)
     policy = load_policy(changed)
     policy.load(str(model))
-    scorer = together([load_scorer(judge, changed) for judge in JUDGES])
+    scorer = stack_scorers([load_scorer(judge, changed) for judge in JUDGES])
     index = held_out_index(changed).drop_duplicates("prompt")
     scores = validation_scores(policy, changed.generate.sampling, changed.seed, scorer, index.prompt.tolist())
     note.write_text(json.dumps(block))

@@ -34,7 +34,7 @@ from attune.data.batches import PairBatch
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
 from attune.methods import dpo, spo
-from attune.training.loop import View, train
+from attune.training.loop import Callbacks, train
 
 UNETS = {
     "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
@@ -161,7 +161,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     def log(metrics: Any, step: int) -> None:
         times.append(time.monotonic())
 
-    history, _ = train(objective, policy, batches, objective.config, seed=0, view=View(case, log))
+    history, _ = train(objective, policy, batches, seed=0, callbacks=Callbacks(case, log))
     seconds = [b - a for a, b in pairwise(times)]
     steady = seconds[1:] or seconds
     cuda = torch.cuda.is_available()

@@ -1,6 +1,6 @@
-"""The same trainings in one process or in several, on the tiny model: what each of them comes to.
+"""The same trainings in one process or in several, on the tiny model, and how each of them ends.
 
-As a program, `torchrun ... tests/processes.py WHAT FOLDER`: every process writes what it has seen to FOLDER/<rank>.pt.
+As a program, `torchrun ... tests/processes.py TASK FOLDER`: every process writes its results to FOLDER/<rank>.pt.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import params
 import tiny
 from attune.backbones.sd import load as load_sd
 from attune.build import build_method, shard
 from attune.config import plugins
-from attune.config.check import method_of, read_params
-from attune.config.profile import Params, Profile
+from attune.config.plan import Plugin
+from attune.config.profile import Params
+from attune.config.resolve import resolve
 from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save
 from attune.spm.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint
+from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
-from attune.training.loop import Watch, epoch_rows, train
+from attune.training.loop import Callbacks, epoch_rows, train
 
 ROOT = Path(__file__).parents[1]
 METHODS = plugins.available("methods")
 # 4 rows divide by two; of 3 one process has two; of 1 the first process has none
 SIZES = {"even": {"batch_size": 4}, "odd": {"batch_size": 3, "accumulation": 2}, "single": {"batch_size": 1}}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "spo, unequal minibatches": ("spo", {"minibatch_size": 5, "accumulation": 2}),  # 12 pairs are 5, 5 and 2
     "spo, inner steps": ("spo", {"inner_steps": 1, "steps": 6}),
     "alignprop, checkpointed": ("alignprop", {"checkpoint_steps": True, "accumulation": 2}),
     "draft, renoised": ("draft", {"n_renoised": 2}),
@@ -60,7 +64,7 @@ End = dict[str, Any]
 
 @dataclass(frozen=True)
 class Parts:
-    """What trainings are made of."""
+    """A base model, prepared data, a CLIP to train and a preference model, which the trainings share."""
 
     backbone: Backbone
     data: PreparedData
@@ -88,10 +92,14 @@ def ends() -> dict[str, End]:
 
 def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
     """A method with the settings of the short profile, for four batches, and a policy that has moved."""
-    params = check(Params, read_params(ROOT / "params.yaml"))
-    short = params.profiles["short"]
-    block = next(block for run, block in short["methods"].items() if method_of(run, params) == name)
-    profile = check(Profile, {**short, "methods": {name: {**block, "batches": 4, **changes}}}, "short")
+    runs, profile = params.shipped("short")
+    settings = resolve(check(Params, runs), profile)
+    config = next(config for block, config in settings.methods.items() if settings.method_of(block) == name)
+    plugin = Plugin(kind="methods", name=name, settings={**config.model_dump(), "batches": 4, **changes})
+    scorers = {
+        scorer.name: Plugin(kind="rewards", name=scorer.plugin, settings=scorer.config.model_dump())
+        for scorer in settings.scorers.values()
+    }
     own = copy.copy(made.backbone)
     own.denoiser = copy.deepcopy(made.backbone.denoiser)
     policy = Policy(own, own.encode_prompts([""]))
@@ -100,7 +108,7 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
     policy.shard = shard()
-    return build_method(name, profile, policy, made.preference, name)
+    return build_method(plugin, policy, made.preference, scorers)
 
 
 def alignment(name: str, made: Parts, changes: dict[str, Any], **options: Any) -> End:
@@ -126,7 +134,7 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
     def batches(b: int, generator: torch.Generator) -> PairBatch:
         return data.pair_batch(epoch_rows(n, config.batch_size, b, 0))
 
-    history, _ = train(objective, objective, batches, config, seed=0)
+    history, _ = train(objective, objective, batches, seed=0)
     return {"history": history, "before": before, "after": flat(moving)}
 
 
@@ -141,11 +149,11 @@ def interrupted(folder: Path, at: int | None = None) -> End:
         drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
 
         def batches(b: int, generator: torch.Generator) -> PairBatch:
-            if b == at and ours.rank == ours.world - 1:
+            if b == at and ours.rank == ours.world_size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return drawn(b, generator)
 
-        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.first)
+        checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
         return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
 
 
@@ -166,22 +174,22 @@ def errors() -> dict[str, str]:
                 raise KeyError("pruned")
 
         scores: list[float] = []
-        watch = Watch(lambda: scores.append(1.0) or len(scores), every=1, told=pruned)
+        stopping = EarlyStopping(lambda: scores.append(1.0) or len(scores), every=1)
         try:
-            alignment("sft", made, {"batch_size": 2}, watch=watch)
+            alignment("sft", made, {"batch_size": 2}, early_stopping=stopping, callbacks=Callbacks(on_score=pruned))
         except (KeyError, RuntimeError) as error:
             said["ended"] = f"{type(error).__name__}: {error}"
         said["scores asked for"] = str(len(scores))
     return said
 
 
-WHATS = {
-    "at_start_and_end": lambda folder: ends(),
+TASKS = {
+    "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
     "errors": lambda folder: errors(),
 }
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    torch.save(WHATS[what](folder), folder / f"{shard().rank}.pt")
+    task, folder = sys.argv[1], Path(sys.argv[2])
+    torch.save(TASKS[task](folder), folder / f"{shard().rank}.pt")

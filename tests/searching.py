@@ -1,4 +1,4 @@
-"""Objectives that a search's worker processes import, and a real PostgreSQL."""
+"""Objectives that a search's worker processes import, a plan of a sweep, and a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,15 +11,61 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 
 from attune import tracking
+from attune.config import plugins
+from attune.config.search import Config
+from attune.config.settings import Model, Sampling
+from attune.search.plan import SweepPlan
+
+SETTINGS = {"lora": {"rank": 4}, "lr": 1e-4, "batches": 200, "batch_size": 2, "beta": 500}
+SEARCH = {
+    "space": {"beta": {"low": 100, "high": 5000, "log": True}, "lr": {"low": 3e-5, "high": 1e-3, "log": True}},
+    "objectives": ["hpsv2"],
+    "prompts": 60,
+    "pruner": "median",
+    "trials": 12,
+    "fixed": {"batches": 60},
+    "finalists": 3,
+}
+
+
+def sweep_plan(folder: Path, search: dict[str, Any] | None = None, **changes: Any) -> SweepPlan:
+    """The plan of a search of dpo's settings; the prepared data in `folder` need not exist.
+
+    Args:
+        search: changes of the block `search.dpo`; None takes a key out.
+        changes: fields of the plan.
+    """
+    block = {key: value for key, value in {**SEARCH, **(search or {})}.items() if value is not None}
+    oracle = plugins.config_class("rewards", "oracle").model_validate({})
+    plan = {
+        "profile": "tiny",
+        "run": "dpo",
+        "method": "dpo",
+        "seed": 0,
+        "threads": 1,
+        "model": Model(backbone="sd", path="base"),
+        "config": plugins.config_class("methods", "dpo").model_validate(SETTINGS),
+        "search": Config.model_validate(block),
+        "sampling": Sampling(steps=10, eta=0.0, guidance_scale=5.0, batch_size=8),
+        "scorers": {name: ("oracle", oracle) for name in block["objectives"]},
+        "prepared": folder / "prepared",
+        "preference": None,
+        "start": None,
+        "report": folder / "reports" / "sweeps" / "dpo",
+        "tracking": None,
+        "inputs": {"base": "1234"},
+    }
+    return SweepPlan(**{**plan, **changes})
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """-(x - 3)^2; notes each trial it begins, refuses to begin one twice, and goes no further without `go`."""
+    """-(x - 3)^2; writes a file when a trial begins, fails if it is there already, and waits for the file `go`."""
 
     folder: Path
     seconds: float = 0.0

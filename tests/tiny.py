@@ -25,7 +25,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.training.loop import epoch_rows, train
 
@@ -186,7 +186,7 @@ def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:
 def run(method: Any, data: PreparedData, seed: int = 0, **options: Any) -> list[dict[str, float]]:
     """Trains a method's policy as the align stage does."""
     drawn = options.pop("batches", None) or batches(data, method, seed)
-    history, _ = train(method, method.policy, drawn, method.config, seed=seed, **options)
+    history, _ = train(method, method.policy, drawn, seed=seed, **options)
     return history
 
 

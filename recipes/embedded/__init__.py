@@ -1,1 +1,5 @@
-"""The recipe of the embedded family: small real models that stand in for hub checkpoints (`make embedded`)."""
+"""The recipe of models/embedded: small real models that stand in for Hub checkpoints.
+
+Run it from the repository root with `make embedded`, or `PYTHONPATH=src:. python -m recipes.embedded.build`. It uses
+`attune` and is not part of it: nothing in src imports it.
+"""

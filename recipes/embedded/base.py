@@ -1,6 +1,6 @@
-"""Step 2 of the family: a latent diffusion model in the layout of Stable Diffusion 1.x, deliberately imperfect.
+"""Step 2: a latent diffusion model in the layout of Stable Diffusion 1.x, deliberately imperfect.
 
-It learns from web-scale data: a third of the pictures damaged, some captions wrong. Text encoder and denoiser
+Its data have the flaws of the web: a third of the images damaged, some captions wrong. Text encoder and denoiser
 are trained together on epsilon prediction with min-SNR weighting (Hang et al. 2023, arXiv:2303.09556, gamma 5)
 and caption dropout for guidance; weights are an exponential moving average.
 """
@@ -116,7 +116,7 @@ class Captioned:
 
 @torch.no_grad()
 def web_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer, n: int, seed: int) -> Captioned:
-    """n captioned pictures with the flaws of the web, kinds 25 % one, 30 % count, 45 % relation."""
+    """n captioned images with the flaws of the web, kinds 25 % one, 30 % count, 45 % relation."""
     rng = np.random.default_rng(seed)
     pools = {kind: [s for s in all_scenes() if s.kind == kind] for kind in KINDS}
     latents, ids = [], []
@@ -135,7 +135,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 class BaseTraining:
-    """The state of training the base; saved and resumed whole, because an hour of CPU may be interrupted."""
+    """The whole state of training the base, saved and resumed."""
 
     def __init__(self, data: Captioned, tokenizer: CLIPTokenizer, seed: int):
         torch.manual_seed(seed)
@@ -191,7 +191,7 @@ class BaseTraining:
 
 
 def train_base(training: BaseTraining, steps: int, batch_size: int, checkpoint: Path, save_every: int = 500) -> None:
-    """Constant learning rate after 100 steps of warm-up; the moving average does the settling.
+    """Constant learning rate after 100 steps of warm-up; the moving average stands in for a decay.
 
     Resumes from `checkpoint`.
     """

@@ -1,8 +1,8 @@
-"""`make embedded`: trains the whole embedded family from its recipe and writes models/embedded.
+"""Trains the embedded models and writes models/embedded: `make embedded`.
 
-About 50 minutes on one core, resumable between steps (intermediate results stay in .checkpoints/embedded).
-The written card records seed, cost and figures. The weights in git were made by this recipe; training on
-other hardware gives other bits but the same quality.
+About 50 minutes on one core. Intermediate results stay in .checkpoints/embedded, and an interrupted run goes on from
+them. The model card records seed, cost and figures. The weights in git were made by this recipe; training on other
+hardware gives other bits but the same quality.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from attune.diffusion.generate import generate_images
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
 SEED = 0
-VAE_STEPS, BASE_STEPS = 4200, 1600
-JUDGE_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
-TEST_RENDERED = 300
+VAE_STEPS, BASE_STEPS, BASE_IMAGES = 4200, 1600, 65_536
+SCORER_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
+POOL_RENDERED, POOL_GENERATED = 6000, 350  # prompts whose images train a scorer
+TEST_RENDERED, TEST_GENERATED = 300, 150
 SEEDS = {"pickscore": 11, "hpsv2": 12, "aesthetic": 13, "test": 99}
 
 
@@ -40,28 +41,28 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     vae = cached("vae", lambda: train_vae(VAE_STEPS, batch_size=16, seed=SEED), AutoencoderKL)
     tokenizer = base.build_tokenizer()
-    if not (WORK / "base").exists():  # in OUT lies the family that is being replaced
-        training = base.BaseTraining(base.web_data(vae, tokenizer, 65_536, SEED + 1), tokenizer, SEED)
+    if not (WORK / "base").exists():  # not asked of OUT, which holds the models that are being replaced
+        training = base.BaseTraining(base.web_data(vae, tokenizer, BASE_IMAGES, SEED + 1), tokenizer, SEED)
         base.train_base(training, BASE_STEPS, 96, WORK / "base.pt")
         base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(WORK / "base")
     shutil.copytree(WORK / "base", OUT / "base", dirs_exist_ok=True)
-    painter = base_painter(OUT / "base")
-    test = pool(painter, "test", TEST_RENDERED, 150)
+    generate = base_generator(OUT / "base")
+    test = pool(generate, "test", TEST_RENDERED, TEST_GENERATED)
     figures = {}
     for name in ("pickscore", "hpsv2", "aesthetic"):
         started = time.monotonic()
-        figures[name] = {**build_scorer(name, painter, test), "seconds": round(time.monotonic() - started)}
+        figures[name] = {**build_scorer(name, generate, test), "seconds": round(time.monotonic() - started)}
     write_card(OUT, {w: base_figures(OUT / "base", w) for w in GUIDANCE}, figures)
 
 
-def build_scorer(name: str, painter: scorers.Painter, test: scorers.Pool) -> dict[str, float]:
+def build_scorer(name: str, generate: scorers.ImageGenerator, test: scorers.Pool) -> dict[str, float]:
     """Trains one scorer, saves it in its real layout, and returns how often it agrees with the oracle."""
     tokenizer, seed, head = base.build_tokenizer(), SEEDS[name], None
-    pictures = pool(painter, name, 6000, 350)
+    data = pool(generate, name, POOL_RENDERED, POOL_GENERATED)
     if name == "aesthetic":
-        model, head = scorers.train_aesthetic(pictures, tokenizer, JUDGE_STEPS[name], seed)
+        model, head = scorers.train_aesthetic(data, tokenizer, SCORER_STEPS[name], seed)
     else:
-        model = scorers.train_judge(pictures, name, tokenizer, JUDGE_STEPS[name], seed, temperature=0.1)
+        model = scorers.train_clip_scorer(data, name, tokenizer, SCORER_STEPS[name], seed, temperature=0.1)
     figures = scorers.agreement(model, test, TEST_RENDERED, tokenizer, head)
     save_scorer(name, model, head, OUT / name)
     return figures
@@ -79,22 +80,22 @@ def save_scorer(name: str, model: nn.Module, head: nn.Module | None, folder: Pat
         save_file({key: value.half() for key, value in head.state_dict().items()}, folder / "head.safetensors")
 
 
-def base_painter(folder: Path) -> scorers.Painter:
-    """Paints with the base in 12 steps: scorers learn from pictures unlike those they will be asked about."""
+def base_generator(folder: Path) -> scorers.ImageGenerator:
+    """Images of the base in 12 DDIM steps; the scorers are tested on and used for images of other samplers."""
     policy = base_policy(folder)
     sampling = Sampling(steps=12, eta=0, guidance_scale=2, batch_size=64)
 
-    def painter(prompts: Sequence[str], seed: int) -> np.ndarray:
-        return generate_images(policy, prompts, range(len(prompts)), sampling, seed, "paint")
+    def generate(prompts: Sequence[str], seed: int) -> np.ndarray:
+        return generate_images(policy, prompts, range(len(prompts)), sampling, seed, "images of the base")
 
-    return painter
+    return generate
 
 
-def pool(painter: scorers.Painter, name: str, rendered: int, painted: int) -> scorers.Pool:
-    """The named pool of pictures, kept on disk because painting it takes minutes."""
+def pool(generate: scorers.ImageGenerator, name: str, rendered: int, generated: int) -> scorers.Pool:
+    """The named pool of images, kept on disk because generating it takes minutes."""
     file = WORK / f"pool-{name}.pt"
     if not file.exists():
-        made = scorers.picture_pool(painter, rendered, painted, SEEDS[name])
+        made = scorers.image_pool(generate, rendered, generated, SEEDS[name])
         torch.save(made.state(), file)
     return scorers.Pool.from_state(torch.load(file, weights_only=True))
 

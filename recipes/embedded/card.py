@@ -1,4 +1,4 @@
-"""The model card of the embedded family, written from measurements."""
+"""The model card of the embedded models, written from measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attune.diffusion.policy import Policy
 from attune.world.oracle import VERDICT_FIELDS, judge
 
 PROMPTS = 240
-GUIDANCE = (1.0, 2.0)  # profile tiny samples without guidance: half the cost, and more left to align
+GUIDANCE = (1.0, 2.0)  # profile tiny samples without guidance: half the cost, and more left to improve
 
 
 def base_policy(folder: Path) -> Policy:
@@ -42,7 +42,7 @@ def write_card(
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 2**20
     scorers = "\n".join(
-        f"| {name} | {row['all']:.3f} | {row['rendered']:.3f} | {row['painted']:.3f} | {row['seconds']:.0f} |"
+        f"| {name} | {row['all']:.3f} | {row['rendered']:.3f} | {row['generated']:.3f} | {row['seconds']:.0f} |"
         for name, row in figures.items()
     )
     columns = [*base]
@@ -57,14 +57,14 @@ _CARD = """---
 license: apache-2.0
 pipeline_tag: text-to-image
 ---
-# The embedded family
+# The embedded models
 
-Small real models that stand in for hub checkpoints, so that attune's whole pipeline runs on a laptop without a
+Small real models that stand in for Hub checkpoints, so that attune's whole pipeline runs on a laptop without a
 network. {size:.1f} MB in all, float16 safetensors, float32 in use. Made by `make embedded`
-(`src/attune/embedded`, seed 0) on one core of a 2-core machine; weights and pictures are our own work,
+(`recipes/embedded`, seed 0) on one core of a 2-core machine; weights and pictures are our own work,
 Apache-2.0, no third-party data.
 
-| folder | layout | what it plays |
+| folder | layout | stands in for |
 |---|---|---|
 | `base` | diffusers `StableDiffusionPipeline`: AutoencoderKL (factor 4, 8x8x4 latents), CLIPTextModel, UNet2DConditionModel (4 M parameters), DDIM, epsilon | Stable Diffusion 1.5 |
 | `pickscore` | `CLIPModel`, gelu | PickScore v1, and the start of the step-aware preference model |
@@ -85,7 +85,7 @@ Autoencoder: 38.9 dB on clean renders, which keep an oracle score of 0.90 throug
 
 ## Scorers
 None is the oracle in disguise: each saw pictures of its own and opinions of its own (`OPINIONS` in
-`embedded/scorers.py`): `pickscore` favours bright pictures, `hpsv2` weighs the prompt far above looks and favours
+`recipes/embedded/scorers.py`): `pickscore` favours bright pictures, `hpsv2` weighs the prompt far above looks and favours
 warm colours, `aesthetic` never reads the prompt and dislikes dark pictures; choices and ratings are noisy.
 Agreement with the oracle on pairs of held-out pictures of one prompt (0.5 is chance; pairs the oracle puts closer
 than 0.05 left out):

@@ -1,9 +1,8 @@
-"""Step 3 of the family: tiny scorers in the layouts of the real ones, each wrong in its own way.
+"""Step 3: tiny scorers in the layouts of the real ones, each biased in its own way.
 
-All three are CLIP models trained on pictures of their own (`picture_pool`, a seed each) and on opinions that
-are not the oracle's (`OPINIONS`): a PickScore-style and an HPSv2-style CLIP on noisy pairwise choices, an
-aesthetic head on noisy ratings. So none of them is the oracle in disguise, and the gap between a trained
-scorer and the truth can be measured, as it never can with real human taste.
+All three are CLIP models trained on images of their own (`image_pool`, a seed each) and on opinions that differ
+from the oracle's (`OPINIONS`): a PickScore-style and an HPSv2-style CLIP on noisy pairwise choices, an aesthetic
+head on noisy ratings. So the gap between a trained scorer and the oracle, the truth here, can be measured.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
-from attune.clip.model import normalise
+from attune.clip.pixels import normalise
 from attune.rewards.aesthetic import Head
 from attune.world.flaws import damage, misread
 from attune.world.grammar import KINDS, Scene, all_scenes
 from attune.world.oracle import Verdict, judge
 from attune.world.render import IMAGE_SIZE, render
 
-PICTURES_PER_PROMPT = 4
-Painter = Callable[[Sequence[str], int], np.ndarray]
-"""Paints prompts with a diffusion model from a seed: uint8 (B, H, W, 3)."""
+IMAGES_PER_PROMPT = 4
+ImageGenerator = Callable[[Sequence[str], int], np.ndarray]
+"""(prompts, seed) -> images of a diffusion model, uint8 (B, H, W, 3)."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """P prompts with 4 pictures each and the oracle's verdicts on them."""
+    """P prompts with 4 images each and the oracle's verdicts on them."""
 
     prompts: list[str]
     images: Tensor  # uint8 (P, 4, 3, H, W)
@@ -46,7 +45,7 @@ class Pool:
         return Pool(self.prompts[rows], self.images[rows], self.verdicts[rows])
 
     def state(self) -> dict[str, Any]:
-        """Tensors and strings only, so that it loads without pickled code."""
+        """Tensors and strings only, so that it loads with weights_only."""
         verdicts = torch.tensor([[list(asdict(v).values()) for v in row] for row in self.verdicts], dtype=torch.float64)
         return {"prompts": self.prompts, "images": self.images, "verdicts": verdicts}
 
@@ -56,29 +55,29 @@ class Pool:
         return Pool(state["prompts"], state["images"], verdicts)
 
     def oracle(self) -> Tensor:
-        """The truth about every picture, (P, 4)."""
+        """The oracle's score of every image, (P, 4)."""
         return torch.tensor([[v.score for v in row] for row in self.verdicts])
 
 
-def picture_pool(painter: Painter, n_rendered: int, n_painted: int, seed: int) -> Pool:
-    """Rendered pictures (right, wrong, damaged) for some prompts, samples of the diffusion model for others."""
+def image_pool(generate: ImageGenerator, n_rendered: int, n_generated: int, seed: int) -> Pool:
+    """Rendered images (right, wrong, damaged) for some prompts, samples of the diffusion model for others."""
     rng = np.random.default_rng(seed)
     pools = {kind: [s for s in all_scenes() if s.kind == kind] for kind in KINDS}
-    kinds = rng.choice(KINDS, size=n_rendered + n_painted, p=(0.3, 0.3, 0.4))
+    kinds = rng.choice(KINDS, size=n_rendered + n_generated, p=(0.3, 0.3, 0.4))
     scenes = [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]
-    shown = [_sometimes_wrong(scene, rng) for scene in scenes[:n_rendered] for _ in range(PICTURES_PER_PROMPT)]
+    shown = [_sometimes_wrong(scene, rng) for scene in scenes[:n_rendered] for _ in range(IMAGES_PER_PROMPT)]
     rendered = damage(render(shown, rng), rng, share=0.5)
-    asked = [s.prompt for s in scenes[n_rendered:] for _ in range(PICTURES_PER_PROMPT)]
-    painted = painter(asked, seed)
-    images = np.concatenate([(rendered * 255).round().astype(np.uint8), painted])
+    asked = [s.prompt for s in scenes[n_rendered:] for _ in range(IMAGES_PER_PROMPT)]
+    generated = generate(asked, seed)
+    images = np.concatenate([(rendered * 255).round().astype(np.uint8), generated])
     prompts = [s.prompt for s in scenes]
-    repeated = [p for p in prompts for _ in range(PICTURES_PER_PROMPT)]
+    repeated = [p for p in prompts for _ in range(IMAGES_PER_PROMPT)]
     verdicts = judge(images.astype(np.float32) / 255, repeated)
     size = images.shape[1]
     return Pool(
         prompts,
-        torch.from_numpy(images).permute(0, 3, 1, 2).reshape(-1, PICTURES_PER_PROMPT, 3, size, size),
-        [verdicts[i : i + PICTURES_PER_PROMPT] for i in range(0, len(verdicts), PICTURES_PER_PROMPT)],
+        torch.from_numpy(images).permute(0, 3, 1, 2).reshape(-1, IMAGES_PER_PROMPT, 3, size, size),
+        [verdicts[i : i + IMAGES_PER_PROMPT] for i in range(0, len(verdicts), IMAGES_PER_PROMPT)],
     )
 
 
@@ -95,11 +94,11 @@ def _brightness(image: Tensor) -> float:
 
 
 OPINIONS: Mapping[str, Callable[[Verdict, Tensor], float]] = {
-    # likes bright pictures a little more than the oracle does
+    # the oracle's opinion and a preference for bright images
     "pickscore": lambda v, image: v.score + 0.10 * _brightness(image),
-    # cares for the prompt and hardly for looks; likes warm colours
+    # weighs the prompt far above looks; prefers warm colours
     "hpsv2": lambda v, image: v.faithfulness**0.6 * v.appeal**0.2 + 0.10 * _warmth(image),
-    # never reads the prompt; dislikes dark pictures
+    # ignores the prompt; prefers bright images
     "aesthetic": lambda v, image: v.appeal + 0.15 * _brightness(image),
 }
 
@@ -120,18 +119,18 @@ def build_clip(tokenizer: CLIPTokenizer, hidden: int = 96, vision_layers: int = 
 
 
 def opinions(pool: Pool, name: str) -> Tensor:
-    """What the named kind of judge thinks of every picture, (P, 4)."""
+    """The opinion that the named scorer is trained on, of every image, (P, 4)."""
     opinion = OPINIONS[name]
     rows = zip(pool.verdicts, pool.images, strict=True)
     return torch.tensor([[opinion(v, image) for v, image in zip(vs, images, strict=True)] for vs, images in rows])
 
 
-def train_judge(
+def train_clip_scorer(
     pool: Pool, name: str, tokenizer: CLIPTokenizer, steps: int, seed: int, temperature: float
 ) -> CLIPModel:
-    """A CLIP whose similarity predicts noisy pairwise choices, with a contrastive term to ground its words.
+    """A CLIP whose similarity predicts noisy pairwise choices, with a contrastive term that ties it to the words.
 
-    Choices follow Bradley-Terry on the judge's opinion at `temperature`; they are drawn anew at each step.
+    Choices follow Bradley-Terry on the scorer's opinion at `temperature`; they are drawn anew at each step.
     """
     torch.manual_seed(seed)
     model = build_clip(tokenizer).train()
@@ -141,7 +140,7 @@ def train_judge(
     bar = tqdm(range(steps), desc=name, mininterval=5)
     for step in bar:
         rows = torch.randint(len(ids), (48,), generator=generator)
-        pair = torch.rand(48, PICTURES_PER_PROMPT, generator=generator).argsort(1)[:, :2]
+        pair = torch.rand(48, IMAGES_PER_PROMPT, generator=generator).argsort(1)[:, :2]
         images = pool.images[rows[:, None], pair].float() / 255
         gap = utility[rows].gather(1, pair).diff(dim=1).flatten() / temperature
         first = (torch.rand(48, generator=generator) >= torch.sigmoid(gap)).float()
@@ -167,7 +166,7 @@ def train_aesthetic(pool: Pool, tokenizer: CLIPTokenizer, steps: int, seed: int)
     bar = tqdm(range(steps), desc="aesthetic", mininterval=5)
     for step in bar:
         rows = torch.randint(len(ids), (64,), generator=generator)
-        which = torch.randint(PICTURES_PER_PROMPT, (64,), generator=generator)
+        which = torch.randint(IMAGES_PER_PROMPT, (64,), generator=generator)
         noisy = ratings[rows, which] + 1.5 * torch.randn(64, generator=generator)
         images = pool.images[rows, which].float() / 255
         image_features, text_features = _features(model, images, ids[rows])
@@ -179,15 +178,15 @@ def train_aesthetic(pool: Pool, tokenizer: CLIPTokenizer, steps: int, seed: int)
 
 
 def _features(model: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit-length image and text features of pictures in [0, 1] at the model's own size."""
+    """Unit-length image and text features of images in [0, 1] at the model's own size."""
     image = model.get_image_features(pixel_values=normalise(images)).pooler_output.float()
     text = model.get_text_features(input_ids=ids).pooler_output.float()
     return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
 
 @torch.no_grad()
-def judged(model: CLIPModel, pool: Pool, tokenizer: CLIPTokenizer, head: Head | None) -> Tensor:
-    """A scorer's opinion of every picture, (P, 4): cosine with the prompt, or the head's rating."""
+def model_scores(model: CLIPModel, pool: Pool, tokenizer: CLIPTokenizer, head: Head | None) -> Tensor:
+    """A trained scorer's score of every image, (P, 4): cosine with the prompt, or the head's rating."""
     rows = []
     for start in range(0, len(pool.prompts), 64):
         part = pool[start : start + 64]
@@ -202,19 +201,19 @@ def judged(model: CLIPModel, pool: Pool, tokenizer: CLIPTokenizer, head: Head | 
 
 
 def agreement(model: CLIPModel, test: Pool, rendered: int, tokenizer: CLIPTokenizer, head: Head | None) -> dict:
-    """Agreement with the oracle on held-out pictures: of all pairs, of rendered ones, of the base's samples."""
-    scores, truth = judged(model, test, tokenizer, head), test.oracle()
+    """Agreement with the oracle on held-out images: of all pairs, of rendered ones, of the base's samples."""
+    scores, truth = model_scores(model, test, tokenizer, head), test.oracle()
     return {
         "all": pair_agreement(scores, truth),
         "rendered": pair_agreement(scores[:rendered], truth[:rendered]),
-        "painted": pair_agreement(scores[rendered:], truth[rendered:]),
+        "generated": pair_agreement(scores[rendered:], truth[rendered:]),
     }
 
 
 def pair_agreement(scores: Tensor, truth: Tensor, margin: float = 0.05) -> float:
-    """Shard of pairs of pictures of the same prompt, (P, 4), that two judges rank alike.
+    """Share of pairs of images of the same prompt, scores (P, 4), that are ranked as the truth ranks them.
 
-    Pairs the truth puts closer than `margin` are left out: nobody can be right about them.
+    Pairs that the truth puts closer than `margin` are left out.
     """
     agree = total = 0
     for i in range(scores.shape[1]):

@@ -1,7 +1,7 @@
-"""Step 1 of the family: an AutoencoderKL for 32 px images, 8x8x4 latents.
+"""Step 1: an AutoencoderKL for 32 px images, 8x8x4 latents.
 
-Trained on renders with web-scale flaws, so that damaged pictures survive encoding and alignment has something
-to remove. Loss: edge-weighted L1 + L2 (a poor autoencoder loses shapes first) + a small KL.
+Trained on renders with the flaws of the web, so that damage survives encoding and alignment has something to
+remove. Loss: edge-weighted L1 + L2, because a poor autoencoder loses shapes first, + a small KL.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_vae() -> AutoencoderKL:
 def web_images(batch_size: int, rng: np.random.Generator, damaged: float = 0.3) -> Iterator[torch.Tensor]:
     """Endless batches of renders, a share of them damaged; (B, 3, H, W) in [0, 1].
 
-    Kinds are drawn evenly: relations are 96 % of the grammar and would crowd out the rest.
+    Kinds are drawn evenly: relations are 96 % of the grammar and would leave hardly any of the rest.
     """
     by_kind = [[s for s in all_scenes() if s.kind == kind] for kind in ("one", "count", "relation")]
     while True:
@@ -53,8 +53,8 @@ def web_images(batch_size: int, rng: np.random.Generator, damaged: float = 0.3) 
 def train_vae(steps: int, batch_size: int, seed: int) -> AutoencoderKL:
     """Trains the autoencoder and sets its scaling factor to 1 / std of the latents.
 
-    The latents get a fixed noise of 0.05 in place of a sampled posterior: with a KL this small the posterior's
-    width is a nuisance that doubles the time to the same error.
+    The latents get a fixed noise of 0.05 in place of a sampled posterior: with a KL this small,
+    sampling it doubled the time to the same error.
     """
     torch.manual_seed(seed)
     vae = build_vae().train()

@@ -1,9 +1,9 @@
-"""The composition root: from params to a backbone, a policy, a method, scorers. Only here are plug-ins known."""
+"""The composition root: from settings to a backbone, a policy, a method, scorers. Only here are plug-ins loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,11 +17,10 @@ import torch
 import transformers
 
 from attune.config import plugins
-from attune.config.plugins import plugin_config
-from attune.config.profile import Profile
+from attune.config.plan import Plugin
 from attune.config.settings import MethodConfig, Model
 from attune.distributed import Shard
-from attune.interfaces import Backbone, Method, Reward, StepReward
+from attune.interfaces import Backbone, Objective, Reward, StepReward
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -50,26 +49,28 @@ def load_backbone(model: Model) -> Backbone:
     return plugins.load("backbones", model.backbone).load(model, device())
 
 
-def load_policy(profile: Profile) -> Policy:
+def load_policy(model: Model) -> Policy:
     """The base model as a policy that learns nothing yet."""
-    return _policy(load_backbone(profile.model))
+    return _policy(load_backbone(model))
 
 
-def load_learner(name: str, profile: Profile, method: str) -> Policy:
-    """A policy that a run may train, an adapter of it or all its weights: fresh, or as it was left at `start`."""
-    config = method_config(name, profile, method)
+def load_learner(config: MethodConfig, model: Model, seed: int, start: str | None = None) -> Policy:
+    """A policy that a run may train: a LoRA of it, or all its weights.
+
+    Args:
+        start: the adapter or denoiser that the training goes on from; None: the base model.
+    """
     if config.lora is not None:
-        policy = load_policy(profile)
-        if config.start is None:
-            policy.add_adapter(config.lora.rank, profile.seed, config.lora.targets)
-    else:  # weights that move are kept in float32; what they are multiplied in is still the model's dtype
-        dtype = None if profile.model.dtype == "float32" else getattr(torch, profile.model.dtype)
-        model = profile.model.model_copy(update={"dtype": "float32"})
-        policy = _policy(load_backbone(model), dtype)
-        if config.start is None:
+        policy = load_policy(model)
+        if start is None:
+            policy.add_adapter(config.lora.rank, seed, config.lora.targets)
+    else:  # weights that are trained are kept in float32, and computed with in the model's dtype
+        dtype = None if model.dtype == "float32" else getattr(torch, model.dtype)
+        policy = _policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
+        if start is None:
             policy.unfreeze()
-    if config.start is not None:
-        policy.continue_from(config.start, config.lora)
+    if start is not None:
+        policy.continue_from(start, config.lora)
     if config.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
     policy.shard = shard()
@@ -77,55 +78,50 @@ def load_learner(name: str, profile: Profile, method: str) -> Policy:
 
 
 def _policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:
-    from attune.diffusion.policy import Policy  # diffusers takes seconds to import, and scoring does without
+    from attune.diffusion.policy import Policy  # imports diffusers, which takes seconds, and scoring does without
 
     return Policy(backbone, backbone.encode_prompts([""]), autocast)
 
 
-def method_config(name: str, profile: Profile, method: str) -> MethodConfig:
-    """A run's block, as the Config of its method, a file of attune/methods."""
-    return plugins.load("methods", method).Config.model_validate(profile.methods[name])
+def build_method(method: Plugin, policy: Policy, preference: Path, scorers: Mapping[str, Plugin]) -> Objective:
+    """A method with what it needs.
 
-
-def build_method(name: str, profile: Profile, policy: Policy, preference: Path, method: str) -> Method:
-    """A run's method, given what it says it needs: the step-aware preference model in `preference`, or its rewards."""
-    plugin = plugins.load("methods", method).Method
-    config = method_config(name, profile, method)
-    provided: Mapping[str, Callable[[], Any]] = {
+    Args:
+        preference: folder of the step-aware preference model.
+        scorers: those of the profile by name, of which the method's rewards are.
+    """
+    kind, config = plugins.load("methods", method.name).Method, method.config
+    makers = {
         "preference_model": lambda: load_preference_model(preference),
-        "rewards": lambda: load_rewards(config, profile),
+        "rewards": lambda: load_rewards(config, scorers),
     }
-    return plugin(config, policy, **{need: provided[need]() for need in plugin.needs})
+    return kind(config, policy, **{what: makers[what]() for what in kind.needs})
 
 
 def load_preference_model(folder: Path) -> StepReward:
-    """The step-aware preference model saved by train_preference."""
-    from attune.spm.model import StepAwareReward, load
+    """The step-aware preference model that train_preference has saved."""
+    import importlib
 
-    model, tokenizer = load(folder)
-    return StepAwareReward(model.to(device()), tokenizer)
+    model = importlib.import_module("attune.spm.model")  # by name: only runs that need it depend on its code
+    clip, tokenizer = model.load(folder)
+    return model.StepAwareReward(clip.to(device()), tokenizer)
 
 
-def load_rewards(config: Any, profile: Profile) -> dict[str, Reward]:
+def load_rewards(config: Any, scorers: Mapping[str, Plugin]) -> dict[str, Reward]:
     """The scorers that a method's `rewards` names, shown images by its `preprocess` where they offer that.
 
     Scores are published with Pillow's preprocessing, which has no gradient; evaluation keeps to the profile's.
     """
 
-    def shown(name: str) -> dict[str, str]:
-        field = plugins.config_class("rewards", name).model_fields.get("preprocess")
-        offered = field is not None and config.preprocess in get_args(field.annotation)
-        return {"preprocess": config.preprocess} if offered else {}
+    def shown(scorer: Plugin) -> Plugin:
+        field = plugins.config_class("rewards", scorer.name).model_fields.get("preprocess")
+        if field is None or config.preprocess not in get_args(field.annotation):
+            return scorer
+        return scorer.model_copy(update={"settings": {**scorer.settings, "preprocess": config.preprocess}})
 
-    return {name: _scorer(name, {**profile.scorers[name], **shown(name)}) for name in config.rewards}
-
-
-def load_scorer(name: str, profile: Profile) -> Reward:
-    """One scorer of the profile, frozen."""
-    return _scorer(name, profile.scorers[name])
+    return {name: load_scorer(shown(scorers[name])) for name in config.rewards}
 
 
-def _scorer(name: str, block: Mapping[str, Any]) -> Reward:
-    config = plugin_config("rewards", name, block, f"scorers.{name}")
-    module = plugins.load("rewards", name)
-    return module.load(module.Config.model_validate(config.model_dump()), device())
+def load_scorer(scorer: Plugin) -> Reward:
+    """A scorer, frozen."""
+    return plugins.load("rewards", scorer.name).load(scorer.config, device())

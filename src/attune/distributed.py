@@ -1,7 +1,7 @@
-"""Which rows are this process's, where several train one model, and what the processes tell each other.
+"""Data parallelism: which rows of a minibatch this process computes, and collectives over the processes of a training.
 
-All of them know the same batches and minibatches, draw the same random numbers and make the same steps; each
-computes with its own rows alone. With one process every row is its own, and nothing here does anything.
+All processes see the same batches and minibatches, draw the same random numbers and make the same steps; each
+computes its own rows. A single process computes all rows, and every collective returns its argument unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-Draw = Callable[[tuple[int, ...]], Tensor]
+NoiseFn = Callable[[tuple[int, ...]], Tensor]
+"""Noise of a given shape."""
 
 
 class LostProcessError(RuntimeError):
@@ -27,53 +28,57 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's part of the work: number `rank` of `world_size`."""
+    """This process's part of the work: process `rank` of `world_size`."""
 
     rank: int = 0
     world_size: int = 1
-    padding: bool = False  # no row of this minibatch is ours: we compute with one of another, which counts 0
+    padding: bool = False  # none of the current minibatch's rows is ours: we compute a row of another, which counts 0
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes, logs and paints."""
+        """Whether this is the process that writes files, logs, and samples images."""
         return self.rank == 0
 
     def count(self, n: int) -> int:
-        """How many of n rows are ours; 0 for some, where there are fewer rows than processes."""
+        """How many of n rows are this process's; 0 for some processes if there are fewer rows than processes."""
         return n * (self.rank + 1) // self.world_size - n * self.rank // self.world_size
 
     def rows(self, n: int) -> slice:
-        """Our rows of n, which lie together; the first row, where none is ours: it keeps us in step."""
+        """This process's rows of n, which are contiguous.
+
+        A process without rows gets the first row, because it has to take part in the same collectives as the others.
+        """
         start, count = n * self.rank // self.world_size, self.count(n)
         return slice(start, start + count) if count else slice(0, 1)
 
-    def local_noise(self, draw: Draw, n: int) -> Draw:
-        """Noise of our rows of n prompts, or of k n candidate-major rows, drawn for all: as one process would.
+    def local_noise(self, sample_noise: NoiseFn, n: int) -> NoiseFn:
+        """Noise of this process's rows: what a single process would draw for them.
 
-        What it returns takes the shape of our rows, and so many of them that k is a whole number.
+        Noise is drawn for all n prompts, or for k n candidate-major rows, and this process's rows are selected. What
+        is returned takes the shape of those alone, of which the first dimension must be k times the local prompts.
         """
         rows = self.rows(n)
 
-        def ours(shape: tuple[int, ...]) -> Tensor:
+        def local(shape: tuple[int, ...]) -> Tensor:
             k = shape[0] // (rows.stop - rows.start)
-            return draw((k * n, *shape[1:])).unflatten(0, (k, n))[:, rows].flatten(0, 1)
+            return sample_noise((k * n, *shape[1:])).unflatten(0, (k, n))[:, rows].flatten(0, 1)
 
-        return draw if self.world_size == 1 else ours
+        return sample_noise if self.world_size == 1 else local
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows (first dimension) of all processes in their order, without gradient; none of an padding one."""
+        """The rows (first dimension) of all processes in the order of ranks, without gradient and without padding."""
         if self.world_size == 1:
             return rows
-        here = rows.detach()[: 0 if self.padding else None]
-        sizes = self.all_gather_object(len(here))
-        padded = here.new_zeros((max(sizes), *here.shape[1:]), device=_comm_device())
-        padded[: len(here)] = here
+        local = rows.detach()[: 0 if self.padding else None]
+        sizes = self.all_gather_object(len(local))
+        padded = local.new_zeros((max(sizes), *local.shape[1:]), device=_comm_device())
+        padded[: len(local)] = local
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """The small value of each process, in their order."""
+        """The values of all processes in the order of ranks; for small values, which are pickled."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -87,56 +92,61 @@ class Shard:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def broadcast_from_main(self, ask: Callable[[], T]) -> T:
-        """What the first process answers, who alone is asked; if that raises, it raises in all of them."""
+    def broadcast_from_main(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns in the main process, where alone it is called.
+
+        Raises:
+            RuntimeError: it raised there; in the main process the exception itself is raised.
+        """
         if self.world_size == 1:
-            return ask()
-        said: list[Any] = [None, None]
+            return compute()
+        result_and_error: list[Any] = [None, None]
         if self.is_main_process:
             try:
-                said[0] = ask()
+                result_and_error[0] = compute()
             except Exception as error:
                 dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
                 raise
-        dist.broadcast_object_list(said)
-        if said[1] is not None:
-            raise RuntimeError(f"the first process has ended the training: {said[1]}")
-        return said[0]
+        dist.broadcast_object_list(result_and_error)
+        result, error = result_and_error
+        if error is not None:
+            raise RuntimeError(f"the first process has ended the training: {error}")
+        return result
 
     @contextmanager
     def process_group_guard(self) -> Iterator[None]:
-        """Around all that needs the other processes: says plainly when one of them is gone.
+        """Wraps code that communicates, so that the loss of another process is reported in plain words.
 
-        Where one ends, the launcher tells the others to stop (SIGTERM), unless they have noticed before.
+        When a process ends, the launcher sends SIGTERM to the others, unless a collective has failed in them before.
 
         Raises:
-            LostProcessError: one is gone, whatever the libraries call that.
-            SystemExit: we were told to stop.
+            LostProcessError: a collective failed because another process is gone.
+            SystemExit: the launcher sent SIGTERM.
         """
         if self.world_size == 1:
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._told_to_stop)
+        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             yield
         except RuntimeError as error:
             if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            before = signal.SIG_IGN  # the launcher stops us next, and must not before this has been told
-            what = str(error).strip().splitlines()[0]
-            raise LostProcessError(f"{self._lost('another is gone')} ({what})") from None
+            handler = signal.SIG_IGN  # the launcher's SIGTERM is next, and must not cut off the message
+            reason = str(error).strip().splitlines()[0]
+            raise LostProcessError(f"{self._cannot_go_on('another is gone')} ({reason})") from None
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)
 
-    def _told_to_stop(self, *_: Any) -> None:
-        sys.exit(self._lost("told to stop, which happens when another has ended"))
+    def _on_sigterm(self, *_: Any) -> None:
+        sys.exit(self._cannot_go_on("told to stop, which happens when another has ended"))
 
-    def _lost(self, why: str) -> str:
-        us = f"process {self.rank} of the {self.world_size} that train together"
-        return f"{us} cannot go on: {why}. Started again, the training goes on from its last checkpoint."
+    def _cannot_go_on(self, why: str) -> str:
+        process = f"process {self.rank} of the {self.world_size} that train together"
+        return f"{process} cannot go on: {why}. Started again, the training goes on from its last checkpoint."
 
 
 def _comm_device() -> torch.device:
-    """Where tensors must lie to be sent."""
-    here = dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if here else torch.device("cpu")
+    """The device on which tensors must be to be sent."""
+    nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,123 +12,99 @@ import pandas as pd
 import torch
 
 from attune.build import build_method, load_learner, load_scorer
-from attune.config.plugins import plugin_config
-from attune.config.profile import Profile
+from attune.config.plan import Plugin, RunPlan, Session, read
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
-from attune.data.prepared import PreparedData
+from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import scorer_identity
 from attune.files import values_sha
-from attune.interfaces import Method, Reward
-from attune.paths import PREFERENCE, PREPARED
+from attune.interfaces import Objective, Reward
+from attune.paths import Paths
 from attune.training.checkpoint import resumable
-from attune.training.loop import Batches, View, Watch, epoch_rows, train
+from attune.training.early_stopping import EarlyStopping
+from attune.training.loop import Batches, Callbacks, epoch_rows, train
 
 if TYPE_CHECKING:
     from attune.tracking import Run
 
-PREVIEW_PROMPTS = 6
-PREVIEWS = 5  # image grids per training
+SAMPLES, SAMPLE_PROMPTS = 5, 6  # image grids per training, and rows of each
 
 
-def align(
-    name: str,
-    uses: str,
-    profile: Profile,
+def finetune(
+    plan: RunPlan,
     run: Run,
     folder: Path,
     *,
     checkpoints: Path | None = None,
-    report: Callable[[int, float], None] = lambda batch, score: None,
-    previews: int = PREVIEWS,
+    on_score: Callable[[int, float], None] = lambda batch, score: None,
+    samples: int = SAMPLES,
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains the policy and saves it in `folder`; returns a row of metrics per step, and facts for the report.
 
-    Of several processes that train it together, the first saves it.
+    Where several processes train together, the main process saves it.
 
     Args:
-        name: the block of `profile.methods` with the run's settings.
-        uses: the method, a file of attune/methods.
-        run: where curves, scores and previews go.
+        run: where curves, scores and sample images go.
         checkpoints: the repository's root, for a run that is to be resumable; None for one that is not.
-        report: told every held-out score as it is taken, with the batches done; may raise to end the training.
-        previews: image grids to be painted on the way; 0 for none.
+        on_score: called with batches done and each validation score; may raise to end the training.
+        samples: how many grids of sample images to log on the way.
     """
-    policy = load_learner(name, profile, uses)
-    method = build_method(name, profile, policy, PREFERENCE, uses)
-    config: MethodConfig = method.config
-    seed = seed_of(profile.seed, config.start)
-    n, batches = training_batches(method, policy.device, seed)
-    run.dataset(PREPARED / "pairs.parquet", "preference pairs", n)
-    settings = {uses: dict(profile.methods[name]), "rewards": rewards_seen(config, profile)}
-    needs = [PREPARED, *([PREFERENCE] if "preference_model" in method.needs else [])]
-    if config.start is not None and Path(config.start).exists():  # one from the hub is named with its commit
-        needs.append(Path(config.start))
-    values = [profile.seed, profile.model.model_dump(), settings]
+    paths = Paths(plan.profile)
+    start = start_of(plan)
+    policy = load_learner(plan.method.config, plan.model, plan.seed, start)
+    method = build_method(plan.method, policy, paths.preference, plan.scorers)
+    config = method.config
+    seed = seed_of(plan.seed, start)
+    n, batches = training_batches(method, paths.prepared, policy.device, seed)
+    run.dataset(paths.prepared / "pairs.parquet", "preference pairs", n)
     main = policy.shard.is_main_process
-    keeping = resumable(checkpoints, f"align@{name}", values, needs, main) if checkpoints else nullcontext()
-    with keeping as checkpoint:
+    kept = nullcontext() if checkpoints is None else _checkpoint(plan, checkpoints, paths, start, main)
+    with kept as checkpoint:
         history, scores = train(
             method,
             policy,
             batches,
-            config,
             seed=seed,
             checkpoint=checkpoint,
-            watch=watched(config.validation, policy, profile, run, report) if config.validation else None,
-            view=View(
-                f"align {name}",
-                run.log,
-                preview(policy, profile, run) if previews else None,
-                max(1, config.batches // max(1, previews)),
-            ),
+            early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
+            callbacks=_callbacks(plan, policy, run, config, on_score, samples),
         )
-        if policy.shard.is_main_process:
+        if main:
             policy.save(folder)
-    return history, {
-        "trained_on": [*config.trained_on, *(["pickscore"] if "preference_model" in method.needs else [])],
-        "start": config.start,
-        **({"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}),
-    }
+    validated = {"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}
+    return history, {"trained_on": plan.trained_on, "start": start, **validated}
 
 
-def training_batches(method: Method, device: torch.device, seed: int) -> tuple[int, Batches]:
+def start_of(plan: RunPlan) -> str | None:
+    """What the training starts from: the model of the run before it, or a released one; None: the base model."""
+    return str(Paths(plan.profile).model(plan.after)) if plan.after else plan.method.config.start
+
+
+def seed_of(seed: int, start: str | None) -> int:
+    """The seed of a training: one that goes on must not see the batches and the noise again that it started with."""
+    return seed if start is None else int(values_sha([seed, start]), 16)
+
+
+def training_batches(method: Objective, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
     """How many rows a method learns from, pairs or prompts, and batch number b of them."""
-    data = PreparedData.read(PREPARED, "train", device, keep_ties=True)
+    data = PreparedData.read(prepared, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
     pairs = method.consumes == "pairs"
     n, draw = (len(data.pairs), data.pair_batch) if pairs else (len(data.prompts), data.prompt_batch)
     return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 
 
-def seed_of(seed: int, start: str | None) -> int:
-    """The seed of a training: what goes on must not see the batches and the noise again that it started with."""
-    return seed if start is None else int(values_sha([seed, start]), 16)
-
-
-def rewards_seen(config: MethodConfig, profile: Profile) -> list[tuple[str, str, str]]:
-    """Weights and settings of the scorers asked while a method trains: its checkpoints are of these alone."""
-    names = [*getattr(config, "rewards", ()), *([config.validation.scorer] if config.validation else [])]
-    blocks = {name: plugin_config("rewards", name, profile.scorers[name], f"scorers.{name}") for name in names}
-    return [scorer_identity(name, block) for name, block in blocks.items()]
-
-
-def watched(
-    validation: Validation, policy: Policy, profile: Profile, run: Run, report: Callable[[int, float], None]
-) -> Watch:
-    """The held-out score of a training: the mean over validation prompts, logged and reported as it is taken."""
-    scorer, prompts = load_scorer(validation.scorer, profile), validation_prompts(validation.prompts)
+def early_stopping(validation: Validation, policy: Policy, plan: RunPlan) -> EarlyStopping:
+    """When a training is validated and ends; its score is the mean over validation prompts."""
+    scorer = load_scorer(plan.scorers[validation.scorer])
+    prompts = validation_prompts(Paths(plan.profile).prepared, validation.prompts)
 
     def score() -> float:
-        return float(validation_scores(policy, validation.sampling, profile.seed, scorer, prompts).mean())
+        return float(validation_scores(policy, validation.sampling, plan.seed, scorer, prompts).mean())
 
-    def told(batch: int, step: int, value: float) -> None:
-        run.log({f"validation/{validation.scorer}": value}, step)
-        report(batch, value)
-
-    return Watch(score, validation.every, validation.at_start_and_end, validation.patience, told)
+    return EarlyStopping(score, validation.every, validation.at_start_and_end, validation.patience)
 
 
 def validation_scores(
@@ -146,32 +121,46 @@ def validation_scores(
     return np.concatenate(scores)
 
 
-def validation_prompts(n: int) -> list[str]:
+def validation_prompts(prepared: Path, n: int) -> list[str]:
     """The first n prompts that are neither trained on nor reported on; fewer, where there are fewer."""
-    table = pd.read_parquet(PREPARED / "prompts.parquet")
+    table = pd.read_parquet(prepared / "prompts.parquet")
     return table.prompt[table.split == "validation"].head(n).tolist()
 
 
-def preview(policy: Policy, profile: Profile, run: Run) -> Callable[[int], None] | None:
-    """A callback that paints the same few validation prompts and logs them as one grid, with a step slider.
+def scorers_seen(scorers: dict[str, Plugin]) -> list[tuple[str, str, str]]:
+    """Weights and settings of the scorers asked while a method trains: its checkpoints are of these alone."""
+    return [scorer_identity(name, scorer.config) for name, scorer in scorers.items()]
 
-    None if there are no validation prompts.
-    """
-    from attune.evaluation.report.figures import image_grid  # matplotlib, for the tracking UI alone
 
-    prompts = validation_prompts(PREVIEW_PROMPTS)
-    if not prompts:
-        return None
+def _checkpoint(plan: RunPlan, root: Path, paths: Paths, start: str | None, writes: bool):
+    """A checkpoint that only a run with the same settings, scorers and inputs finds again."""
+    values = [plan.seed, plan.model.model_dump(), plan.method.model_dump(), scorers_seen(plan.scorers)]
+    inputs = [paths.prepared, *([paths.preference] if plan.needs_preference else [])]
+    inputs += [Path(start)] if start is not None and Path(start).exists() else []
+    return resumable(root, f"align@{plan.profile}-{plan.run}", values, inputs, writes)
 
-    def images() -> np.ndarray:
-        return generate_images(policy, prompts, [0] * len(prompts), profile.generate.sampling, profile.seed, None)
 
-    @cache  # not before it is shown: of several processes only one ever shows anything
-    def before() -> np.ndarray:
-        with policy.reference():
-            return images()
+def _callbacks(
+    plan: RunPlan,
+    policy: Policy,
+    run: Run,
+    config: MethodConfig,
+    on_score: Callable[[int, float], None],
+    samples: int,
+) -> Callbacks:
+    """What is logged while a training runs; nothing here changes what is trained."""
+    from attune.tracking.samples import sampler
 
-    def show(step: int) -> None:
-        run.image("samples", image_grid({"reference": before(), "policy": images()}, prompts), step)
+    def log_score(batch: int, step: int, score: float) -> None:
+        run.log({f"validation/{config.validation.scorer}": score}, step)
+        on_score(batch, score)
 
-    return show
+    prompts = validation_prompts(Paths(plan.profile).prepared, SAMPLE_PROMPTS) if samples else []
+    show = sampler(policy, prompts, read(Session, "session").samples, plan.seed, run) if prompts else None
+    return Callbacks(
+        desc=f"align {plan.run}",
+        log=run.log,
+        on_score=log_score,
+        sample_images=show,
+        sample_every=max(1, config.batches // max(1, samples)),
+    )

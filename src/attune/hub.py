@@ -1,57 +1,212 @@
-"""Weights from files nobody has to trust: found, checked, read without running anything, and fitted exactly.
+"""The one door for weights: says where they are, fetches them, checks them, and reads them without running anything.
 
-A pickle can run any program when it is read. So files are safetensors, or pickles of which only tensors and plain
-containers are read (`weights_only`, and torch >= 2.10 for CVE-2026-24747); there is no way around that.
+Notation: a local file or folder, or `owner/name[/file/in/repository]@commit` on the Hugging Face Hub. The commit is
+written in full (40 hex digits), because a branch or a tag can be moved and a score could then not be repeated.
+
+A pickle can run any program when it is read. So weights are safetensors, or pickles of which only tensors and plain
+containers are read (`weights_only`, and torch >= 2.10 for CVE-2026-24747). Weights that are not finite are refused.
+
+Settings are parsed with this module, so torch and the Hub's libraries are imported in the functions that need them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from attune.files import digest
 
-HUB = "hf://"
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
+NOTATION = "owner/name[/file]@<commit, 40 hex digits>"
+_HUB = re.compile(r"(?P<place>[\w.-]+/[\w.-]+)(?P<inner>(/[^/@]+)*)(@(?P<commit>.*))?")
 
 
-def find_file(path: str, revision: str | None = None, sha256: str | None = None) -> Path:
-    """A local file, or `hf://owner/repository/file` fetched from the Hub (cached).
+class HubError(OSError):
+    """The Hub could not give what was asked of it; the message names the source and the remedy."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights are: `place` is a local path, or with a `commit` a Hub repository, of which `inner` is meant."""
+
+    place: str
+    inner: str = ""
+    commit: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """The last part of its name, without ending."""
+        return Path(self.inner or self.place).stem
+
+    def __truediv__(self, name: str) -> Source:
+        """A file or folder inside this folder."""
+        if self.commit is None:
+            return replace(self, place=str(Path(self.place) / name))
+        return replace(self, inner=f"{self.inner}/{name}".strip("/"))
+
+    def __str__(self) -> str:
+        return self.place if self.commit is None else f"{self.place}{self.inner and '/'}{self.inner}@{self.commit}"
+
+
+def parse(text: str | Path) -> Source:
+    """Reads the notation. What exists here is local, whatever it looks like.
+
+    Raises:
+        ValueError: it is empty, or is not here and looks like a Hub address without its full commit.
+    """
+    text = str(text)
+    if not text.strip():
+        raise ValueError(f"an empty path; write a local one, or {NOTATION}")
+    found = _HUB.fullmatch(text)
+    if Path(text).exists() or found is None or text.startswith("."):
+        return Source(text)
+    place, inner, commit = found["place"], found["inner"].strip("/"), found["commit"]
+    if commit is not None and re.fullmatch("[0-9a-f]{40}", commit):
+        return Source(place, inner, commit)
+    if commit is not None:
+        raise ValueError(f"{text}: {commit!r} is no full commit (40 hex digits); a branch or a tag can move")
+    if inner and Path(text.split("/")[0]).is_dir():
+        return Source(text)  # a local file that is not here yet: its first folder is
+    raise ValueError(f"{text} is not here, and on the Hub it needs its full commit: {text}@<40 hex digits>")
+
+
+# ---------------------------------------------------------------- fetching
+
+
+def fetch_file(source: Source, sha256: str | None = None, repo_type: str = "model") -> Path:
+    """The file, downloaded once if it is on the Hub.
 
     Args:
-        revision: Hub commit; ignored for a local file.
-        sha256: what the file must hash to, 64 hex digits; None accepts any file.
+        sha256: what it must hash to, 64 hex digits; None accepts any file.
+        repo_type: "model" or "dataset".
 
     Raises:
         FileNotFoundError: no such local file.
-        ValueError: the Hub address has fewer than three parts, or the file is not the one asked for.
+        HubError: it could not be downloaded.
+        ValueError: the source is a whole repository, or the file has another hash.
     """
-    file = _fetched(path, revision)
+    if source.commit is None:
+        file = Path(source.place)
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {source}; one on the Hub is written {NOTATION}")
+    elif not source.inner:
+        raise ValueError(f"{source}: which file of the repository? It is written {NOTATION}")
+    else:
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(source):
+            file = hf_hub_download(source.place, source.inner, repo_type=repo_type, revision=source.commit)
     if sha256 is not None:
-        with file.open("rb") as opened:
+        with Path(file).open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != sha256:
-            raise ValueError(f"{path} has sha256 {found}, not {sha256}; it was not loaded")
-    return file
+            raise ValueError(f"{source} has sha256 {found}, not {sha256}; it was not loaded")
+    return Path(file)
 
 
-def _fetched(path: str, revision: str | None) -> Path:
-    if not path.startswith(HUB):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {path}; one on the Hub is written {HUB}owner/repository/file")
-        return Path(path)
-    parts = path.removeprefix(HUB).split("/", 2)
-    if len(parts) < 3:
-        raise ValueError(f"{path} should read {HUB}owner/repository/file")
-    return Path(hf_hub_download("/".join(parts[:2]), parts[2], revision=revision))
+def fetch_folder(source: Source, patterns: Sequence[str]) -> Path:
+    """The folder; if it is on the Hub, with all its files that match a pattern, each downloaded once.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        HubError: it could not be downloaded.
+    """
+    folder = Path(source.place)
+    if source.commit is not None:
+        folder = Path(_snapshot(source, patterns)) / source.inner
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {source}; one on the Hub is written {NOTATION}")
+    return folder
+
+
+def download_size(source: Source, patterns: Sequence[str]) -> int:
+    """Bytes that `fetch_folder` would still download. Raises HubError if the Hub cannot be asked."""
+    if source.commit is None:
+        return 0
+    return sum(file.file_size for file in _snapshot(source, patterns, dry_run=True) if file.will_download)
+
+
+def list_files(source: Source, repo_type: str = "model") -> dict[str, int]:
+    """Files of a Hub repository, or below its folder `inner`: path in the repository -> bytes. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(source):
+        tree = HfApi().list_repo_tree(source.place, repo_type=repo_type, revision=source.commit, recursive=True)
+        files = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
+    inside = f"{source.inner}/" if source.inner else ""
+    return {path: size for path, size in files.items() if path == source.inner or path.startswith(inside)}
+
+
+def is_here(source: Source) -> bool:
+    """Whether the source is local, or the cache has the file or something of the repository; asks no network."""
+    if source.commit is None:
+        return True
+    from huggingface_hub import constants
+
+    folders = [f"{kind}s--{source.place.replace('/', '--')}" for kind in ("model", "dataset")]
+    snapshots = [Path(constants.HF_HUB_CACHE, folder, "snapshots", source.commit) for folder in folders]
+    return any((snapshot / source.inner).exists() for snapshot in snapshots)
+
+
+def _snapshot(source: Source, patterns: Sequence[str], **options: Any) -> Any:
+    from huggingface_hub import snapshot_download
+
+    allowed = [f"{source.inner}/{pattern}".lstrip("/") for pattern in patterns]
+    with _hub_errors(source):
+        return snapshot_download(source.place, revision=source.commit, allow_patterns=allowed, **options)
+
+
+@contextmanager
+def _hub_errors(source: Source) -> Iterator[None]:
+    """Turns the many errors of huggingface_hub and its network library into one line and a remedy."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RepositoryNotFoundError as error:  # gated ones as well
+        raise HubError(f"{source}: no such repository, or no access: check the name, or `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{source}: the repository has no such commit") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise HubError(f"{source}: the repository has no such file at this commit") from error
+    except Exception as error:  # no network, a proxy, a full disk: the message says which
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        remedy = "once it was fetched where there is a network, the cache (HF_HOME) serves without"
+        raise HubError(f"{source} is not in the cache and could not be fetched ({reason}); {remedy}") from error
+
+
+def identity(source: Source) -> str:
+    """What tells these weights from any others, for a protocol or a cache key.
+
+    On the Hub the commit (12 hex digits) and the file; here the digest of the folder, or of the file and of the layout
+    beside it (`.json` of the same stem). Where local weights lie does not count.
+
+    Raises:
+        FileNotFoundError: local weights are not there.
+    """
+    if source.commit is not None:
+        return f"{source.commit[:12]}{source.inner and '/'}{source.inner}"
+    path = Path(source.place)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {source}")
+    layout = path.with_suffix(".json")
+    beside = [layout] if path.is_file() and layout != path and layout.exists() else []
+    return "+".join(digest(file)[:12] for file in (path, *beside))
+
+
+# ---------------------------------------------------------------- reading
 
 
 def read_tensors(file: str | Path) -> dict:
@@ -60,30 +215,82 @@ def read_tensors(file: str | Path) -> dict:
     Pickles are mapped, not copied, where their format allows it: clone what outlives a change of the file.
 
     Raises:
-        ValueError: the pickle holds anything else, or is none; nothing in it is executed.
+        ValueError: the pickle holds anything else, or is none (nothing in it is executed); the file cannot be read; or
+            a tensor is not finite.
     """
-    if Path(file).suffix == ".safetensors":
-        return load_file(file)
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        # only zip-format files can be mapped; older ones are tar-like
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if Path(file).suffix == ".safetensors":
+            tensors = load_file(file)
+        else:  # only zip-format files can be mapped; older ones are tar-like
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(file)) from error
+    except SafetensorError as error:
+        raise ValueError(damage(file, error)) from error
+    check_finite(tensors, file)
+    return tensors
+
+
+def damage(file: str | Path, error: Exception) -> str:
+    """The message for a file that is no safetensors file: what is there instead, where that is known."""
+    with Path(file).open("rb") as opened:
+        start = opened.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{file} is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
+    if start.startswith((b"<!doctype", b"<html")):
+        return f"{file} is a web page, not weights: download the file itself"
+    return f"{file} is damaged, or no safetensors file: {error}"
 
 
 def refusal(source: str | Path) -> str:
-    """What to tell whoever offers a pickle that wants to run something."""
+    """The message for a pickle that would run something."""
     return f"{source} was not loaded: it holds more than tensors, and reading that could run any program"
 
 
+def check_finite(tensors: Any, source: str | Path | Source) -> None:
+    """Raises ValueError naming the first tensor, in nested mappings or lists too, that holds a NaN or an infinity."""
+    import torch
+
+    for name, tensor in _named_tensors(tensors):
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has few operations of its own
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
+            raise ValueError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
+
+
+def _named_tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        yield name, values
+    elif isinstance(values, Mapping | list | tuple):
+        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+            yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
 def read_json(file: str | Path) -> dict:
-    """A JSON object."""
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+    """A JSON object. Raises ValueError naming the file if it is none."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies tensors into the module. Raises ValueError naming missing and unexpected ones."""
-    _refuse_misfit(*module.load_state_dict(tensors, strict=False), source)
+def count_parameters(folder: Path) -> int:
+    """Numbers in all safetensors files of a folder, from their headers alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    return total
+
+
+# ---------------------------------------------------------------- modules
 
 
 def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
@@ -92,14 +299,18 @@ def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: st
     Args:
         build: makes the module; called where tensors have shapes but no memory.
         tensors: all its parameters and saved buffers, of the right dtype.
-        source: what to blame.
+        source: named in errors.
 
     Raises:
         ValueError: naming missing and unexpected tensors.
     """
+    import torch
+
     with torch.device("meta"):
         module = build()
-    _refuse_misfit(*module.load_state_dict(tensors, strict=False, assign=True), source)
+    missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta and name != "position_ids":
@@ -118,8 +329,3 @@ def _some(names: Iterable[str], most: int = 6) -> str:
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{names[:most]}{more}"
-
-
-def _refuse_misfit(missing: list[str], unexpected: list[str], source: str | Path) -> None:
-    if missing or unexpected:
-        raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")

@@ -1,16 +1,60 @@
-"""Where things lie, relative to the checkout; and the repository they belong to."""
+"""Where a profile's data, models and reports are, relative to the checkout; and the repository they belong to."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-PREPARED = Path("data/prepared")
-GENERATED = Path("data/generated")
-MODELS = Path("models")
-PREFERENCE = MODELS / "preference"
-REPORTS = Path("reports")
-RUNS = Path(".checkpoints/runs")  # neither in git nor in DVC: run ids mean something in one tracking store only
+CHECKPOINTS = Path(".checkpoints")  # below the project root; neither in git nor in DVC
+TIMES = CHECKPOINTS / "seconds.json"  # how long each stage took the last time
+TRACKED_RUNS = CHECKPOINTS / "runs"  # run ids mean something in one tracking store only
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The folders of a profile."""
+
+    profile: str
+
+    @property
+    def data(self) -> Path:
+        return Path("data", self.profile)
+
+    @property
+    def prepared(self) -> Path:
+        return self.data / "prepared"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.data / "quarantine.csv"
+
+    def generated(self, run: str) -> Path:
+        return self.data / "generated" / run
+
+    def model(self, run: str) -> Path:
+        return Path("models", self.profile, run)
+
+    @property
+    def preference(self) -> Path:
+        return self.model("preference")
+
+    @property
+    def reports(self) -> Path:
+        return Path("reports", self.profile)
+
+    def training(self, name: str) -> Path:
+        """Curves (.csv) and facts (.json) of a training, without the ending."""
+        return self.reports / "train" / name
+
+    def scores(self, run: str) -> Path:
+        return self.reports / "scores" / f"{run}.parquet"
+
+    def features(self, run: str) -> Path:
+        return self.reports / "features" / f"{run}.npy"
+
+    def search(self, run: str) -> Path:
+        return self.reports / "sweeps" / run
 
 
 def project_root() -> Path:

@@ -10,21 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import params
 import tiny
 from attune.build import build_method
 from attune.config import plugins
-from attune.config.check import method_of, read_params
+from attune.config.plan import Plugin
 from attune.config.plugins import plugin_config
-from attune.config.profile import Params, Profile
-from attune.config.schema import check
+from attune.config.resolve import method_of
 from attune.diffusion.policy import fingerprint
 from attune.spm.model import from_clip, save
 from attune.training.checkpoint import Checkpoint
 from attune.training.loop import batch_generator
 
 ROOT = Path(__file__).parents[2]
-PARAMS = check(Params, read_params(ROOT / "params.yaml"))
-PROFILES = PARAMS.profiles
+PROFILES = {path.stem: params.shipped(path.stem)[1] for path in (ROOT / "params").glob("*.yaml")}
 METHODS = plugins.available("methods")
 # every other loss compares chosen with rejected, relative to the reference
 NOT_PREFERENCE = {"sft", "kto", "mapo", "alignprop", "draft", "refl"}
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.parametrize("name", METHODS)
 
 def blocks(profile: str, method: str) -> dict[str, dict]:
     """The settings of every run of a method, by the run's name."""
-    return {name: block for name, block in PROFILES[profile]["methods"].items() if method_of(name, PARAMS) == method}
+    return {name: block for name, block in PROFILES[profile]["methods"].items() if method_of(name, {}) == method}
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +51,8 @@ def build(preference, monkeypatch):
 
     def build(name, policy):
         block = {**next(iter(blocks("short", name).values())), "batches": 3, "batch_size": 2}
-        profile = check(Profile, {**PROFILES["short"], "methods": {name: block}}, "short")
-        return build_method(name, profile, policy, preference, name)
+        method = Plugin(kind="methods", name=name, settings=block)
+        return build_method(method, policy, preference, params.scorers(PROFILES["short"]))
 
     return build
 
@@ -76,7 +75,7 @@ def test_it_names_the_scorers_it_trains_on(name):
 def test_every_block_is_read_and_written_alike(name, profile):
     assert blocks(profile, name) or profile != "short"
     for run, block in blocks(profile, name).items():
-        where = f"profiles.{profile}.methods.{run}"
+        where = f"params/{profile}.yaml:methods.{run}"
         config = plugin_config("methods", name, block, where)
         again = plugins.load("methods", name).Config.model_validate(config.model_dump())
         assert again.model_dump() == config.model_dump()

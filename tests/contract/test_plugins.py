@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import typing
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,18 +16,18 @@ from ruamel.yaml import YAML
 
 import tiny_scorers
 from attune.config import plugins
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
+from attune.config.resolve import read_yaml
 from attune.config.schema import ConfigError
-from attune.config.settings import SourceConfig
-from attune.data.sources import SPLITS, Pair, Prompt, Quota, SourceError
+from attune.config.settings import Model, SourceConfig
+from attune.data.rows import Pair, Prompt, Quota, SourceError
+from attune.data.splits import SPLITS, count_rows
 from attune.interfaces import Reward
 from attune.world.grammar import all_scenes
 from attune.world.render import render
 
 ROOT = Path(__file__).parents[2]
-PROFILES = read_params(ROOT / "params.yaml")["profiles"]
-WITH_CONFIG = [(kind, name) for kind in ("methods", "rewards", "sources") for name in plugins.available(kind)]
+PROFILES = {path.stem: read_yaml(path) for path in sorted((ROOT / "params").glob("*.yaml"))}
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,16 @@ def at_the_root(monkeypatch):
 # ---------------------------------------------------------------- all kinds
 
 
-def test_all_of_params_is_checked_without_torch():
+HEAVY = {"transformers", "diffusers", "peft", "accelerate"}  # seconds each; torch alone takes one
+
+
+@pytest.mark.parametrize("kind", ["methods", "rewards", "sources", "backbones"])
+def test_plugins_are_quick_to_import(kind):
+    """Settings are checked, and a run is planned, before any work: by then all plug-ins may have been imported."""
     code = (
-        "import sys; from attune.config import check as config, plugins\n"
-        f"for kind, name in {WITH_CONFIG!r}: plugins.config_class(kind, name)\n"
-        "config.load()\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "import sys; from attune.config import plugins\n"
+        f"for name in plugins.available({kind!r}): plugins.load({kind!r}, name)\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     command = [sys.executable, "-c", code]
@@ -65,6 +70,18 @@ def test_a_wrong_name_is_answered_with_the_right_ones(kind):
 def test_a_backbone_is_loaded_by_its_block_and_a_device(name):
     load = plugins.load("backbones", name).load
     assert list(inspect.signature(load).parameters) == ["model", "device"]
+
+
+@pytest.mark.parametrize("name", plugins.available("backbones"))
+def test_a_backbone_can_be_planned_for_before_it_is_here(name):
+    module, there = plugins.load("backbones", name), f"owner/name@{'0' * 40}"
+    facts = module.facts(Model(backbone=name, path=there))
+    assert min(facts.denoiser, facts.text_encoders, facts.autoencoder) > 1e6
+    assert facts.resolution in (512, 1024)
+    assert module.facts(Model(backbone=name, path=there, resolution=64)).resolution == 64
+    for source, patterns in module.downloads(Model(backbone=name, path=there)):
+        assert source.commit == "0" * 40
+        assert patterns
 
 
 # ---------------------------------------------------------------- rewards
@@ -140,8 +157,11 @@ def test_what_is_no_image_in_0_1_is_refused(scorer, pictures, wrong):
         scorer(images, prompts)
 
 
-def test_its_licence_is_known(scorer):
+def test_it_declares_what_others_ask_of_it(scorer):
+    assert isinstance(scorer.license, str)
     assert scorer.license
+    assert isinstance(scorer.differentiable, bool)
+    assert scorer.expected_range is None or scorer.expected_range[0] < scorer.expected_range[1]
 
 
 def shown_blocks():
@@ -162,23 +182,28 @@ def test_it_is_shown_how_to_use_it(name):
         plugin_config("rewards", name, block, f"scorers.{name}")
 
 
-@pytest.mark.parametrize("name", sorted(set(plugins.available("rewards")) - {"oracle"}))
+def with_weights():
+    """Scorers that have any: their Config says where."""
+    return [n for n in plugins.available("rewards") if plugins.config_class("rewards", n).location_fields()]
+
+
+@pytest.mark.parametrize("name", with_weights())
 def test_the_published_weights_are_documented_pinned_and_guarded(name):
     module = plugins.load("rewards", name)
     configs = [module.Config.model_validate(block) for block in shown_blocks()[name]]
-    published = [config for config in configs if config.sane_mean(module.PUBLISHED)]
+    published = [config for config in configs if config.range_of_mean(module.PUBLISHED)]
     assert published
     for config in published:
-        for field, (place, commit) in config.locations().items():
+        for field, source in config.locations().items():
             hashed = getattr(config, "sha256" if field == "path" else f"{field}_sha256", None)
-            assert commit or hashed, f"{place} can change unnoticed"
+            assert source.commit or hashed, f"{source} can change unnoticed"
 
 
 # ---------------------------------------------------------------- sources
 
 
-def paint(prompts, ordinals, title):
-    """Pictures of the world stand in for the base model's."""
+def generate_images(prompts, ordinals, desc):
+    """Renderings of the world instead of images of the base model."""
     assert len(prompts) == len(ordinals)
     assert len(set(zip(prompts, ordinals, strict=True))) == len(prompts)  # or two would be the same
     scenes = {scene.prompt: scene for scene in all_scenes()}
@@ -206,9 +231,60 @@ def test_the_docs_show_how_to_use_a_source(name):
 def test_data_that_is_not_there_is_noticed_before_a_row_is_asked_for(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = plugins.load("sources", name)
-    block = documented(name)[0] | {"path": "data/raw/nothing/here", "test_list": None}
+    block = documented(name)[0] | {"path": str(tmp_path / "nothing/here"), "test_list": None}
     with pytest.raises(SourceError, match="nothing/here"):
-        module.read(module.Config.model_validate(block), 0, paint, Quota())
+        module.read(module.Config.model_validate(block), 0, generate_images, Quota())
+
+
+@pytest.mark.parametrize("name", plugins.available("sources"))
+def test_a_source_is_quick_to_import(name):
+    """The plan imports it for its settings. A cold import of pandas or scipy takes longer than the plan may."""
+    code = (
+        f"import sys, attune.data.sources.{name}; "
+        "heavy = {'torch', 'pandas', 'scipy', 'huggingface_hub', 'transformers', 'diffusers'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={"PYTHONPATH": "src"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", plugins.available("sources"))
+def test_a_source_tells_the_plan_what_it_needs(name, tmp_path, monkeypatch):
+    """Without data: only what is there to be read may be missed, and that as `read` would."""
+    monkeypatch.chdir(tmp_path)
+    module = plugins.load("sources", name)
+    assert isinstance(module.HAS_PAIRS, bool)
+    assert isinstance(module.FREE_PROMPTS, bool)
+    for block in documented(name):
+        config = module.Config.model_validate(block)
+        files = module.needs_files(config)
+        assert all(isinstance(path, Path) for path in files)
+        on_the_hub = "@" in getattr(config, "path", "")
+        named = [] if on_the_hub or name == "world" else [config.path]
+        listed = [getattr(config, "test_list", None), getattr(config, "validation_list", None)]
+        assert {str(path) for path in files} == {path for path in (*named, *listed) if path is not None}
+        for ask in (module.split_sizes, module.listed_prompts):
+            with suppress(SourceError):
+                ask(config)
+
+
+LISTED = ["a small red ring on a white background", "a cat"]
+
+
+@pytest.mark.parametrize("name", sorted(set(plugins.available("sources")) - {"world", "prompts"}))
+def test_the_prompts_of_a_test_list_are_known_and_its_file_is_needed(name, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(LISTED))
+    module = plugins.load("sources", name)
+    block = documented(name)[0] | {"path": str(tmp_path), "test_list": str(tmp_path / "list.txt")}
+    for folder in ("chosen", "rejected"):
+        (tmp_path / folder).mkdir()
+    if name == "table":
+        block["path"] = str(tmp_path / "t.jsonl")
+        (tmp_path / "t.jsonl").write_text("[]")  # no row, and so no column is missing
+    config = module.Config.model_validate(block)
+    assert list(module.listed_prompts(config)) == LISTED
+    assert tmp_path / "list.txt" in module.needs_files(config)
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +292,10 @@ def rows():
     """What the source of the short profile yields."""
     block = {key: value for key, value in PROFILES["short"]["data"].items() if key != "source"}
     module = plugins.load("sources", PROFILES["short"]["data"]["source"])
-    return lambda seed: list(module.read(module.Config.model_validate(block), seed, paint, Quota()))
+    return lambda seed: list(module.read(module.Config.model_validate(block), seed, generate_images, Quota()))
 
 
-def told(rows):
-    """Rows without their pixels."""
+def without_pixels(rows):
     return [replace(row, image_0=None, image_1=None) if isinstance(row, Pair) else row for row in rows]
 
 
@@ -237,7 +312,29 @@ def test_the_embedded_source_keeps_its_word(rows):
             assert not np.array_equal(row.image_0, row.image_1)
 
 
+def test_the_embedded_source_knows_its_sizes(rows):
+    block = {key: value for key, value in PROFILES["short"]["data"].items() if key != "source"}
+    module = plugins.load("sources", "world")
+    config = module.Config.model_validate(block)
+    assert module.split_sizes(config) == count_rows(rows(0), Quota())
+    with pytest.raises(SourceError, match=r"data\.test_prompts: 99999 wanted, the grammar has"):
+        module.split_sizes(config.model_copy(update={"test_prompts": 99999}))
+
+
+def test_only_prompts_change_the_prompts_of_the_embedded_source():
+    block = {key: value for key, value in PROFILES["short"]["data"].items() if key != "source"}
+    module = plugins.load("sources", "world")
+
+    def prompts(**changed):
+        config = module.Config.model_validate(block | changed)
+        return [row for row in module.read(config, 0, generate_images, Quota()) if isinstance(row, Prompt)]
+
+    assert prompts(temperature=1.0, images_per_prompt=3, pair_prompts=5) == prompts()
+    held_out = [row.prompt for row in prompts(train_prompts=12) if row.split != "train"]
+    assert held_out == [row.prompt for row in prompts() if row.split != "train"]
+
+
 def test_a_seed_decides_everything(rows):
     first = rows(0)
-    assert told(rows(0)) == told(first)
-    assert told(rows(1)) != told(first)
+    assert without_pixels(rows(0)) == without_pixels(first)
+    assert without_pixels(rows(1)) != without_pixels(first)

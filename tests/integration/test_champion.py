@@ -12,14 +12,16 @@ import pandas as pd
 import pytest
 import torch
 
+import params
 from attune.build import load_policy
-from attune.config.check import load
+from attune.config.resolve import load
 from attune.diffusion.generate import generate_images
 from attune.diffusion.noise import noise_seed
+from attune.evaluation.champion import NoCandidate, find_candidate
 from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
-from attune.evaluation.summary import summarise
-from attune.stages.champion import challenge
+from attune.evaluation.summarise import summarise
 from attune.tracking import registry
+from attune.tracking.promote import promote
 
 pytestmark = pytest.mark.integration
 
@@ -32,25 +34,31 @@ BASE = np.random.default_rng(0).normal(0, 0.1, 40)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Uri and root of a store; the working directory has the embedded models and two adapters of random weights."""
+    """Uri and root of a store; the working directory has the embedded models and two runs of random weights."""
     before, environment = Path.cwd(), dict(os.environ)
     for key in [key for key in os.environ if key.startswith(("DVC_", "MLFLOW_", "ATTUNE_"))]:
         del os.environ[key]
     root = tmp_path_factory.mktemp("champion")
     (root / "models").mkdir()
     (root / "models/embedded").symlink_to(ROOT / "models/embedded")
-    shutil.copy(ROOT / "params.yaml", root)
+    params.write(root, *params.shipped())
     os.chdir(root)
     for seed, name in enumerate(("dpo", "spo")):
-        policy = load_policy(load()[1])
+        policy = load_policy(load().model)
         policy.add_adapter(4, seed, "attention")
         for weight in policy.parameters():
             weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         policy.save(root / "models" / name)
+        _note(name, "dpo")
     yield "sqlite:///mlflow.db", root
     os.chdir(before)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _note(run: str, method: str | None) -> None:
+    """What the stage align writes beside a run's model."""
+    Path("models", run, "run.json").write_text(json.dumps({"method": method}))
 
 
 def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
@@ -62,16 +70,18 @@ def _report(gains: dict[str, float], protocol: Protocol = PROTOCOL) -> None:
         values = BASE if gain is None else BASE + gain + noise
         tables[name] = pd.DataFrame({"prompt": PROMPTS, "ordinal": 0, "file": "x.png", "oracle": values})
         write_scores(f"reports/scores/{name}.parquet", tables[name], protocol)
-    Path("reports/summary.json").write_text(json.dumps(summarise(tables, protocol)))
+    Path("reports/summary.json").write_text(summarise(tables, protocol).to_json())
 
 
-def _holder(place, alias: str) -> tuple[str, str] | None:
-    found = registry.holder(NAME, alias, *place)
+def _get_by_alias(place, alias: str) -> tuple[str, str] | None:
+    found = registry.get_by_alias(NAME, alias, *place)
     return found and (found.number, found.tags["run"])
 
 
-def _challenge(place, **options: bool) -> str:
-    return challenge(NAME, load()[1], place, **options)
+def _promote(place, **options: bool) -> str:
+    settings = load()
+    candidate = find_candidate(Path("reports"), Path("models"))
+    return promote(NAME, candidate, (settings.model.path, None), place, seed=settings.seed, **options)
 
 
 def test_a_champion_is_made_defended_and_replaced(place):
@@ -81,23 +91,24 @@ def test_a_champion_is_made_defended_and_replaced(place):
     intervals of no width.
     """
     _report({"dpo": -0.1, "spo": 0.0})
-    assert "nothing to register" in _challenge(place)
+    with pytest.raises(NoCandidate, match="no run of the report is better than base by oracle beyond doubt"):
+        _promote(place)
     _report({"dpo": 0.2})
-    assert _challenge(place) == f"dpo, version 1 of {NAME}, is the champion: there was none"
-    assert _challenge(place) == f"dpo is champion already, version 1 of {NAME}"
+    assert _promote(place) == f"dpo, version 1 of {NAME}, is the champion: there was none"
+    assert _promote(place) == f"dpo is champion already, version 1 of {NAME}"
     _report({"spo": 0.199})
-    assert "is registered as challenger: it does not beat version 1 (dpo)" in _challenge(place)
-    assert (_holder(place, "champion"), _holder(place, "challenger")) == (("1", "dpo"), ("2", "spo"))
-    assert "challenger already" in _challenge(place)
+    assert "is registered as challenger: it does not beat version 1 (dpo)" in _promote(place)
+    assert (_get_by_alias(place, "champion"), _get_by_alias(place, "challenger")) == (("1", "dpo"), ("2", "spo"))
+    assert "challenger already" in _promote(place)
     shutil.rmtree("models/spo")
     shutil.copytree("models/dpo", "models/spo")  # other weights, trained anew
     file = Path("models/spo/pytorch_lora_weights.safetensors")
     _shift(file)
     _report({"spo": 0.5})
-    told = _challenge(place)
+    told = _promote(place)
     assert f"spo, version 3 of {NAME}, is the champion: it beats version 1 (dpo), oracle +0.3000" in told
     assert "n = 40 prompts" in told
-    assert _holder(place, "champion") == ("3", "spo")
+    assert _get_by_alias(place, "champion") == ("3", "spo")
 
 
 def _shift(file: Path) -> None:
@@ -109,17 +120,18 @@ def _shift(file: Path) -> None:
 def test_the_champion_paints_what_the_adapter_painted(place):
     """diffusers, with base and adapter from the registry alone, against attune with the adapter's own file."""
     prompt, seed = "a red circle", 7
-    _, profile = load()
-    policy = load_policy(profile)
+    settings = load()
+    sampling = settings.generate.sampling
+    policy = load_policy(settings.model)
     policy.load("models/spo")
-    ours = generate_images(policy, [prompt], [0], profile.generate.sampling, seed, None)[0]
-    bare = generate_images(load_policy(profile), [prompt], [0], profile.generate.sampling, seed, None)[0]
+    ours = generate_images(policy, [prompt], [0], sampling, seed, None)[0]
+    bare = generate_images(load_policy(settings.model), [prompt], [0], sampling, seed, None)[0]
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(prompt, 0, seed)))[None]
-    settings = {"num_inference_steps": profile.generate.sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
-    theirs = np.asarray(pipe(prompt, latents=noise, **settings).images[0])
+    options = {"num_inference_steps": sampling.steps, "guidance_scale": 1.0, "eta": 0.0}
+    theirs = np.asarray(pipe(prompt, latents=noise, **options).images[0])
     assert np.abs(ours.astype(int) - theirs).max() <= 1  # of 255
     assert np.abs(ours.astype(int) - bare).max() > 10  # an adapter that did nothing would agree as well
 
@@ -127,29 +139,34 @@ def test_the_champion_paints_what_the_adapter_painted(place):
 def test_scores_of_another_protocol_are_no_match(place):
     other = Protocol.from_dict(PROTOCOL.to_dict() | {"steps": 50})
     _report({"dpo": 0.9}, other)
-    before = _holder(place, "champion")
+    before = _get_by_alias(place, "champion")
     with pytest.raises(ValueError, match=f"under protocol {PROTOCOL.sha}, the best run here under {other.sha}"):
-        _challenge(place)
-    assert _holder(place, "champion") == before
-    assert "dpo" in _challenge(place, anew=True)
-    assert _holder(place, "champion")[1] == "dpo"
+        _promote(place)
+    assert _get_by_alias(place, "champion") == before
+    assert "dpo" in _promote(place, anew=True)
+    assert _get_by_alias(place, "champion")[1] == "dpo"
 
 
 def test_what_cannot_be_registered_is_named(place):
     _report({"full": 0.9})
-    assert "nothing to register" in _challenge(place)  # no folder: trained elsewhere
-    (Path("models/full/unet")).mkdir(parents=True)
+    with pytest.raises(NoCandidate):  # no folder
+        _promote(place)
+    Path("models/full/unet").mkdir(parents=True)
+    _note("full", None)
+    with pytest.raises(NoCandidate):  # released by somebody
+        _promote(place)
+    _note("full", "dpo")
     with pytest.raises(ValueError, match="full is a whole denoiser; only adapters"):
-        _challenge(place)
+        _promote(place)
     _report({"spo": 0.9}, Protocol.from_dict(PROTOCOL.to_dict() | {"seed": 1}))
-    stale = json.loads(Path("reports/summary.json").read_text())
+    stale = Path("reports/summary.json").read_text()
     _report({"spo": 0.9})
-    Path("reports/summary.json").write_text(json.dumps(stale))
+    Path("reports/summary.json").write_text(stale)
     with pytest.raises(ValueError, match="of different protocols: `dvc repro` first"):
-        _challenge(place)
+        _promote(place)
 
 
 def test_a_registry_that_is_away_is_named_in_a_line(place, tmp_path):
     """Nothing listens on port 9 here."""
     with pytest.raises(registry.RegistryError, match=r"^MlflowException: .*127\.0\.0\.1"):
-        registry.holder(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)
+        registry.get_by_alias(NAME, registry.CHAMPION, "http://127.0.0.1:9", tmp_path)

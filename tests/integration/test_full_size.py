@@ -83,17 +83,16 @@ def shrunk(name: str, folder: Path) -> dict[str, Any]:
     """The shipped profile with other locations and smaller budgets."""
     profile = json.loads(json.dumps(SHIPPED[name]))
     pipeline = (tiny.write_xl_pipeline if name == "sdxl" else tiny.write_pipeline)(folder / "pipeline")
-    profile["model"] |= {"path": pipeline, "revision": None}
+    profile["model"]["path"] = pipeline
     if "vae" in profile["model"]:
-        profile["model"] |= {"vae": f"{pipeline}/vae", "vae_revision": None}
+        profile["model"]["vae"] = f"{pipeline}/vae"
     write_pairs(folder / "train.parquet")
-    profile["data"] |= {"path": str(folder / "train.parquet"), "revision": None, "pairs": 16, "held_out_pairs": 4}
+    profile["data"] |= {"path": str(folder / "train.parquet"), "pairs": 16, "held_out_pairs": 4}
     profile["data"] |= {"validation_share": 0.3, "test_share": 0.3}
     scorers = write_scorers(folder)
     assert set(profile["scorers"]) == set(scorers)
     profile["scorers"] = scorers
-    profile["preference"] |= {"clip": scorers["pickscore"]["path"], "revision": None}
-    profile["preference"] |= {"tokenizer": None, "tokenizer_revision": None}
+    profile["preference"] |= {"clip": scorers["pickscore"]["path"], "tokenizer": None}
     for block in (profile["preference"], *profile["methods"].values()):
         block |= {"batches": 2, "batch_size": 2, "accumulation": 1, "warmup": 0}
     profile["methods"]["spo"] |= {"steps": 10, "start_step": 2, "threshold": 0.0, "lr": 1e-3}

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 
-from attune.config import check as config
+import params as files
 from attune.config import plugins
-from attune.data.prepared import PreparedData
+from attune.config.resolve import load
+from attune.data.store import PreparedData
+from attune.stages import plan
 from attune.stages import prepare as stage
 from attune.world.grammar import all_scenes
 from attune.world.render import render
@@ -21,11 +22,12 @@ from attune.world.render import render
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
+PREPARED, QUARANTINE, REPORTS = Path("data/short/prepared"), Path("data/short/quarantine.csv"), Path("reports/short")
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with params.yaml, the embedded models and ten pairs in data/raw; runs the stage with a data block."""
+    """A folder with parameters, the embedded models and ten pairs in data/raw; plans and runs the stage."""
     scenes = all_scenes()[::300][:10]
     raw = tmp_path / "data/raw"
     raw.mkdir(parents=True)
@@ -43,11 +45,14 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATTUNE_TRACKING", "off")
 
-    def run(**block):
-        params = config.read_params(ROOT / "params.yaml") | {"profile": "short"}
-        params["profiles"]["short"]["data"] = {"source": "table", "path": "data/raw/t.csv"} | block
-        with open("params.yaml", "w") as file:
-            YAML().dump(params, file)
+    def run(prompts=2, **data):
+        """Without the checks of the plan, which would stop some of it before: here `prepare` itself is tested."""
+        params, values = files.shipped("short")
+        params["runs"] = {"base": {"after": "data"}}
+        values |= {"data": {"source": "table", "path": "data/raw/t.csv"} | data, "methods": {}, "search": {}}
+        values["scorers"] = {"pickscore": values["scorers"]["pickscore"]}
+        files.write(tmp_path, params, files.changed(values, generate__prompts=prompts))
+        plan.write(load())
         stage.main()
 
     return run
@@ -55,17 +60,17 @@ def project(tmp_path, monkeypatch):
 
 def test_a_table_becomes_prepared_data(project):
     project(score_with=["pickscore"])
-    counts = json.loads(Path("reports/data.json").read_text())
+    counts = json.loads((REPORTS / "data.json").read_text())
     assert {split: counts[f"pairs/{split}"] for split in ("train", "validation", "test")} == {
         "train": 3,
         "validation": 4,
         "test": 2,
     }
     assert (counts["quarantined"], counts["quarantined/undecodable"], counts["mixed_sizes"]) == (1, 1, 9)
-    with Path("data/quarantine.csv").open(newline="") as file:
+    with QUARANTINE.open(newline="") as file:
         (bad,) = csv.DictReader(file)
     assert (bad["source"], bad["file"], bad["row"], bad["reason"]) == ("table", "t.csv", "5", "undecodable")
-    data = PreparedData.read(Path("data/prepared"), "train")
+    data = PreparedData.read(PREPARED, "train")
     assert data.latents.shape == (18, 4, 8, 8)
     assert torch.isfinite(data.pair_batch(range(3)).latents_1).all()
     module = plugins.load("rewards", "pickscore")
@@ -82,17 +87,19 @@ def test_too_many_bad_rows_end_the_stage_with_one_message(project):
         SystemExit, match=r"1 of 10 rows are bad, more than data\.max_bad_share 0\.05: undecodable 1; see"
     ):
         project(max_bad_share=0.05)
-    assert len(Path("data/quarantine.csv").read_text().splitlines()) == 2
-    assert not Path("data/prepared").exists()
+    assert len(QUARANTINE.read_text().splitlines()) == 2
+    assert not PREPARED.exists()
 
 
 def test_data_that_is_not_there_ends_the_stage_before_a_model_loads(project, monkeypatch):
     monkeypatch.setattr("attune.build.load_policy", None)
     with pytest.raises(SystemExit, match=r"data\.path: data/raw/none\.csv is not there"):
         project(path="data/raw/none.csv")
-    assert Path("data/quarantine.csv").read_text() == "source,file,row,prompt,reason\n"
+    assert QUARANTINE.read_text() == "source,file,row,prompt,reason\n"
 
 
-def test_a_scorer_that_the_profile_lacks_is_a_mistake_in_params(project):
-    with pytest.raises(SystemExit, match=r"profiles\.short\.data\.score_with: 'taste' is not in scorers: oracle, "):
-        project(score_with=["taste"])
+def test_too_few_test_prompts_end_the_stage_with_the_remedy(project):
+    """The table has two test prompts; what all trainings would have been made for cannot be generated."""
+    with pytest.raises(SystemExit, match=r"2 test prompts, but 3 are needed by generate\.prompts: set data\.test_list"):
+        project(prompts=3)
+    assert not PREPARED.exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,18 +14,14 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
-from ruamel.yaml import YAML
 
 import searching
 from attune import tracking
-from attune.config import check as config
 from attune.search import sweep, workers
-from attune.search.study import RETRY_OF, Plan, SearchError, create
-from attune.stages import sweep as stage
+from attune.search.study import RETRY_OF, SearchError, StudySpec, open_study
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 X = {"x": FloatDistribution(0, 10)}
 
 
@@ -54,14 +49,14 @@ def begun(folder: Path) -> list[int]:
     return sorted(int(file.stem) for file in folder.glob("*.begun"))
 
 
-def kill_two_at_work(plan: Plan, folder: Path, runner: threading.Thread) -> list[int]:
+def kill_two_at_work(spec: StudySpec, folder: Path, runner: threading.Thread) -> list[int]:
     """Kill -9 of two processes as soon as four are in mid-trial, before any goes on; the trials' numbers."""
-    study = create(plan)
+    study = open_study(spec)
     while runner.is_alive() and len(begun(folder)) < 4:
         time.sleep(0.05)
     assert begun(folder) == [0, 1, 2, 3]
     for trial in study.get_trials()[1:3]:
-        os.kill(trial.user_attrs["pid"], signal.SIGKILL)
+        os.kill(trial.user_attrs["owner"]["pid"], signal.SIGKILL)
     (folder / "go").touch()
     return [1, 2]
 
@@ -71,16 +66,16 @@ def test_killed_workers_lose_and_repeat_nothing(storage, tmp_path):
 
     A second session adds nothing.
     """
-    plan = Plan("killed", storage, X, trials=12)
+    spec = StudySpec("killed", storage, X, n_trials=12)
     objective = searching.Parabola(tmp_path, go="go")
-    runner = threading.Thread(target=workers.run, args=(plan, objective, [None] * 4))
+    runner = threading.Thread(target=workers.run_workers, args=(spec, objective, [None] * 4))
     runner.start()
-    killed = kill_two_at_work(plan, tmp_path, runner)
+    killed = kill_two_at_work(spec, tmp_path, runner)
     runner.join(timeout=120)
     assert not runner.is_alive()
-    study = create(plan)
+    study = open_study(spec)
     check_done_again(study, killed, tmp_path)
-    workers.run(plan, objective, [None])
+    workers.run_workers(spec, objective, [None])
     assert len(study.get_trials()) == 14
 
 
@@ -98,15 +93,15 @@ def test_killed_workers_in_mlflow(tmp_path, monkeypatch):
     """The same: 12 runs FINISHED and 2 KILLED below the sweep's."""
     monkeypatch.setenv("ATTUNE_TRACKING", "on")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    plan = Plan("killed", str(tmp_path / "journal"), X, trials=12)
+    spec = StudySpec("killed", str(tmp_path / "journal"), X, n_trials=12)
     with tracking.sweep("sweep", {}, tags={}, uri=uri, root=tmp_path) as parent:
         objective = searching.Parabola(tmp_path, go="go", parent=parent.run_id, uri=uri)
-        options = {"bury": lambda: tracking.bury(uri, tmp_path)}
-        runner = threading.Thread(target=workers.run, args=(plan, objective, [None] * 4), kwargs=options)
+        options = {"mark_killed": lambda: tracking.mark_killed(uri, tmp_path)}
+        runner = threading.Thread(target=workers.run_workers, args=(spec, objective, [None] * 4), kwargs=options)
         runner.start()
-        killed = kill_two_at_work(plan, tmp_path, runner)
+        killed = kill_two_at_work(spec, tmp_path, runner)
         runner.join(timeout=240)
-    check_done_again(create(plan), killed, tmp_path)
+    check_done_again(open_study(spec), killed, tmp_path)
     assert mlflow_states(uri, parent.run_id) == {"FINISHED": 12, "KILLED": 2}
 
 
@@ -120,12 +115,12 @@ def mlflow_states(uri: str, parent: str) -> Counter[str]:
 
 def test_two_hosts_start_one_study_at_once(database, tmp_path):
     """Two coordinators meet in an empty database: 8 trials wanted, 8 done, none by two."""
-    plan = Plan("two hosts", database, X, trials=8)
+    spec = StudySpec("two hosts", database, X, n_trials=8)
     errors: list[BaseException] = []
 
     def session() -> None:
         try:
-            workers.run(plan, searching.Parabola(tmp_path, 0.2), [None] * 2)
+            workers.run_workers(spec, searching.Parabola(tmp_path, 0.2), [None] * 2)
         except BaseException as error:
             errors.append(error)
 
@@ -135,26 +130,26 @@ def test_two_hosts_start_one_study_at_once(database, tmp_path):
     for host in hosts:
         host.join(timeout=120)
     assert not errors
-    assert states(create(plan)) == {TrialState.COMPLETE: 8}
+    assert states(open_study(spec)) == {TrialState.COMPLETE: 8}
     assert begun(tmp_path) == list(range(8))
 
 
 def test_a_grid_has_each_cell_once(storage, tmp_path):
-    """3 workers, 2 x 3 cells: Optuna's own GridSampler gave 14 trials for 12 cells."""
+    """3 workers, 2 x 3 points: Optuna's own GridSampler gave 14 trials for 12 points."""
     space = {"x": CategoricalDistribution([1.0, 2.0]), "y": CategoricalDistribution(["a", "b", None])}
-    cells = tuple({"x": x, "y": y} for x in (1.0, 2.0) for y in ("a", "b", None))
-    plan = Plan("grid", storage, space, trials=6, cells=cells, sampler="grid")
-    study = workers.run(plan, searching.Parabola(tmp_path, 0.1), [None] * 3)
+    points = tuple({"x": x, "y": y} for x in (1.0, 2.0) for y in ("a", "b", None))
+    spec = StudySpec("grid", storage, space, n_trials=6, grid_points=points, sampler="grid")
+    study = workers.run_workers(spec, searching.Parabola(tmp_path, 0.1), [None] * 3)
     done = Counter(json.dumps(trial.params, sort_keys=True) for trial in study.get_trials())
-    assert done == {json.dumps(cell, sort_keys=True): 1 for cell in cells}
+    assert done == {json.dumps(point, sort_keys=True): 1 for point in points}
     assert states(study) == {TrialState.COMPLETE: 6}
-    assert states(workers.run(plan, searching.Parabola(tmp_path), [None])) == {TrialState.COMPLETE: 6}
+    assert states(workers.run_workers(spec, searching.Parabola(tmp_path), [None])) == {TrialState.COMPLETE: 6}
 
 
 def test_more_trials_may_be_asked_for_later(tmp_path):
     objective, storage = searching.Parabola(tmp_path), str(tmp_path / "journal")
-    assert len(workers.run(Plan("s", storage, X, trials=2), objective, [None]).get_trials()) == 2
-    assert len(workers.run(Plan("s", storage, X, trials=5), objective, [None] * 3).get_trials()) == 5
+    assert len(workers.run_workers(StudySpec("s", storage, X, n_trials=2), objective, [None]).get_trials()) == 2
+    assert len(workers.run_workers(StudySpec("s", storage, X, n_trials=5), objective, [None] * 3).get_trials()) == 5
 
 
 def test_one_worker_repeats_exactly(tmp_path):
@@ -162,8 +157,8 @@ def test_one_worker_repeats_exactly(tmp_path):
 
     def drawn(name: str, seed: int) -> list[float]:
         (tmp_path / name).mkdir()
-        plan = Plan("s", str(tmp_path / name / "journal"), X, trials=8, seed=seed)
-        study = workers.run(plan, searching.Parabola(tmp_path / name), [None])
+        spec = StudySpec("s", str(tmp_path / name / "journal"), X, n_trials=8, seed=seed)
+        study = workers.run_workers(spec, searching.Parabola(tmp_path / name), [None])
         return [trial.params["x"] for trial in study.get_trials()]
 
     first = drawn("a", 0)
@@ -173,11 +168,11 @@ def test_one_worker_repeats_exactly(tmp_path):
 
 def test_a_trial_that_fails_of_itself_does_not_end_its_worker(tmp_path):
     """Its turn is over: 8 trials in all, by one process."""
-    plan = Plan("s", str(tmp_path / "journal"), X, trials=8)
-    study = workers.run(plan, searching.fails_above_5, [None])
+    spec = StudySpec("s", str(tmp_path / "journal"), X, n_trials=8)
+    study = workers.run_workers(spec, searching.fails_above_5, [None])
     found = study.get_trials()
     assert len(found) == 8
-    assert len({trial.user_attrs["pid"] for trial in found}) == 1
+    assert len({trial.user_attrs["owner"]["pid"] for trial in found}) == 1
     for trial in found:
         failed = trial.params["x"] > 5
         assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
@@ -186,28 +181,28 @@ def test_a_trial_that_fails_of_itself_does_not_end_its_worker(tmp_path):
 
 
 def test_where_all_fail_the_search_ends_and_says_why(tmp_path):
-    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
+    spec = StudySpec("s", str(tmp_path / "journal"), X, n_trials=100)
     with pytest.raises(SearchError, match=r"first 3 trials have all failed.*ArithmeticError: loss is nan"):
-        workers.run(plan, searching.always_fails, [None])
+        workers.run_workers(spec, searching.always_fails, [None])
 
 
 def test_a_mistake_ends_the_search_at_once(tmp_path):
-    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
+    spec = StudySpec("s", str(tmp_path / "journal"), X, n_trials=100)
     with pytest.raises(SearchError, match="KeyError: 'no such scorer'"):
-        workers.run(plan, searching.is_mistaken, [None] * 2)
-    assert len(create(plan).get_trials()) <= 2
+        workers.run_workers(spec, searching.is_mistaken, [None] * 2)
+    assert len(open_study(spec).get_trials()) <= 2
 
 
 def test_no_trial_starts_after_the_deadline(tmp_path):
-    plan = Plan("s", str(tmp_path / "journal"), X, trials=100)
-    study = workers.run(plan, searching.Parabola(tmp_path), [None], deadline=time.time() - 1)
+    spec = StudySpec("s", str(tmp_path / "journal"), X, n_trials=100)
+    study = workers.run_workers(spec, searching.Parabola(tmp_path), [None], deadline=time.time() - 1)
     assert study.get_trials() == []
 
 
 def test_a_short_outage_of_the_database_ends_no_search(database, tmp_path):
-    """PostgreSQL is away for three seconds while trial 0 is at work: it is told all the same, as are the other two."""
-    plan = Plan("outage", database, X, trials=3)
-    runner = threading.Thread(target=workers.run, args=(plan, searching.Parabola(tmp_path, go="go"), [None]))
+    """PostgreSQL is away for three seconds while trial 0 is at work: its result arrives, as do the other two."""
+    spec = StudySpec("outage", database, X, n_trials=3)
+    runner = threading.Thread(target=workers.run_workers, args=(spec, searching.Parabola(tmp_path, go="go"), [None]))
     runner.start()
     while runner.is_alive() and not begun(tmp_path):
         time.sleep(0.05)
@@ -215,23 +210,16 @@ def test_a_short_outage_of_the_database_ends_no_search(database, tmp_path):
     searching.stop_for(3.0, searching.postgres_programs(), database)
     runner.join(timeout=120)
     assert not runner.is_alive()
-    assert states(create(plan)) == {TrialState.COMPLETE: 3}
+    assert states(open_study(spec)) == {TrialState.COMPLETE: 3}
 
 
-def test_a_session_that_leaves_trials_to_do_writes_results_and_fails(tmp_path, monkeypatch):
-    """One of 12 trials is done and there is no time for more: DVC must not think that the stage is done."""
-    values = YAML(typ="safe").load(ROOT / "params.yaml")
-    values["profiles"]["tiny"]["search"]["sft"]["minutes"] = 1e-9
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML().dump(values, file)
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    monkeypatch.chdir(tmp_path)
+def test_a_session_that_leaves_trials_pending_writes_results_and_fails(tmp_path, monkeypatch):
+    """One of 12 trials is done and there is no time for more: an error, so that DVC runs the stage again."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("ATTUNE_TRACKING", "off")
-    monkeypatch.setattr(sys, "argv", ["sweep", "--run", "sft"])
-    plan = sweep.planned("sft", *config.load(), tmp_path)
-    study = create(plan)
-    study.tell(study.ask(plan.space), 0.5)
-    with pytest.raises(SystemExit, match="sweep sft: 1 of 12 trials are done; the same command goes on"):
-        stage.main()
-    assert {"trials.csv", "best_params.yaml"} <= {file.name for file in Path("reports/sweeps/sft").iterdir()}
+    plan = searching.sweep_plan(tmp_path, {"minutes": 1e-9})
+    spec = sweep.study_spec(plan, tmp_path)
+    study = open_study(spec)
+    study.tell(study.ask(spec.space), 0.5)
+    with pytest.raises(SearchError, match="1 of 12 trials are done; the same command goes on"):
+        sweep.sweep(plan)
+    assert {"trials.csv", "best_params.yaml"} <= {file.name for file in plan.report.iterdir()}

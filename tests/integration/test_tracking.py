@@ -63,7 +63,7 @@ def _points(root: Path, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in _client(root).get_metric_history(run_id, key))
 
 
-def _spools(root: Path) -> list[str]:
+def _outboxes(root: Path) -> list[str]:
     return sorted(path.parent.name for path in (root / ".checkpoints/tracking").glob("*/records.jsonl"))
 
 
@@ -231,7 +231,7 @@ def test_one_experiment_is_one_parent_and_the_dead_are_buried(root):
     assert parent.data.tags["pipeline.id"] == "bold-move-abc"
     (left,) = _runs(root, **{"dvc.stage": "evaluate@spo"})
     assert left.info.status == "RUNNING"
-    assert _spools(root) == [left.data.tags["attune.uid"]]
+    assert _outboxes(root) == [left.data.tags["attune.uid"]]
     run_began = int(time.time() * 1000)
     with tracking.run("report", {}, tags={}, root=root) as run:
         assert "mlflow.parentRunId" not in _client(root).get_run(run.run_id).data.tags
@@ -245,11 +245,11 @@ def test_one_experiment_is_one_parent_and_the_dead_are_buried(root):
     assert buried.info.status == "KILLED"
     assert buried.info.end_time < run_began  # when it was last heard of
     assert _points(root, buried.info.run_id, "margin") == [(step, step) for step in range(50)]
-    assert _spools(root) == []
+    assert _outboxes(root) == []
 
 
 def test_a_run_that_ends_while_the_dead_are_looked_for_keeps_its_end(root, monkeypatch):
-    """The store had it as RUNNING when it was asked; its spool was sent, and is gone, before the run is looked at."""
+    """The store had it as RUNNING when it was asked; its outbox was sent, and is gone, before the run is looked at."""
     with tracking.run("align", {}, tags={}, root=root):
         pass
     store = stores.connect("sqlite:///mlflow.db", root)
@@ -259,7 +259,7 @@ def test_a_run_that_ends_while_the_dead_are_looked_for_keeps_its_end(root, monke
     assert [run.info.run_id for run in asked] == [run_id]
     store.client.set_terminated(run_id, "FINISHED", end_time=5)
     monkeypatch.setattr(store.client, "search_runs", lambda *_: asked)
-    stores.bury(store)
+    stores.mark_killed(store)
     assert (store.client.get_run(run_id).info.status, store.client.get_run(run_id).info.end_time) == ("FINISHED", 5)
 
 
@@ -298,14 +298,14 @@ def _use_everything(run: tracking.Run, file: Path) -> str:
 
 @pytest.mark.parametrize("trouble", ["corrupt", "no such folder"])
 def test_a_store_that_cannot_be_opened_stops_nothing(tmp_path, caplog, trouble):
-    """Where even the spool cannot be written, tracking is off."""
+    """Where even the outbox cannot be written, tracking is off."""
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 1000)
     root = tmp_path if trouble == "corrupt" else Path("/proc/no/such/folder")
     with tracking.run("align", {}, tags={}, root=root) as run:
         assert _use_everything(run, Path(__file__)) == "to the end"
-    told = [senders.AWAY, senders.LEFT] if trouble == "corrupt" else [tracking.OFF]
+    told = [senders.AWAY, senders.INCOMPLETE] if trouble == "corrupt" else [tracking.OFF]
     assert [message.partition(":")[0] for message in _warnings(caplog)] == told
-    assert _spools(tmp_path) == ([run.run_id] if trouble == "corrupt" else [])
+    assert _outboxes(tmp_path) == ([run.run_id] if trouble == "corrupt" else [])
     assert (run.run_id is None) == (trouble != "corrupt")
 
 
@@ -373,7 +373,7 @@ def test_off_asks_nobody(tmp_path, monkeypatch):
             with tracking.run("align", {}, tags={}, root=tmp_path), tracking.sweep("s", {}, tags={}, root=tmp_path):
                 pass
     assert not (tmp_path / "called").exists()
-    labels.own_tags("align", {})
+    labels.default_tags("align", {})
     assert (tmp_path / "called").exists()
 
 

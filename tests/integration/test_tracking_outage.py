@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from attune import tracking
+from attune.tracking import outbox as outboxes
 from attune.tracking import sender as senders
-from attune.tracking import spool as spools
 from attune.tracking import store as stores
 
 pytestmark = pytest.mark.integration
@@ -130,7 +130,7 @@ def _files(uri: str, run_id: str, folder: str | None = None) -> list[str]:
 
 
 def _left(root: Path) -> list[Path]:
-    return list((root / spools.SPOOLS).glob("*/records.jsonl"))
+    return list((root / outboxes.OUTBOXES).glob("*/records.jsonl"))
 
 
 def _train(run: tracking.Run, steps: range, pause: float = 0.0) -> None:
@@ -200,7 +200,7 @@ def test_a_server_away_for_the_whole_run_gets_it_by_replay(tmp_path, database, a
         _train(training, range(20))
         training.image("samples", _grey(), 3)
         training.dataset(Path(__file__), "pairs", 7)
-    assert training.run_id.startswith(spools.UID)
+    assert training.run_id.startswith(outboxes.UID)
     with tracking.run("evaluate", {}, tags={}, uri=address, root=tmp_path) as run:
         run.note(training.run_id, {"oracle": 0.7})
     ended = time.time() * 1000
@@ -246,16 +246,16 @@ def test_the_next_run_sends_what_the_last_has_left(tmp_path, short_pauses):
 
 
 def test_sent_twice_is_stored_once(tmp_path, local):
-    """A spool whose progress is forgotten is sent all over again: the same run, points, images and data sets."""
+    """An outbox whose progress is forgotten is sent all over again: the same run, points, images and data sets."""
     uri = f"sqlite:///{local}/mlflow.db"
     with tracking.run("align", {"seed": 1}, tags={}, root=local) as run:
         _train(run, range(1100))
         run.image("samples/grid", _grey(), 3)
         run.dataset(Path(__file__), "pairs", 7)
         uid = _uid(uri, run.run_id)
-        shutil.copytree(local / spools.SPOOLS / uid, tmp_path / uid)
-    (tmp_path / uid / spools.STATE).unlink()
-    (tmp_path / uid).rename(local / spools.SPOOLS / uid)  # as if killed before its end, with nothing noted as sent
+        shutil.copytree(local / outboxes.OUTBOXES / uid, tmp_path / uid)
+    (tmp_path / uid / outboxes.STATE).unlink()
+    (tmp_path / uid).rename(local / outboxes.OUTBOXES / uid)  # as if killed before its end, with nothing noted as sent
     assert tracking.replay(local) == {uid: None}
     (found,) = _runs(uri, f"tags.`attune.uid` = '{uid}'")
     assert found.info.status == "KILLED"
@@ -294,37 +294,37 @@ def test_only_rank_0_tracks(tmp_path, monkeypatch):
 
 def test_a_torn_line_costs_that_line_alone(tmp_path, local):
     """A process killed in the middle of a write, and a disk that was full for a while."""
-    spool = spools.create(local)
+    outbox = outboxes.create(local)
     tags = {"kind": "stage", "dvc.stage": "x"}
-    spool.append("open", uid=spool.uid, uri=stores.DEFAULT, name="x", tags=tags, resume=None)
-    os.write(spool._file, b'{"op": "log", "time": 1, "st\n')
-    spool.append("log", step=2, metrics={"loss": 0.5})
-    os.write(spool._file, b'{"op": "log", "ti')
-    spool.close()
-    assert tracking.replay(local) == {spool.uid: None}
+    outbox.append("open", uid=outbox.uid, uri=stores.DEFAULT, name="x", tags=tags, resume=None)
+    os.write(outbox._file, b'{"op": "log", "time": 1, "st\n')
+    outbox.append("log", step=2, metrics={"loss": 0.5})
+    os.write(outbox._file, b'{"op": "log", "ti')
+    outbox.close()
+    assert tracking.replay(local) == {outbox.uid: None}
     uri = f"sqlite:///{local}/mlflow.db"
-    (found,) = _runs(uri, f"tags.`attune.uid` = '{spool.uid}'")
+    (found,) = _runs(uri, f"tags.`attune.uid` = '{outbox.uid}'")
     assert (found.info.status, _points(uri, found.info.run_id, "loss")) == ("KILLED", [(2, 0.5)])
 
 
 def test_a_short_write_costs_that_record_alone(local):
     """A disk that is full after 20 more bytes: the torn line has no end, and the run's own end begins a new one."""
-    spool = spools.create(local)
+    outbox = outboxes.create(local)
     tags = {"kind": "stage", "dvc.stage": "x"}
-    spool.append("open", uid=spool.uid, uri=stores.DEFAULT, name="x", tags=tags, resume=None)
-    records, before = spool.folder / spools.RECORDS, resource.getrlimit(resource.RLIMIT_FSIZE)
+    outbox.append("open", uid=outbox.uid, uri=stores.DEFAULT, name="x", tags=tags, resume=None)
+    records, before = outbox.folder / outboxes.RECORDS, resource.getrlimit(resource.RLIMIT_FSIZE)
     size = records.stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            spool.append("log", step=1, metrics={"loss": 1.0})
+            outbox.append("log", step=1, metrics={"loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert records.stat().st_size == size + 20
-    spool.append("end", status="FINISHED", kind="stage")
-    spool.close()
-    assert tracking.replay(local) == {spool.uid: None}
-    (found,) = _runs(f"sqlite:///{local}/mlflow.db", f"tags.`attune.uid` = '{spool.uid}'")
+    outbox.append("end", status="FINISHED", kind="stage")
+    outbox.close()
+    assert tracking.replay(local) == {outbox.uid: None}
+    (found,) = _runs(f"sqlite:///{local}/mlflow.db", f"tags.`attune.uid` = '{outbox.uid}'")
     assert found.info.status == "FINISHED"
 
 
@@ -343,7 +343,7 @@ def test_an_artifact_that_cannot_be_stored_waits_alone(tmp_path, short_pauses, c
     assert _points(uri, stuck.run_id, "oracle") == [(0, 0.25)]
     told = [record.getMessage() for record in caplog.records if record.name == "attune.tracking"]
     assert told[0].startswith(f"{Path(__file__).name} cannot be stored")
-    assert told[1] == senders.LEFT
+    assert told[1] == senders.INCOMPLETE
     (error,) = tracking.replay(tmp_path).values()
     assert isinstance(error, OSError)
     (tmp_path / "mlruns").unlink()
@@ -385,10 +385,12 @@ def test_artifacts_have_a_time_out_of_their_own(monkeypatch):
 
 def test_no_password_is_told(tmp_path, caplog):
     """One that holds "@" and "/"; what the log quotes of an address is its host."""
-    assert tracking.told(ValueError("no http://me:s@c/ret@host/x")) == "ValueError: no http://***@host/x"
-    asked = tracking.told(ValueError("postgresql://me@host/x?sslmode=require&Password=s3cret&x=1"))
+    assert tracking.redact(ValueError("no http://me:s@c/ret@host/x")) == "ValueError: no http://***@host/x"
+    asked = tracking.redact(ValueError("postgresql://me@host/x?sslmode=require&Password=s3cret&x=1"))
     assert asked == "ValueError: postgresql://***@host/x?sslmode=require&Password=***&x=1"
-    assert tracking.told(ValueError("host=x password='s3 cret' dbname=y")) == "ValueError: host=x password=*** dbname=y"
+    assert (
+        tracking.redact(ValueError("host=x password='s3 cret' dbname=y")) == "ValueError: host=x password=*** dbname=y"
+    )
     with tracking.run("align", {}, tags={}, uri="nonsense://me:secret@host/x", root=tmp_path):
         pass
     told = [record.getMessage() for record in caplog.records]

@@ -71,7 +71,7 @@ def test_every_end_of_a_trial_is_told_apart(root):
         environment = os.environ | {"PYTHONPATH": str(SRC), "DVC_ROOT": str(root)}
         worker = subprocess.run([sys.executable, "-c", DIE, parent.run_id], env=environment, timeout=60)
         assert worker.returncode == -signal.SIGKILL
-        tracking.bury(root=root)
+        tracking.mark_killed(root=root)
         trials = _children(root, parent.run_id)
         states = {name: (run.info.status, run.data.tags["trial.state"]) for name, run in trials.items()}
         assert states == {
@@ -121,10 +121,13 @@ def test_trials_find_a_parent_that_had_no_store(root, tmp_path, monkeypatch):
 def test_a_stage_and_a_trial_fill_the_same_columns():
     """`methods.spo.beta` of whatever profile is `beta`; two methods in one tree keep their names apart."""
     stage = {"seed": 0, "model": {"path": "x"}, "methods": {"spo": {"beta": 10.0, "lora": {"rank": 8}}}}
-    assert tracking.columns(stage) == {"seed": "0", "model.path": "x", "beta": "10", "lora.rank": "8"}
-    assert tracking.columns({"profiles.tiny.methods.spo.beta": 10.0, "lr": 1e-4}) == {"beta": "10", "lr": "0.0001"}
+    assert tracking.table_columns(stage) == {"seed": "0", "model.path": "x", "beta": "10", "lora.rank": "8"}
+    assert tracking.table_columns({"profiles.tiny.methods.spo.beta": 10.0, "lr": 1e-4}) == {
+        "beta": "10",
+        "lr": "0.0001",
+    }
     both = {"methods": {"spo": {"beta": 10.0}, "dpo": {"beta": 500.0, "snr": 1}}}
-    assert tracking.columns(both) == {"methods.spo.beta": "10", "methods.dpo.beta": "500", "snr": "1"}
+    assert tracking.table_columns(both) == {"methods.spo.beta": "10", "methods.dpo.beta": "500", "snr": "1"}
 
 
 def test_trainings_and_trials_are_the_rows_of_one_view(root):

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from golden.reading import PROMPTS, TOKENIZER, tensors, write_hps
 
-from attune.clip.model import image_features, load_tokenizer, normalise, text_features
+from attune.clip.model import image_features, load_tokenizer, text_features
 from attune.clip.open_clip import save_open_clip, to_open_clip
+from attune.clip.pixels import normalise
 from attune.rewards import hpsv2
 
 pytestmark = pytest.mark.parity

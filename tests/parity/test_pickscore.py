@@ -5,7 +5,8 @@ import pytest
 import torch
 from golden.reading import PROMPTS, TOKENIZER, tensors, write_clip
 
-from attune.clip.model import clip_pixels_pil, image_features, load_tokenizer, text_features
+from attune.clip.model import image_features, load_tokenizer, text_features
+from attune.clip.pixels import clip_pixels_pil
 from attune.rewards import pickscore
 
 pytestmark = pytest.mark.parity

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
+import params
 import tiny
 from attune.build import load_rewards, load_scorer
-from attune.config import check as config
-from attune.config.profile import Profile
 from attune.data.batches import PromptBatch
 from attune.methods import alignprop
 from attune.methods.alignprop import reward_loss, truncation_step
@@ -110,33 +108,24 @@ def test_the_loss_is_of_the_weighted_sum(new_policy):
 
 
 @pytest.fixture
-def profile(monkeypatch):
+def scorers(monkeypatch):
+    """The scorers of the profile tiny."""
     monkeypatch.chdir(ROOT)
-    return config.check(Profile, config.read_params("params.yaml")["profiles"]["tiny"])
+    return params.scorers(params.shipped()[1])
 
 
 @pytest.mark.parametrize("preprocess", ["tensor", "square"])
-def test_training_shows_images_with_a_gradient_where_evaluation_has_none(profile, preprocess):
+def test_training_shows_images_with_a_gradient_where_evaluation_has_none(scorers, preprocess):
     """HPSv2's own preprocessing has a gradient and is kept unless told otherwise; the oracle has no other."""
     names = ("pickscore", "hpsv2", "aesthetic", "oracle")
     block = {"rewards": dict.fromkeys(names, 1), "preprocess": preprocess, "steps": 5, "guidance_scale": 1}
-    found = load_rewards(alignprop.Config(**block), profile)
+    found = load_rewards(alignprop.Config(**block), scorers)
     assert [found[name].differentiable for name in names] == [True, True, True, False]
-    blocks = [profile.scorers["hpsv2"] | {"preprocess": shown} for shown in ("hps", "square")]
-    padded, squeezed = (
-        load_scorer("hpsv2", profile.model_copy(update={"scorers": {"hpsv2": block}})) for block in blocks
-    )
+    hps = scorers["hpsv2"]
+    blocks = [{**hps.settings, "preprocess": shown} for shown in ("hps", "square")]
+    padded, squeezed = (load_scorer(hps.model_copy(update={"settings": block})) for block in blocks)
     wide = torch.rand(1, 3, 20, 40, generator=torch.Generator().manual_seed(0))
     scores = [scorer(wide, ["a red circle"]).item() for scorer in (found["hpsv2"], padded, squeezed)]
     assert scores[1] != scores[2]
     assert scores[0] == scores[1 if preprocess == "tensor" else 2]
-    assert "preprocess" not in profile.scorers["pickscore"]  # so that evaluation shows them as published
-
-
-def test_a_reward_that_is_no_scorer_is_named_before_torch_is_loaded(profile, tmp_path):
-    values = config.read_params("params.yaml")
-    values["profiles"]["tiny"]["methods"]["alignprop"]["rewards"] = {"pickscor": 1}
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML().dump(values, file)
-    with pytest.raises(config.ConfigError, match=r"tiny\.methods\.alignprop\.rewards: 'pickscor' is not .* pickscore"):
-        config.load(tmp_path / "params.yaml")
+    assert "preprocess" not in scorers["pickscore"].settings  # so that evaluation shows them as published

@@ -19,6 +19,7 @@ from attune.config.settings import Model
 from attune.diffusion import process
 from attune.diffusion.ddim import sample
 from attune.diffusion.policy import Policy
+from attune.hub import HubError
 
 CPU = torch.device("cpu")
 PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -284,7 +285,7 @@ def test_a_missing_weight_is_an_error_and_not_a_random_one(load, copied, part):
     key = next(name for name in weights if name.endswith(ending))
     del weights[key]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{part}: 1 weights are missing or do not fit, first .*{ending}"):
+    with pytest.raises(ValueError, match=rf"{part} does not fit: missing \['.*{ending}'\], unexpected \[\]"):
         load(path=str(copied))
 
 
@@ -311,18 +312,57 @@ def test_an_autoencoder_of_another_kind_is_refused(load, tmp_path):
 
 
 def test_a_name_that_is_nothing_is_refused(load):
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+    with pytest.raises(FileNotFoundError, match=r"no folder no-such-model/scheduler; one on the Hub is written"):
         load(path="no-such-model")
 
 
 @torch.no_grad()
 def test_a_hub_id_means_the_commit_it_is_pinned_to(load, folder, on_the_hub):
-    path, revision = on_the_hub(folder)
-    here, there = load(), load(path=path, revision=revision, vae=None)
+    name, commit = on_the_hub(folder)
+    here, there = load(), load(path=f"{name}@{commit}", vae=f"{name}/vae@{commit}")
     assert equal(here.encode_prompts(PROMPTS), there.encode_prompts(PROMPTS).tensors)
     assert torch.equal(here.decode_latents(x_t()), there.decode_latents(x_t()))
-    with pytest.raises(OSError, match="owner/name"):
-        load(path=path, revision="f" * 40)
+    with pytest.raises(HubError, match=r"owner/name/scheduler@f{40} is not in the cache and could not be fetched"):
+        load(path=f"{name}@{'f' * 40}")
+
+
+@pytest.mark.parametrize("missing", ["", "tokenizer.json"])
+def test_an_empty_tokenizer_is_refused(load, copied, missing):
+    """transformers would make one that knows no word, and every prompt would be the same."""
+    gone = copied / "tokenizer" / missing
+    gone.unlink() if missing else shutil.rmtree(gone)
+    with pytest.raises(FileNotFoundError, match="copy/tokenizer"):
+        load(path=str(copied))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_that_are_not_finite_are_refused(load, copied, part):
+    file, ending = PARTS[part]
+    file = copied / part / f"{file}.safetensors"
+    weights = load_file(file)
+    key = next(name for name in weights if name.endswith(ending))
+    weights[key].view(-1)[0] = torch.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part}: .*{ending} holds values that are not finite"):
+        load(path=str(copied))
+
+
+def test_facts_are_counted_in_the_files_that_are_here(name, load, folder):
+    facts, backbone = plugins.load("backbones", name).facts(Model(backbone=name, path=folder)), load()
+    assert facts.resolution == backbone.resolution
+    assert facts.denoiser == sum(weight.numel() for weight in backbone.denoiser.parameters())
+    assert facts.autoencoder == sum(weight.numel() for weight in backbone.vae.parameters())
+
+
+def test_downloads_are_all_that_is_read(name, load, folder, tmp_path):
+    """A copy of only those files loads as the whole does."""
+    module, source = plugins.load("backbones", name), Model(backbone=name, path=folder)
+    for part, patterns in module.downloads(source):
+        for file in (file for pattern in patterns for file in Path(part.place).glob(pattern)):
+            copy_of = tmp_path / file.relative_to(folder)
+            copy_of.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy_of)
+    assert equal(load(path=str(tmp_path)).encode_prompts(PROMPTS), load().encode_prompts(PROMPTS).tensors)
 
 
 def test_every_part_is_frozen_and_evaluating(load):

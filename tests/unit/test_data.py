@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 
 from attune.data.arrays import ArrayFile, read_array
-from attune.data.images import decode, squared
-from attune.data.prepared import PreparedData
-from attune.data.quarantine import Quarantine, Rejected, TooManyBadRows, harmless
-from attune.data.rows import Rules
-from attune.data.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split, ranked_pairs, same_prompt
-from attune.data.writing import write_prepared
+from attune.data.images import decode, resize_center_crop
+from attune.data.ingest.ingest import Rules
+from attune.data.ingest.reader import ImageReader
+from attune.data.ingest.write import write_prepared
+from attune.data.quarantine import Quarantine, RejectedRow, TooManyBadRows, escape_csv_cell
+from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.sources._labels import ranked_pairs
+from attune.data.splits import SPLITS, check_splits, count_rows, hashed_split, normalize_prompt
+from attune.data.store import PreparedData
 
 
 def pixels(seed: int, width: int = 16, height: int = 16) -> np.ndarray:
@@ -104,29 +107,42 @@ def bomb() -> bytes:
     ids=["empty", "text", "cut off", "postscript", "bomb"],
 )
 def test_what_is_no_image_has_a_reason(data, reason):
-    with pytest.raises(Rejected, match=f"^{reason}$"):
+    with pytest.raises(RejectedRow, match=f"^{reason}$"):
         decode(data)
 
 
 def test_a_square_keeps_the_centre_and_stretches_nothing():
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32] = 255  # the middle third is white
-    assert (squared(Image.fromarray(wide), 16) == 255).all()
-    tall = squared(Image.fromarray(wide.transpose(1, 0, 2)), 8)
+    assert (resize_center_crop(Image.fromarray(wide), 16) == 255).all()
+    tall = resize_center_crop(Image.fromarray(wide.transpose(1, 0, 2)), 8)
     assert tall.shape == (8, 8, 3)
     assert (tall[1:-1] > 240).all()
-    assert np.array_equal(squared(Image.fromarray(pixels(1)), 16), pixels(1))
+    assert np.array_equal(resize_center_crop(Image.fromarray(pixels(1)), 16), pixels(1))
 
 
 def test_shrinking_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(squared(Image.fromarray(stripes), 16).astype(int)[:, 1:-1] - 127).max() < 3
+    assert np.abs(resize_center_crop(Image.fromarray(stripes), 16).astype(int)[:, 1:-1] - 127).max() < 3
 
 
 @pytest.mark.parametrize("size", [(16, 17), (33, 16), (1, 90), (7, 7)])
 def test_any_size_becomes_the_square(size):
-    assert squared(Image.fromarray(pixels(0, *size)), 16).shape == (16, 16, 3)
+    assert resize_center_crop(Image.fromarray(pixels(0, *size)), 16).shape == (16, 16, 3)
+
+
+def test_an_image_is_decoded_again_only_where_its_pixels_are_needed(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(pixels(0, 20, 12)))
+    reader = ImageReader(min_side=8)
+    first = reader.read(tmp_path / "a.png", lambda digest: False)
+    assert (first.size, first.image.size) == ((20, 12), (20, 12))  # new, so decoded whatever is needed
+    same = reader.read(encoded(pixels(0, 20, 12)), lambda digest: False)
+    assert (same.digest, same.size, same.image) == (first.digest, (20, 12), None)
+    assert reader.read(tmp_path / "a.png", lambda digest: digest == first.digest).image is not None
+    for _ in range(2):
+        with pytest.raises(RejectedRow, match=r"^too_small$"):
+            reader.read(encoded(pixels(1, 20, 7)), lambda digest: True)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------
@@ -184,7 +200,20 @@ def test_the_split_of_a_prompt_is_its_own():
 
 def test_ranks_make_every_pair_once():
     assert ranked_pairs([2, 1, 2]) == [(0, 1, 0.0), (0, 2, 0.5), (1, 2, 1.0)]
-    assert same_prompt("  A   Cat ") == same_prompt("a cat")
+    assert normalize_prompt("  A   Cat ") == normalize_prompt("a cat")
+
+
+def test_too_few_of_a_split_name_what_asks_and_what_to_set():
+    counts = {"prompts/test": 12, "prompts/validation": 3, "pairs/train": 0}
+    check_splits(counts, {"prompts/test": 12, "prompts/validation": 3})
+    check_splits(counts, {"prompts/train": 1000})  # not known yet
+    with pytest.raises(SourceError) as error:
+        check_splits(counts, {"prompts/test": 240, "prompts/validation": 3, "pairs/train": 1})
+    first, second = str(error.value).split("; ")
+    assert first.startswith("data: 12 test prompts, but 240 are needed by generate.prompts: set data.test_list, ")
+    assert "data.test_share" in first
+    assert "lower generate.prompts" in first
+    assert second.startswith("data: 0 train pairs, but 1 are needed by the runs that learn from pairs: choose a data.s")
 
 
 # --- quarantine -------------------------------------------------------------------------------------------
@@ -197,7 +226,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "  =1", "\n=1"])
 def test_no_cell_is_a_formula(text):
-    assert harmless(text) == "'" + text
+    assert escape_csv_cell(text) == "'" + text
 
 
 def test_quarantine_survives_any_text(tmp_path):
@@ -315,7 +344,7 @@ def test_every_rule_has_its_reason(write, tmp_path):
         pair(12, "a dog", (b"\xff\xd8 no jpeg", good[1])),
         pair(13, "a dog", (good[0], bomb())),
         pair(14, "a dog", (encoded(pixels(92, 40, 7)), good[1])),
-        Bad("malformed_row", "f", 15),
+        BadRow("malformed_row", "f", 15),
         pair(16, "a dog", good),
         pair(17, "a dog", good),
         pair(18, "a dog", good[::-1], label_0=0.0),  # the same choice told the other way round
@@ -378,7 +407,7 @@ def test_enough_is_enough(write):
     read = []
     rows = (read.append(i) or pair(i) for i in range(12))
     quota = Quota({"train": 3})
-    for _ in quota.until_full(rows, "train"):
+    for _ in quota.take_until_full(rows, "train"):
         quota.taken["train"] += 1
     assert read == [0, 1, 2]
 
@@ -394,7 +423,7 @@ def test_too_many_bad_rows_stop_the_stage_and_leave_the_quarantine(write, tmp_pa
 
 def test_a_hopeless_source_is_not_read_to_its_end(write):
     read = []
-    endless = (read.append(i) or Bad("malformed_row", "f", i) for i in range(10**6))
+    endless = (read.append(i) or BadRow("malformed_row", "f", i) for i in range(10**6))
     with pytest.raises(TooManyBadRows):
         write(endless, max_bad_share=0.5)
     assert len(read) == 1000
@@ -408,6 +437,47 @@ def test_no_row_at_all_is_an_error_and_old_data_stays_until_new_is_whole(write, 
     write([pair(1, "a dog")])
     assert PreparedData.read(tmp_path / "prepared", "train").prompts == ["a dog"]
     assert not (tmp_path / "prepared.part").exists()
+
+
+def test_too_few_of_what_is_wanted_stop_before_prompts_are_encoded_and_old_data_stays(write, tmp_path, monkeypatch):
+    write([pair(0)])
+    monkeypatch.setattr("attune.data.ingest.write.write_prompts", None)
+    with pytest.raises(SourceError, match=r"1 test prompts, but 2 are needed by generate\.prompts"):
+        write([pair(1, "a dog"), Prompt("a cat", "test")], wanted={"prompts/train": 1, "prompts/test": 2})
+    assert PreparedData.read(tmp_path / "prepared", "train").prompts == ["a cat"]
+
+
+def test_prompts_do_not_change_when_only_pairs_do(write, tmp_path):
+    """Images are generated from prompts.parquet; no other label, image, score, column or pair may touch it."""
+
+    def rows(shift, label_0, **more):
+        splits = {"a cat": "train", "a dog": "test", "bees": "train", "A  Dog": "train", "a hen": "validation"}
+        for i, (prompt, split) in enumerate(splits.items()):
+            yield pair(i + shift, prompt, label_0=label_0, split=split, **more)
+        yield Prompt("an owl", "test")
+
+    def written(rows, scorers=None):
+        write(rows, scorers)
+        folder = tmp_path / "prepared"
+        return (folder / "prompts.parquet").read_bytes(), pd.read_parquet(folder / "pairs.parquet")
+
+    prompts, pairs = written(rows(0, 1.0))
+    more_pairs = [*rows(40, 0.5, extra={"utility_0": 1.0}), *(pair(90 + i, "bees") for i in range(3))]
+    changed, other_pairs = written(more_pairs, {"score": lambda images, prompts: images.mean((1, 2, 3))})
+    assert changed == prompts
+    assert len(other_pairs) == len(pairs) + 3
+    assert {"utility_0", "score_0"} <= {*other_pairs} - {*pairs}
+
+
+def test_rows_are_counted_as_they_will_be_written(write):
+    """As long as all are good: spellings, leaks into later splits, and quotas count as they do in the tables."""
+    rows = [pair(i, f"prompt {i % 7}", split=SPLITS[i % 3]) for i in range(20)]
+    rows += [Prompt("PROMPT  0", "train"), Prompt(" new ", "train"), Prompt("new", "train"), Prompt("New", "train")]
+    limits = {"train": 5, "validation": 4}
+    counts, _ = write(rows, quota=Quota(limits))
+    counted = count_rows([*rows, BadRow("malformed_row"), Prompt(" ", "test")], Quota(limits))
+    assert counted == {name: counts[name] for name in counted}
+    assert set(counted) == {f"{kind}/{split}" for kind in ("prompts", "pairs") for split in SPLITS}
 
 
 def test_scorers_see_the_image_at_its_own_size(write, tmp_path):

@@ -9,19 +9,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from ruamel.yaml import YAML
 
+import params
 import tiny
-from attune.config.check import read_params
 from attune.config.plugins import plugin_config
+from attune.config.resolve import load
 from attune.config.schema import ConfigError
 from attune.config.settings import AIFeedback
 from attune.data.labels import with_ai_feedback
 from attune.diffusion.losses import hinge_loss, ipo_loss, preference_loss
 from attune.methods import dpo
 from attune.stages import align
+from attune.stages.plan import write as write_plans
 from attune.training.loop import batch_generator
 
+ROOT = Path(__file__).parents[2]
 BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
 
 
@@ -121,20 +123,25 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
     scored = data.pairs.assign(pickscore_0=9 * opposite.mask(tie, 0), pickscore_1=9 * (1 - opposite).mask(tie, 0))
     asked = {"ai_feedback": {"scorer": "pickscore", "threshold": 0.1}}
     runs = {"scorer": (scored, asked), "people": (data.pairs.assign(label_0=opposite.mask(tie, 0.5)), {})}
-    given = read_params(Path(__file__).parents[2] / "params.yaml")
-    short = given["profiles"]["short"] | {"model": {"backbone": "sd", "path": tiny_folder}}
+    given, short = params.shipped("short")
+    short |= {"model": {"backbone": "sd", "path": tiny_folder}, "search": {}}
+    runs_given = {"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}
+    monkeypatch.chdir(ROOT)
     histories, seen = [], []
     for name, (pairs, options) in runs.items():
-        profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}, "search": {}}
-        values = given | {"profile": "short", "run_methods": {}, "profiles": {"short": profile}}
-        write_prepared(tmp_path / name / "data" / "prepared", data, pairs)
-        monkeypatch.chdir(tmp_path / name)
-        with Path("params.yaml").open("w") as file:
-            YAML().dump(values, file)
-        monkeypatch.setattr("sys.argv", ["align", "--method", "dpo"])
+        profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}}
+        folder = params.write(tmp_path / name, given | {"runs": runs_given}, profile)
+        write_prepared(folder / "data" / "short" / "prepared", data, pairs)
+        (folder / "models").mkdir()
+        (folder / "models" / "embedded").symlink_to(ROOT / "models" / "embedded")
+        settings = load(folder)
+        monkeypatch.chdir(folder)
+        write_plans(settings)
+        monkeypatch.setattr("sys.argv", ["align", "--run", "dpo"])
         align.main()
-        histories.append(pd.read_csv("reports/train/dpo.csv"))
-        seen.append(json.loads(Path("reports/train/dpo.json").read_text())["trained_on"])
+        histories.append(pd.read_csv("reports/short/train/dpo.csv"))
+        seen.append(json.loads(Path("reports/short/train/dpo.json").read_text())["trained_on"])
+        monkeypatch.chdir(ROOT)
     pd.testing.assert_frame_equal(*histories)
     assert seen == [["pickscore"], []]
 

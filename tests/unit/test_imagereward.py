@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attune.clip.model import clip_pixels, rounded_crop
+from attune.clip.pixels import clip_pixels, rounded_crop
 from attune.rewards import imagereward
 from tiny_scorers import HEAD_WIDTH, imagereward_tensors, write_imagereward
 

@@ -345,7 +345,7 @@ def test_which_of_several_files_must_be_said(new_policy, tmp_path):
 
 
 def test_what_is_on_the_hub_must_be_pinned(policy, tmp_path):
-    with pytest.raises(ValueError, match="owner/name: not here, and what is on the hub needs the commit"):
+    with pytest.raises(ValueError, match="owner/name is not here, and on the Hub it needs its full commit"):
         policy.load("owner/name")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         policy.load(tmp_path / "missing")
@@ -364,7 +364,7 @@ def test_an_adapter_and_a_denoiser_from_the_hub(new_policy, tmp_path, on_the_hub
     ):
         _, commit = on_the_hub(tmp_path / folder, name)
         loaded = new_policy(adapter=False)
-        loaded.load(source, commit)
+        loaded.load(f"{source}@{commit}")
         assert same_weights(loaded, expected)
 
 
@@ -557,7 +557,7 @@ def test_a_start_that_is_not_what_the_settings_say_is_refused(new_policy, tmp_pa
 
 
 def test_a_start_on_the_hub_must_be_pinned(new_policy):
-    with pytest.raises(ValueError, match="owner/name: not here, and what is on the hub needs the commit"):
+    with pytest.raises(ValueError, match="owner/name is not here, and on the Hub it needs its full commit"):
         new_policy(adapter=False).continue_from("owner/name", TWO)
 
 

@@ -91,6 +91,9 @@ def test_dict_round_trip_through_json_and_its_errors():
         ({"steps": 0}, "positive"),
         ({"scorers": (("a", "1", "x"), ("a", "2", "x"))}, "twice"),
         ({"scorers": (("a", "1"),)}, "revision"),
+        ({"scorers": (("hps.v2", "1", "x"),)}, r"a letter first; found \['hps\.v2'\]"),
+        ({"scorers": (("2.1", "1", "x"),)}, "a letter first"),
+        ({"scorers": (("", "1", "x"),)}, "a letter first"),
     ],
 )
 def test_impossible_protocols_are_refused(change, message):

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from attune.evaluation.protocol import Protocol, hash_prompts
+from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
 from attune.evaluation.report import figures
-from attune.evaluation.report.document import Paragraph, Picture, Table, escape_html, render_html, render_markdown
-from attune.evaluation.report.verdict import escape_markdown, summarise, to_html, to_markdown, verdict, write_report
+from attune.evaluation.report.document import (
+    Paragraph,
+    Picture,
+    Table,
+    escape_html,
+    escape_markdown,
+    render_html,
+    render_markdown,
+)
+from attune.evaluation.report.make import make_report, write_report
+from attune.evaluation.report.render import to_html, to_markdown
+from attune.evaluation.summarise import summarise
+from attune.evaluation.summary import ComparisonEntry, Diagnostics, Extreme, Location, MethodSummary, Summary
+
+COMMITTED = Path(__file__).parents[2] / "reports/tiny"
 
 HOSTILE = [
     "a | b",
@@ -53,19 +70,28 @@ def table(prompts: list[str], shift: float = 0.0, seed: int = 0) -> pd.DataFrame
 
 
 @pytest.fixture(scope="module")
-def summary() -> dict:
+def tables() -> dict[str, pd.DataFrame]:
     prompts = [*HOSTILE, *(f"prompt {i}" for i in range(25))]
-    tables = {
+    return {
         "spo": table(prompts, 0.35, seed=1),
         "base": table(prompts),
         "same": table(prompts),
         "<b>evil|name": table(prompts, -0.3, seed=2),
     }
-    extras = {
-        "spo": {"diversity": {"vendi": 3.5}, "drift": {"cmmd": 0.7}},
-        "base": {"diversity": {"vendi": 4}},
+
+
+@pytest.fixture(scope="module")
+def protocol(tables) -> Protocol:
+    return protocol_for(sorted(set(tables["base"]["prompt"])))
+
+
+@pytest.fixture(scope="module")
+def summary(tables, protocol) -> Summary:
+    diagnostics = {
+        "spo": Diagnostics(diversity={"vendi": 3.5}, drift={"cmmd": 0.7}),
+        "base": Diagnostics(diversity={"vendi": 4.0}),
     }
-    return summarise(tables, protocol_for(prompts), trained_on={"spo": ["oracle"]}, extras=extras)
+    return summarise(tables, protocol, trained_on={"spo": ["oracle"]}, diagnostics=diagnostics)
 
 
 def test_six_row_table_by_hand():
@@ -84,51 +110,125 @@ def test_six_row_table_by_hand():
     )
     method = base.assign(oracle=[2.0, 2, 4, 0, 4, 6])
     protocol = Protocol("0", 3, 2, "ddim", 1, 0, 1, 8, "float32", 0, (("oracle", "r", "p"),))
-    result = summarise({"base": base, "m": method.sample(frac=1, random_state=0)}, protocol)["methods"]
-    assert result["base"] == {"scores": {"oracle": {"mean": 2.0, "median": 2.0}}, "vs_base": {}}
-    assert result["m"]["scores"]["oracle"] == {"mean": 3.0, "median": 2.0}
-    entry = result["m"]["vs_base"]["oracle"]
-    assert entry["difference"] == pytest.approx(1)
-    assert entry["win_rate"] == pytest.approx(5 / 6)
-    assert result["m"]["extremes"]["gained"][0] == {"prompt": "c", "difference": 2.0}
-    assert result["m"]["extremes"]["lost"] == []
+    result = summarise({"base": base, "m": method.sample(frac=1, random_state=0)}, protocol).methods
+    assert result["base"] == MethodSummary({"oracle": Location(2.0, 2.0)}, vs_base={})
+    assert result["m"].scores["oracle"] == Location(3.0, 2.0)
+    entry = result["m"].vs_base["oracle"]
+    assert entry.difference == pytest.approx(1)
+    assert entry.win_rate == pytest.approx(5 / 6)
+    assert result["m"].extremes.gained[0] == Extreme("c", 2.0)
+    assert result["m"].extremes.lost == ()
 
 
-def test_summary_has_the_promised_shape(summary):
-    assert {"protocol", "n_prompts", "methods"} <= set(summary)
-    assert Protocol.from_dict(summary["protocol"]).n_prompts == summary["n_prompts"] == 40
-    assert list(summary["methods"]) == ["base", "spo", "same", "<b>evil|name"]
-    assert summary["methods"]["base"]["vs_base"] == {}
-    for name, method in summary["methods"].items():
+def test_summary_is_complete(summary):
+    assert summary.protocol.n_prompts == 40
+    assert list(summary.methods) == ["base", "spo", "same", "<b>evil|name"]
+    assert list(summary.tuned) == ["spo", "same", "<b>evil|name"]
+    assert summary.scorers == tuple(SCORERS)
+    assert summary.methods["base"].vs_base == {}
+    for method in summary.tuned.values():
+        assert set(method.vs_base) == set(method.scores) == {*SCORERS, "oracle.appeal"}
         for scorer in SCORERS:
-            assert set(method["scores"][scorer]) == {"mean", "median"}
-            if name != "base":
-                entry = method["vs_base"][scorer]
-                assert {"win_rate", "ci95", "p_value", "p_holm", "difference", "difference_ci95"} <= set(entry)
-                assert entry["ci95"][0] <= entry["win_rate"] <= entry["ci95"][1]
-                assert entry["p_holm"] >= entry["p_value"]
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+            entry = method.vs_base[scorer]
+            assert entry.ci95[0] <= entry.win_rate <= entry.ci95[1]
+            assert entry.p_holm >= entry.p_value
+        assert method.vs_base["oracle.appeal"].p_holm is None
+        assert method.vs_base["oracle.appeal"].evidence == "no evidence"
 
 
-def test_verdicts_follow_the_evidence(summary):
-    methods = summary["methods"]
-    assert verdict(methods["spo"]["vs_base"]["oracle"]) == "better"
-    assert verdict(methods["spo"]["vs_base"]["pickscore"]) == "no evidence"
-    assert verdict(methods["<b>evil|name"]["vs_base"]["oracle"]) == "worse"
-    same = methods["same"]["vs_base"]["oracle"]
-    assert (same["win_rate"], same["p_value"], same["ci95"]) == (0.5, 1.0, [0.5, 0.5])
-    disagree = {"p_holm": 0.01, "difference_ci95": [-0.1, 0.3], "win_rate": 0.7}
-    assert verdict(disagree) == "mixed"
-    assert verdict(disagree | {"difference_ci95": [0.1, 0.3], "win_rate": 0.4}) == "mixed"
-    assert verdict(disagree | {"difference_ci95": [0.1, 0.3], "p_holm": 0.2}) == "no evidence"
+def test_the_committed_summary_is_read_and_written_byte_for_byte():
+    text = (COMMITTED / "summary.json").read_text()
+    summary = Summary.from_json(text)
+    assert summary.to_json() == text
+    assert summary.methods["spo"].vs_base["oracle"].evidence == "better"
+
+
+def test_the_committed_report_is_the_committed_summarys():
+    """report.md holds no number that is not in summary.json, and links its pictures."""
+    summary = Summary.from_json((COMMITTED / "summary.json").read_text())
+    text = (COMMITTED / "report.md").read_text()
+    titles = [line[2:].partition("](") for line in text.splitlines() if line.startswith("![")]
+    pictures = [Picture(title, path.rstrip(")"), b"") for title, _, path in titles]
+    assert to_markdown(summary, pictures) == text
+
+
+def test_json_holds_everything_and_nothing_that_is_not_there(summary, tables, protocol):
+    assert Summary.from_json(summary.to_json()) == summary
+    values = json.loads(summary.to_json())
+    assert list(values) == ["protocol", "n_prompts", "base", "scorers", "methods", "pairs"]
+    assert values["n_prompts"] == 40
+    assert list(values["methods"]["base"]) == ["scores", "vs_base", "diversity"]
+    assert list(values["methods"]["same"]) == ["scores", "vs_base", "trained_on", "gap", "extremes"]
+    assert values["methods"]["same"]["gap"] is None
+    assert "p_holm" not in values["methods"]["same"]["vs_base"]["oracle.appeal"]
+    selected = summarise(tables, protocol, selected_by={"spo": ["oracle"]})
+    assert Summary.from_json(selected.to_json()) == selected
+    methods = json.loads(selected.to_json())["methods"]
+    assert methods["spo"]["selected_by"] == ["oracle"]
+    assert "selected_by" not in methods["same"]
+
+
+def test_undefined_numbers_are_null_in_json():
+    """One prompt: no spread, so no detectable effect and no standardised gain."""
+    protocol = replace(protocol_for(["a"]), n_prompts=1)
+    summary = summarise({"base": table(["a"]), "m": table(["a"], 1.0)}, protocol, trained_on={"m": ["oracle"]})
+    method = json.loads(summary.to_json())["methods"]["m"]
+    assert method["vs_base"]["oracle"]["minimum_detectable_effect"] is None
+    assert method["gap"] == {"trained": None, "heldout": None, "gap": None}
+    again = Summary.from_json(summary.to_json())
+    assert math.isnan(again.methods["m"].vs_base["oracle"].minimum_detectable_effect)
+    assert math.isnan(again.methods["m"].gap.gap)
+    assert to_markdown(again) == to_markdown(summary)
+    assert "nan" not in to_markdown(summary)
+
+
+def test_evidence_needs_p_interval_and_win_rate(summary):
+    methods = summary.methods
+    assert methods["spo"].vs_base["oracle"].evidence == "better"
+    assert methods["spo"].vs_base["pickscore"].evidence == "no evidence"
+    assert methods["<b>evil|name"].vs_base["oracle"].evidence == "worse"
+    same = methods["same"].vs_base["oracle"]
+    assert (same.win_rate, same.p_value, same.ci95) == (0.5, 1.0, (0.5, 0.5))
+    disagree = ComparisonEntry(0.7, (0.6, 0.8), 0.001, 0.1, (-0.1, 0.3), 0.2, p_holm=0.01)
+    assert disagree.evidence == "mixed"
+    assert replace(disagree, difference_ci95=(0.1, 0.3), win_rate=0.4).evidence == "mixed"
+    assert replace(disagree, difference_ci95=(0.1, 0.3), p_holm=0.2).evidence == "no evidence"
 
 
 def test_gap_is_standardised_and_needs_both_sides(summary):
     """Trained gain ~0.35 base spreads, held-out gain ~0."""
-    gap = summary["methods"]["spo"]["gap"]
-    assert gap["gap"] == pytest.approx(gap["trained"] - gap["heldout"])
-    assert gap["gap"] == pytest.approx(0.35, abs=0.1)
-    assert summary["methods"]["same"]["gap"] is None
+    gap = summary.methods["spo"].gap
+    assert gap.gap == gap.trained - gap.heldout
+    assert gap.gap == pytest.approx(0.35, abs=0.1)
+    assert summary.methods["same"].gap is None
+
+
+def test_a_scorer_that_selected_is_marked_and_not_held_out(tables, protocol):
+    both = summarise(tables, protocol, trained_on={"spo": ["oracle"]}, selected_by={"spo": ["oracle", "pickscore"]})
+    assert both.methods["spo"].gap is None  # no scorer is left that knows nothing of the method
+    assert not both.methods["spo"].is_held_out("pickscore")
+    text = to_markdown(both)
+    assert "beats base on oracle (trained on, selected by) by +0.3" in text
+    assert "pickscore (selected by) " in text
+    assert "suspect reward hacking" not in text
+    assert "(selected by) marks a scorer that early stopping or a search chose the method by" in text
+    assert "| method | trained on | selected by | gain, trained |" in text
+    assert r"| spo | oracle | oracle, pickscore | \- |" in text
+    assert r"| same | \- | \- | \- |" in text
+
+
+def test_scorers_that_did_not_evaluate_are_text(tables, protocol, summary):
+    """Training on another scorer is told; it changes no number and marks nothing in the tables."""
+    told = summarise(tables, protocol, trained_on={"spo": ["hps", "oracle"], "same": ["hps"]})
+    assert told.methods["spo"].gap == summary.methods["spo"].gap
+    assert told.methods["same"].gap is None
+    lines = to_markdown(told).splitlines()
+    spo, same = (next(line for line in lines if line.startswith(f"- **{name}**")) for name in ("spo", "same"))
+    assert spo.endswith("suspect reward hacking. Also trained on: hps, which was not evaluated.")
+    assert same.endswith(" Also trained on: hps, which was not evaluated.")
+    chosen = to_markdown(summarise(tables, protocol, selected_by={"spo": ["hps", "clip"]}))
+    assert "Also selected by: hps, clip, which were not evaluated." in chosen
+    assert not any("Also" in line for line in to_markdown(summary).splitlines())
 
 
 def test_tables_that_cannot_be_paired_are_refused():
@@ -140,10 +240,10 @@ def test_tables_that_cannot_be_paired_are_refused():
         summarise({"base": base, "spo": base.replace({"prompt": {"a": "c"}})}, protocol)
     with pytest.raises(ValueError, match="different score columns"):
         summarise({"base": base, "spo": base.drop(columns="oracle.appeal")}, protocol)
-    with pytest.raises(ValueError, match="trained_on names scorers"):
-        summarise({"base": base, "spo": base}, protocol, trained_on={"spo": ["hps"]})
     with pytest.raises(ValueError, match="trained_on names methods"):
         summarise({"base": base}, protocol, trained_on={"spo": ["oracle"]})
+    with pytest.raises(ValueError, match="selected_by names methods"):
+        summarise({"base": base}, protocol, selected_by={"spo": ["oracle"]})
 
 
 def test_markdown_says_it_in_words(summary):
@@ -153,7 +253,7 @@ def test_markdown_says_it_in_words(summary):
     assert "no evidence of a difference from base on pickscore" in line
     assert "suspect reward hacking" in line
     assert "![Win rates](figures/win%20rate.png)" in text
-    protocol_sha = Protocol.from_dict(summary["protocol"]).sha
+    protocol_sha = summary.protocol.sha
     lines = text.splitlines()
     headers = [i for i, line in enumerate(lines) if line.startswith("| ---")]
     assert len(headers) == 7
@@ -232,7 +332,38 @@ def test_write_report_leaves_three_files(summary, tmp_path):
     write_report(tmp_path / "reports", summary)
     written = {path.name for path in (tmp_path / "reports").iterdir()}
     assert written == {"summary.json", "report.md", "report.html"}
-    assert json.loads((tmp_path / "reports" / "summary.json").read_text()) == summary
+    assert Summary.from_json((tmp_path / "reports" / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_report_is_made_of_what_finished_stages_left(tmp_path, trained):
+    """A base and a run; where nothing was trained here, no curves and no accuracy, as of released models alone."""
+    prompts = [f"prompt {i}" for i in range(12)]
+    reports, generated = tmp_path / "reports", tmp_path / "generated"
+    (reports / "train").mkdir(parents=True)
+    (reports / "features").mkdir()
+    for seed, name in enumerate(("base", "spo")):
+        frame = table(prompts, 0.3 * seed, seed)
+        write_scores(reports / "scores" / f"{name}.parquet", frame, protocol_for(prompts))
+        np.save(reports / "features" / f"{name}.npy", np.random.default_rng(seed).normal(size=(24, 4)))
+        (generated / name).mkdir(parents=True)
+        for file in frame["file"]:
+            Image.new("RGB", (8, 8), (40, 90, 200 * seed)).save(generated / name / file)
+    if trained:
+        pd.DataFrame({"step": range(5), "loss": 0.69}).to_csv(reports / "train/spo.csv")
+        accuracy = {"spm": {"t": [0, 500], "accuracy": [0.8, 0.6]}}
+        (reports / "train/preference.json").write_text(json.dumps({"accuracy_by_t": accuracy}))
+    summary = make_report(
+        ["base", "spo"], reports, generated, trained_on={"spo": ["oracle"]}, selected_by={"spo": ["hps"]}, seed=0
+    )
+    assert Summary.from_json((reports / "summary.json").read_text()) == summary
+    assert set(summary.methods["spo"].diagnostics.drift) == {"cmmd"}
+    assert summary.methods["base"].diagnostics.drift is None
+    assert summary.methods["spo"].diagnostics.indices["saturation"] == 0
+    drawn = {path.stem for path in (reports / "figures").iterdir()}
+    assert drawn == {"samples", "win_rate", "difference"} | ({"curves", "accuracy_by_t"} if trained else set())
+    text = (reports / "report.md").read_text()
+    assert all(f"](figures/{name}.png)" in text for name in drawn)
 
 
 def test_small_images_are_enlarged_by_whole_factors():

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
-from attune.clip.model import clip_pixels, clip_pixels_pil
 from attune.clip.open_clip import VIT_H_14, clip_config, from_open_clip, key_map, load_open_clip, to_open_clip
+from attune.clip.pixels import clip_pixels, clip_pixels_pil
 from attune.rewards import aesthetic, clipscore, hpsv2, oracle, pickscore
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
@@ -144,7 +145,7 @@ def test_the_released_layout_is_pickscores_architecture():
 
     config = clip_config(VIT_H_14, Tokenizer())
     with torch.device("meta"):
-        model = pickscore.CLIPModel(config)
+        model = CLIPModel(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 986_109_441
     assert {name for targets in key_map(32, 24).values() for name in targets} == set(model.state_dict())
     assert config.vision_config.num_attention_heads == 16

@@ -1,4 +1,4 @@
-"""The evaluate stage and what it says about a scorer: identity, pins, guard rails, batches, features."""
+"""The evaluate stage and what it says about a scorer: identity, pins, expected ranges, batches, features."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from attune.config.check import read_params
+import params
+from attune.config.plan import EvaluatePlan, Plugin
 from attune.config.plugins import plugin_config
-from attune.config.profile import Profile
 from attune.config.schema import ConfigError, Float
-from attune.config.settings import Commit, ScorerConfig, Sha256
+from attune.config.settings import Location, ScorerConfig, Sha256
+from attune.evaluation import scoring
+from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.protocol import Protocol, hash_prompts, read_scores, scorer_identity
-from attune.evaluation.report.verdict import to_markdown
+from attune.evaluation.report.render import to_markdown
+from attune.evaluation.summarise import summarise
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
-from attune.stages import evaluate, report
+from attune.stages.evaluate import evaluate
 from attune.world.grammar import all_scenes
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +38,8 @@ HPS = {
 class Example(ScorerConfig):
     """A scorer with everything a block can have."""
 
-    path: str
-    revision: Commit | None = None
-    head: str | None = None
-    head_revision: Commit | None = None
+    path: Location
+    head: Location | None = None
     head_sha256: Sha256 | None = None
     license: str = "none"
     sharpness: Float = 1.0
@@ -60,8 +61,17 @@ def test_identity_names_weights_and_settings(files):
     assert len(main) == 12
     assert head.startswith("head:")
     assert settings == "mode=plain sharpness=1.0"
-    pinned = Example(path="owner/model", revision=COMMIT)
-    assert scorer_identity("example", pinned)[1] == COMMIT[:12]
+    pinned = Example(path=f"owner/model@{COMMIT}", head=f"owner/model/head.pt@{COMMIT}")
+    assert scorer_identity("example", pinned)[1] == f"{COMMIT[:12]} head:{COMMIT[:12]}/head.pt"
+
+
+def test_the_embedded_scorers_are_known_by_the_names_they_were_published_under(monkeypatch):
+    """A protocol's hash covers these strings: another way of writing them would set all old scores apart."""
+    monkeypatch.chdir(ROOT)
+    published = json.loads((ROOT / "reports/tiny/summary.json").read_text())["protocol"]["scorers"]
+    blocks = params.shipped()[1]["scorers"]
+    configs = {name: plugin_config("rewards", name, block, name) for name, block in blocks.items()}
+    assert sorted(list(scorer_identity(name, config)) for name, config in configs.items()) == published
 
 
 @pytest.mark.parametrize("change", [{"sharpness": 2}, {"mode": "other"}])
@@ -69,9 +79,9 @@ def test_every_setting_changes_the_identity(files, change):
     assert scorer_identity("x", Example(**files)) != scorer_identity("x", Example(**files, **change))
 
 
-def test_place_licence_and_guard_do_not_change_it(files, tmp_path):
+def test_place_licence_and_expected_range_do_not_change_it(files, tmp_path):
     (tmp_path / "head.pt").rename(tmp_path / "moved.pt")
-    moved = files | {"head": str(tmp_path / "moved.pt"), "license": "MIT", "expected_mean": [0, 1]}
+    moved = files | {"head": str(tmp_path / "moved.pt"), "license": "MIT", "expected_range": [0, 1]}
     after = scorer_identity("x", Example(**moved))
     (tmp_path / "moved.pt").rename(tmp_path / "head.pt")
     assert scorer_identity("x", Example(**files)) == after
@@ -97,7 +107,7 @@ def test_hpsv2_versions_and_resizes_never_share_a_table(monkeypatch, change):
 
 def test_clipscore_says_which_clip(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = clipscore.Config(model="ViT-B/32", path="openai/clip-vit-base-patch32", revision=COMMIT)
+    config = clipscore.Config(model="ViT-B/32", path=f"openai/clip-vit-base-patch32@{COMMIT}")
     assert "model=ViT-B/32" in scorer_identity("clipscore", config)[2]
 
 
@@ -107,16 +117,10 @@ def test_clipscore_says_which_clip(monkeypatch):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (
-            {"path": "yuvalkirstain/PickScore_v1"},
-            r"here\.path: .* needs its commit in revision \(given 'yuvalkirstain/PickScore_v1'\)",
-        ),
-        (
-            {"path": "x/y", "revision": COMMIT, "tokenizer": "laion/clip"},
-            r"here\.tokenizer: .* needs its commit in tokenizer_revision \(given 'laion/clip'\)",
-        ),
-        ({"path": "x/y", "revision": "main"}, "here.revision: String should match"),
-        ({"path": "x/y", "revision": COMMIT[:12]}, "here.revision: String should match"),
+        ({"path": "yuvalkirstain/PickScore_v1"}, r"here\.path: .* on the Hub it needs its full commit: yuval"),
+        ({"path": f"x/y@{COMMIT}", "tokenizer": "laion/clip"}, r"here\.tokenizer: .* needs its full commit"),
+        ({"path": "x/y@main"}, r"here\.path: .*'main' is no full commit"),
+        ({"path": f"x/y@{COMMIT[:12]}"}, r"here\.path: .* is no full commit"),
     ],
 )
 def test_hub_addresses_must_be_pinned(block, message):
@@ -125,51 +129,55 @@ def test_hub_addresses_must_be_pinned(block, message):
 
 
 def test_files_on_the_hub_must_be_pinned():
-    address = "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"
-    with pytest.raises(ConfigError, match=r"here\.path: .* needs its commit in revision \(given 'hf://"):
+    address = "xswu/HPSv2/HPS_v2.1_compressed.pt"
+    with pytest.raises(ConfigError, match=r"here\.path: .* needs its full commit: xswu/HPSv2/HPS_v2.1_compressed.pt@"):
         plugin_config("rewards", "hpsv2", HPS | {"path": address}, "here")
     with pytest.raises(ConfigError, match=r"version is 2\.0, but HPS_v2\.1_compressed is 2\.1"):
-        plugin_config("rewards", "hpsv2", HPS | {"path": address, "revision": COMMIT, "version": "2.0"}, "here")
+        plugin_config("rewards", "hpsv2", HPS | {"path": f"{address}@{COMMIT}", "version": "2.0"}, "here")
 
 
-# ---------------------------------------------------------------- guard rails
+# ---------------------------------------------------------------- expected ranges
 
-HUB = {"revision": COMMIT}
-HUB_TOKENIZER = {"tokenizer": "google-bert/bert-base-uncased", "tokenizer_revision": COMMIT}
+TOKENIZER = {"tokenizer": f"google-bert/bert-base-uncased@{COMMIT}"}
 
 
 @pytest.mark.parametrize(
     ("module", "block", "expected"),
     [
-        (pickscore, {"path": "yuvalkirstain/PickScore_v1"}, (17, 25)),
-        (pickscore, {"path": "yuvalkirstain/PickScore_v1", "expected_mean": [1, 2]}, (1, 2)),
-        (hpsv2, HPS | {"path": "hf://xswu/HPSv2/HPS_v2.1_compressed.pt"}, (0.15, 0.36)),
-        (hpsv2, HPS | {"path": "hf://xswu/HPSv2/HPS_v2_compressed.pt", "version": "2.0"}, (0.15, 0.36)),
+        (pickscore, {"path": f"yuvalkirstain/PickScore_v1@{COMMIT}"}, (17, 25)),
+        (pickscore, {"path": f"yuvalkirstain/PickScore_v1@{COMMIT}", "expected_range": [1, 2]}, (1, 2)),
+        (hpsv2, HPS | {"path": f"xswu/HPSv2/HPS_v2.1_compressed.pt@{COMMIT}"}, (0.15, 0.36)),
+        (hpsv2, HPS | {"path": f"xswu/HPSv2/HPS_v2_compressed.pt@{COMMIT}", "version": "2.0"}, (0.15, 0.36)),
         (
             aesthetic,
-            {"path": "openai/clip-vit-large-patch14", "head": "/data/heads/sac+logos+ava1-l14-linearMSE.pth"},
+            {
+                "path": f"openai/clip-vit-large-patch14@{COMMIT}",
+                "head": "/data/heads/sac+logos+ava1-l14-linearMSE.pth",
+            },
             (3, 9),
         ),
-        (imagereward, {"path": "hf://zai-org/ImageReward/ImageReward.pt"} | HUB_TOKENIZER, (-2, 2)),
-        (clipscore, {"path": "openai/clip-vit-large-patch14", "model": "ViT-L/14"}, (15, 40)),
+        (imagereward, {"path": f"zai-org/ImageReward/ImageReward.pt@{COMMIT}"} | TOKENIZER, (-2, 2)),
+        (clipscore, {"path": f"openai/clip-vit-large-patch14@{COMMIT}", "model": "ViT-L/14"}, (15, 40)),
     ],
 )
-def test_published_weights_bring_their_guard_rails(module, block, expected):
-    assert module.Config(**HUB | block).sane_mean(module.PUBLISHED) == expected
+def test_published_weights_bring_their_expected_range(module, block, expected):
+    assert module.Config(**block).range_of_mean(module.PUBLISHED) == expected
 
 
 def test_other_weights_have_none_unless_stated():
     config = pickscore.Config(path=str(ROOT / "models/embedded/pickscore"))
-    assert config.sane_mean(pickscore.PUBLISHED) is None
-    assert pickscore.load(config).range is None
+    assert config.range_of_mean(pickscore.PUBLISHED) is None
+    assert pickscore.load(config).expected_range is None
 
 
 def test_a_mean_out_of_range_stops_and_says_what_to_check():
-    evaluate.check_mean("pickscore", 21.0, (17.0, 25.0))
-    evaluate.check_mean("anything", 1e9, None)
+    scoring.check_mean("pickscore", 21.0, (17.0, 25.0))
+    scoring.check_mean("anything", 1e9, None)
     for mean in (0.21, float("nan")):
-        with pytest.raises(SystemExit, match=r"pickscore: mean .* outside 17 to 25.* hidden_act .*expected_mean sets"):
-            evaluate.check_mean("pickscore", mean, (17.0, 25.0))
+        with pytest.raises(
+            scoring.UnexpectedMean, match=r"pickscore: mean .* outside 17 to 25.* hidden_act .*expected_range sets"
+        ):
+            scoring.check_mean("pickscore", mean, (17.0, 25.0))
 
 
 # ---------------------------------------------------------------- the stage
@@ -177,10 +185,10 @@ def test_a_mean_out_of_range_stops_and_says_what_to_check():
 
 @pytest.fixture
 def generated(tmp_path, monkeypatch):
-    """70 images, which are two batches and a bit, in data/generated/base, and a profile that scores them."""
+    """70 images, which are two batches and a bit, in data/tiny/generated/base, and plans that score them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    folder = tmp_path / "data/generated/base"
+    folder = tmp_path / "data/tiny/generated/base"
     folder.mkdir(parents=True)
     rng, prompts = np.random.default_rng(0), [scene.prompt for scene in all_scenes()[::20][:35]]
     rows = [(prompt, k, f"{i}_{k}.png") for i, prompt in enumerate(prompts) for k in range(2)]
@@ -189,62 +197,74 @@ def generated(tmp_path, monkeypatch):
     pd.DataFrame(rows, columns=["prompt", "ordinal", "file"]).to_parquet(folder / "index.parquet")
     made = Protocol(hash_prompts(prompts), 35, 2, "ddim", 4, 0, 1, 32, "float32", 0, ())
     (folder / "protocol.json").write_text(json.dumps(made.to_dict() | {"scorers": []}))
-    values = read_params(ROOT / "params.yaml")["profiles"]["tiny"]
-    return lambda *names: Profile.model_validate(values | {"scorers": {n: values["scorers"][n] for n in names}})
+    blocks = params.shipped()[1]["scorers"]
+
+    def plan(*names: str, **changes: dict) -> EvaluatePlan:
+        settings = {name: blocks[name] | changes.get(name, {}) for name in (*names, *changes)}
+        scorers = {name: Plugin(kind="rewards", name=name, settings=block) for name, block in settings.items()}
+        return EvaluatePlan(profile="tiny", run="base", scorers=scorers)
+
+    return plan
 
 
 def test_batches_give_the_scores_of_one_call(generated):
-    frame, protocol = evaluate.evaluate("base", generated("oracle", "pickscore", "aesthetic"))
-    stored, same = read_scores("reports/scores/base.parquet")
-    assert same == protocol
+    frame = evaluate(generated("oracle", "pickscore", "aesthetic"))
+    stored, protocol = read_scores("reports/tiny/scores/base.parquet")
+    assert protocol.scorer_names == ("aesthetic", "oracle", "pickscore")
     assert list(stored) == list(frame.columns)
     assert {"oracle.faithfulness", "oracle.appeal"} <= set(stored)
     scorer = pickscore.load(pickscore.Config(path="models/embedded/pickscore"))
-    pixels = evaluate.read_pixels(Path("data/generated/base"), frame.file)
+    pixels = scoring.read_pixels(Path("data/tiny/generated/base"), frame.file)
     with torch.no_grad():
         whole = scorer(pixels, frame.prompt.tolist()).double().numpy()
     np.testing.assert_allclose(stored.pickscore, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_features_come_from_the_first_scorer_that_offers_them(generated):
-    evaluate.evaluate("base", generated("oracle", "pickscore", "aesthetic"))
-    features = np.load("reports/features/base.npy")
+    evaluate(generated("oracle", "pickscore", "aesthetic"))
+    features = np.load("reports/tiny/features/base.npy")
     assert features.shape == (70, 64)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
 def test_without_features_the_report_says_so(generated):
-    frame, protocol = evaluate.evaluate("base", generated("oracle"))
-    assert np.load("reports/features/base.npy").shape == (70, 0)
-    extras = report.extras(["base"], {"base": frame})
-    assert set(extras["base"]) == {"indices"}
-    summary = report_summary({"base": frame}, protocol, extras)
+    evaluate(generated("oracle"))
+    assert np.load("reports/tiny/features/base.npy").shape == (70, 0)
+    summary = summary_of_base()
+    assert set(summary.methods["base"].diagnostics.indices) == {"saturation", "high_frequency"}
+    assert summary.methods["base"].diagnostics.diversity is None
     assert "Diversity and drift from the base were not measured" in to_markdown(summary)
 
 
 def test_with_features_it_does_not(generated):
-    frame, protocol = evaluate.evaluate("base", generated("aesthetic"))
-    summary = report_summary({"base": frame}, protocol, report.extras(["base"], {"base": frame}))
-    assert summary["methods"]["base"]["diversity"]["vendi"] > 1
+    evaluate(generated("aesthetic"))
+    summary = summary_of_base()
+    assert summary.methods["base"].diagnostics.diversity["vendi"] > 1
     assert "were not measured" not in to_markdown(summary)
 
 
-def report_summary(tables, protocol, extras):
-    from attune.evaluation.report.verdict import summarise
+def test_an_unexpected_mean_ends_the_stage_and_writes_nothing(generated):
+    with pytest.raises(SystemExit, match=r"scorer pickscore: mean .* lies outside 100 to 200"):
+        evaluate(generated("oracle", pickscore={"expected_range": [100, 200]}))
+    assert not Path("reports").exists()
 
-    return summarise(tables, protocol, extras=extras)
+
+def summary_of_base():
+    frame, protocol = read_scores("reports/tiny/scores/base.parquet")
+    found = diagnostics({"base": frame}, Path("data/tiny/generated"), Path("reports/tiny/features"))
+    return summarise({"base": frame}, protocol, diagnostics=found)
 
 
 def test_memory_holds_one_batch(generated, monkeypatch):
     seen = []
-    whole = evaluate.read_pixels
-    monkeypatch.setattr(evaluate, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
-    evaluate.evaluate("base", generated("pickscore", "aesthetic"))
+    whole = scoring.read_pixels
+    monkeypatch.setattr(scoring, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
+    evaluate(generated("pickscore", "aesthetic"))
     assert seen == [32, 32, 6] * 2
 
 
 def test_transparency_is_dropped(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
     Image.fromarray(picture, "RGBA").save(tmp_path / "a.png")
-    pixels = evaluate.read_pixels(tmp_path, pd.Series(["a.png"]))
+    pixels = scoring.read_pixels(tmp_path, pd.Series(["a.png"]))
     assert torch.equal(pixels[0], torch.from_numpy(picture[..., :3].copy()).permute(2, 0, 1) / 255)

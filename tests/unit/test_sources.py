@@ -19,11 +19,12 @@ from PIL import Image
 from attune.config import plugins
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
-from attune.data.prepared import PreparedData
+from attune.data.ingest.ingest import Rules
+from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
-from attune.data.rows import Rules
-from attune.data.sources import Bad, Pair, Prompt, Quota, SourceError, hashed_split
-from attune.data.writing import write_prepared
+from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
+from attune.data.splits import hashed_split
+from attune.data.store import PreparedData
 
 
 def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> bytes:
@@ -33,7 +34,7 @@ def image(seed: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> byt
         return file.getvalue()
 
 
-def rows_from(name: str, quota: Quota | None = None, **block) -> list[Prompt | Pair | Bad]:
+def rows_from(name: str, quota: Quota | None = None, **block) -> list[Prompt | Pair | BadRow]:
     """What a source yields for a block of params.yaml."""
     module, config = plugins.load("sources", name), plugin_config("sources", name, block, "data")
     return list(module.read(module.Config.model_validate(config.model_dump()), 0, None, quota or Quota()))
@@ -189,7 +190,7 @@ def test_a_broken_sample_or_shard_is_one_bad_row(tmp_path):
     data = bytearray((tmp_path / "2.parquet").read_bytes())
     (tmp_path / "3.parquet").write_bytes(data[:-40])
     rows = rows_from("pickapic", path=str(tmp_path))
-    bad = [(row.reason, row.file, row.row) for row in rows if isinstance(row, Bad)]
+    bad = [(row.reason, row.file, row.row) for row in rows if isinstance(row, BadRow)]
     malformed = [("malformed_row", "0.tar", key) for key in "123"]
     assert bad == [*malformed, ("unreadable_file", "1.tar", 0), ("unreadable_file", "3.parquet", 0)]
     pairs = [row for row in rows if isinstance(row, Pair)]
@@ -231,8 +232,7 @@ def test_no_more_gigabytes_than_asked_for(published, caplog):
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("data/raw/here/nothing", "neither a file or folder here nor the owner/name"),
-        ("owner/name", "data.revision: no owner/name here, and to read it from the Hub the commit must be named"),
+        ("/data/raw/here/nothing", "data.path: /data/raw/here/nothing is neither here nor a data set on the Hub"),
         ("{empty}", "holds no .parquet or .tar file"),
         ("{empty}/*.tar", "holds no .parquet or .tar file"),
     ],
@@ -242,9 +242,10 @@ def test_data_that_is_not_there_names_the_key(path, says, tmp_path):
         rows_from("pickapic", path=path.format(empty=tmp_path))
 
 
-def test_a_revision_is_a_whole_commit():
-    with pytest.raises(ConfigError, match=r"data\.revision: .*\^\[0-9a-f\]\{40\}\$"):
-        plugin_config("sources", "pickapic", {"path": "a/b", "revision": "main"}, "data")
+@pytest.mark.parametrize("path", ["owner/name", "owner/name@main"])
+def test_a_data_set_on_the_hub_is_named_with_its_whole_commit(path):
+    with pytest.raises(ConfigError, match=r"data\.path: owner/name.* full commit"):
+        plugin_config("sources", "pickapic", {"path": path}, "data")
 
 
 @dataclass
@@ -279,7 +280,7 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
     quota = Quota({"train": 3})
     module = plugins.load("sources", "pickapic")
     seen = []
-    for row in module.read(module.Config(path="owner/name", revision=commit), 0, None, quota):
+    for row in module.read(module.Config(path=f"owner/name@{commit}"), 0, None, quota):
         quota.taken[row.split] += 1
         seen.append((row.prompt, len(set(downloaded))))
     assert listed == [("owner/name", {"repo_type": "dataset", "revision": commit, "recursive": True})]
@@ -290,8 +291,8 @@ def test_hub_shards_are_downloaded_when_their_turn_comes(published, monkeypatch)
 
 def test_a_hub_that_cannot_be_reached_names_the_key(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"data\.path: owner/name at b{40}: .*offline"):
-        rows_from("pickapic", path="owner/name", revision="b" * 40)
+    with pytest.raises(SourceError, match=r"data\.path: owner/name@b{40} is not in the cache .*offline"):
+        rows_from("pickapic", path=f"owner/name@{'b' * 40}")
 
 
 # --- the torture file -------------------------------------------------------------------------------------
@@ -394,8 +395,8 @@ def test_hpdv2(hpdv2):
     assert (cat.label_0, cat.image_1) == (0.0, hpdv2 / "train/001.jpg")
     assert (dog.label_0, dog.image_0) == (1.0, hpdv2 / "train/002.jpg")
     assert (lost.image_1, out.image_0) == (None, None)
-    assert short == Bad("malformed_row", "train.json", 4, "short")
-    assert nonsense == Bad("malformed_row", "train.json", 5)
+    assert short == BadRow("malformed_row", "train.json", 4, "short")
+    assert nonsense == BadRow("malformed_row", "train.json", 5)
 
 
 def test_hpdv2_without_a_test_file_takes_test_prompts_from_train(hpdv2):
@@ -453,7 +454,9 @@ def test_imagerewarddb_with_holes(tmp_path):
     table.to_parquet(folder / "metadata-train.parquet")
     (folder / "images/validation/validation_1.zip").write_bytes(b"PK no zip")
     rows = rows_from("imagerewarddb", path=str(folder))
-    assert [row for row in rows if isinstance(row, Bad)] == [Bad("no_label", "metadata-train.parquet", 1, "train a")]
+    assert [row for row in rows if isinstance(row, BadRow)] == [
+        BadRow("no_label", "metadata-train.parquet", 1, "train a")
+    ]
     (train,) = (row for row in rows if isinstance(row, Pair) and row.split == "train")
     assert train.image_1 is None
     assert not any(row.image_0.exists() for row in rows if isinstance(row, Pair) and row.split == "validation")
@@ -561,8 +564,8 @@ def test_prompt_lists_of_their_own(tmp_path):
     rows = rows_from("prompts", **paths, validation_share=0.4)
     assert rows[:3] == [
         Prompt("held out", "test", "test.json", 0),
-        Bad("malformed_row", "test.json", 1),
-        Bad("malformed_row", "test.json", 2),
+        BadRow("malformed_row", "test.json", 1),
+        BadRow("malformed_row", "test.json", 2),
     ]
     assert [row.split for row in rows[3:]] == [hashed_split(p, 0.4, 0) for p in prompts]
     assert {row.split for row in rows[3:]} == {"train", "validation"}
@@ -590,3 +593,73 @@ def test_too_many_pair_prompts_name_the_key():
     block |= {"images_per_prompt": 2, "temperature": 0.1}
     with pytest.raises(ConfigError, match=r"^data\.pair_prompts: .*more than train_prompts, 5 \(given 6\)"):
         plugin_config("sources", "world", block, "data")
+
+
+# --- what the plan asks -----------------------------------------------------------------------------------
+
+
+def asked(name: str, **block):
+    """(needs_files, split_sizes, listed_prompts) of a source."""
+    module = plugins.load("sources", name)
+    config = module.Config.model_validate(block)
+    listed = module.listed_prompts(config)
+    return module.needs_files(config), module.split_sizes(config), None if listed is None else list(listed)
+
+
+def counted(**sizes) -> dict[str, int]:
+    zero = {f"{kind}/{split}": 0 for kind in ("prompts", "pairs") for split in ("train", "validation", "test")}
+    return zero | {name.replace("_", "/"): n for name, n in sizes.items()}
+
+
+def test_a_table_is_known_with_its_images(tmp_path, monkeypatch):
+    rows = ["prompt,image_0,image_1,label_0,split", "a cat,a.png,sub/b.png,1,train", "a dog,a.png,../c.png,0,test"]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([*rows, "A Cat,a.png,d.png,1,train"]))
+    files, sizes, prompts = asked("table", path=str(path))
+    assert files == [path, *(tmp_path / name for name in ("a.png", "d.png", "sub/b.png"))]
+    assert sizes == counted(prompts_train=2, prompts_test=1, pairs_train=2, pairs_test=1)
+    assert prompts == ["a cat", "a dog", "A Cat"]
+    assert asked("table", path=str(path), pairs=1)[1] == counted(
+        prompts_train=1, prompts_test=1, pairs_train=1, pairs_test=1
+    )
+    monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)  # a table of gigabytes
+    folders = [path, *(tmp_path / name for name in ("a.png", "d.png", "sub"))]
+    assert asked("table", path=str(path)) == (folders, None, None)
+    with pytest.raises(SourceError, match="is not there"):
+        asked("table", path=str(tmp_path / "none.csv"))
+
+
+def test_a_folder_is_known(chosen_and_rejected):
+    (chosen_and_rejected / "captions.json").write_text(json.dumps({"sub/0": "a cat", "sub/1": "a dog"}))
+    files, sizes, prompts = asked("folder", path=str(chosen_and_rejected), validation_share=0, test_share=0)
+    assert files == [chosen_and_rejected]
+    assert sizes == counted(prompts_train=2, pairs_train=2)
+    assert prompts == ["a cat", "a dog"]
+
+
+def test_prompt_lists_are_known(tmp_path, monkeypatch):
+    paths = {name: tmp_path / f"{name}.txt" for name in ("path", "validation_list", "test_list")}
+    for i, path in enumerate(paths.values()):
+        path.write_text("\n".join(f"prompt {j}" for j in range(i, 5)))
+    files, sizes, prompts = asked("prompts", **{name: str(path) for name, path in paths.items()})
+    assert set(files) == set(paths.values())
+    assert sizes == counted(prompts_train=1, prompts_validation=1, prompts_test=3)
+    assert set(prompts) == {f"prompt {j}" for j in range(5)}
+    monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)
+    assert asked("prompts", path=str(paths["path"])) == ([paths["path"]], None, None)
+
+
+def test_data_sets_know_their_test_prompts(hpdv2, tmp_path):
+    assert asked("hpdv2", path=str(hpdv2)) == ([hpdv2], {"prompts/test": 1}, None)
+    (hpdv2 / "test.json").unlink()
+    assert asked("hpdv2", path=str(hpdv2))[1] is None
+    folder = imagereward(tmp_path / "ir", packed=True)
+    assert asked("imagerewarddb", path=str(folder)) == ([folder], {"prompts/test": 2}, None)
+
+
+def test_shards_here_are_needed_and_those_of_the_hub_are_not(published):
+    train = sorted((published / "data").glob("train-*.parquet"))
+    assert asked("pickapic", path=str(published)) == ([published], None, None)
+    assert asked("pickapic", path=str(published / "data/train-*.parquet")) == (train, None, None)
+    assert asked("pickapic", path=str(train[0])) == (train[:1], None, None)
+    assert asked("pickapic", path=f"owner/name@{'a' * 40}") == ([], None, None)

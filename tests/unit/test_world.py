@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attune.data.sources import Pair, Prompt, Quota
+from attune.data.rows import Pair, Prompt, Quota
 from attune.data.sources.world import Config, draw_prompts, label_pairs, read
 from attune.world import flaws, oracle
 from attune.world.grammar import (

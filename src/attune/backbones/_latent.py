@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTokenizer, PreTrainedModel
+from torch import Tensor
 
-from attune.config.settings import Model, is_hub_id
+from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
+from attune.hub import Source, count_parameters, fetch_folder, parse, read_json
+from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer, weight_files
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTokenizer, PreTrainedModel
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def load_part(kind: type[Any], model: Model, subfolder: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """One network of a pipeline, frozen and in evaluation mode.
+@dataclass(frozen=True)
+class Facts:
+    """What a planner asks of a base model before its weights are here: numbers of weights, and pixels."""
 
-    Raises:
-        ValueError: a weight is missing from the files or has another shape; it would be random.
-        OSError: there is no such folder, or no safetensors file in it.
+    denoiser: int
+    text_encoders: int
+    autoencoder: int
+    resolution: int
+
+
+def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
+    """Of a local pipeline as its files say, from their headers; else the nominal ones.
+
+    Args:
+        parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
+        nominal: of the published model.
     """
-    return _load(kind, model.path, dtype, device, subfolder=subfolder, revision=model.revision, variant=model.variant)
+    source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
+    resolution = nominal.resolution
+    folder = Path(source.place)
+    if source.commit is None and (folder / "unet" / "config.json").is_file() and (folder / "vae/config.json").is_file():
+        counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
+        config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
+        resolution = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return Facts(**counts, resolution=model.resolution or resolution)
+
+
+def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[Source, list[str]]]:
+    """What loading the model fetches: sources, each with its patterns of files, as `hub.fetch_folder` takes them."""
+    source = parse(model.path)
+    found = [(source / "scheduler", ["*.json"])]
+    for part in parts["text_encoders"]:
+        found.append((source / part.replace("text_encoder", "tokenizer"), list(TOKENIZER_FILES)))
+        found.append((source / part, ["config.json", *weight_files("model", model.variant)]))
+    network = weight_files("diffusion_pytorch_model", model.variant)
+    found += [(source / part, ["config.json", *network]) for part in parts["denoiser"]]
+    if model.vae is not None:
+        return [*found, (parse(model.vae), ["config.json", *weight_files("diffusion_pytorch_model")])]
+    return [*found, (source / "vae", ["config.json", *network])]
+
+
+def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    """The pipeline's UNet, frozen; errors as `pretrained.load_pretrained`."""
+    from diffusers import UNet2DConditionModel
+
+    return load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, device, model.variant)
 
 
 def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
     """The pipeline's autoencoder, or the one that `model.vae` puts in its place."""
-    dtype = getattr(torch, model.vae_dtype)
-    if model.vae is None:
-        vae = load_part(AutoencoderKL, model, "vae", dtype, device)
-    else:
-        vae = _load(AutoencoderKL, model.vae, dtype, device, revision=model.vae_revision)
+    from diffusers import AutoencoderKL
+
+    source, variant = (parse(model.path) / "vae", model.variant) if model.vae is None else (parse(model.vae), None)
+    vae = load_pretrained(AutoencoderKL, source, getattr(torch, model.vae_dtype), device, variant)
     if vae.config.latents_mean is not None:
-        raise ValueError(
-            f"{model.vae or model.path}: an autoencoder with latents_mean and latents_std is not supported"
-        )
+        raise ValueError(f"{source}: an autoencoder with latents_mean and latents_std is not supported")
     return vae
 
 
@@ -45,8 +85,11 @@ def load_text(
     kind: type[PreTrainedModel], model: Model, number: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[CLIPTokenizer, PreTrainedModel]:
     """A tokenizer and its text encoder; `number` is what their folders' names end in."""
-    tokenizer = CLIPTokenizer.from_pretrained(model.path, subfolder=f"tokenizer{number}", revision=model.revision)
-    return tokenizer, load_part(kind, model, f"text_encoder{number}", dtype, device)
+    from transformers import CLIPTokenizer
+
+    source = parse(model.path)
+    tokenizer = load_tokenizer(CLIPTokenizer, source / f"tokenizer{number}")
+    return tokenizer, load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
 
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
@@ -56,8 +99,9 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.dev
 
 def load_schedule(model: Model) -> tuple[Tensor, str]:
     """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction."""
-    check_place(model.path)
-    scheduler = DDIMScheduler.from_pretrained(model.path, subfolder="scheduler", revision=model.revision)
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_pretrained(fetch_folder(parse(model.path) / "scheduler", ["*.json"]))
     predicts = scheduler.config.prediction_type
     if predicts not in ("epsilon", "v_prediction"):
         raise ValueError(f"{model.path}: prediction_type {predicts!r} is not supported")
@@ -82,12 +126,6 @@ def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel)
     return resolution, (channels, resolution // factor, resolution // factor)
 
 
-def check_place(path: str) -> None:
-    """Raises FileNotFoundError for a path that is nothing at all, before the hub is asked for it."""
-    if not Path(path).exists() and not is_hub_id(path):
-        raise FileNotFoundError(f"{path!r} is neither a folder nor a hub id")
-
-
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] to scaled latents, float32; a posterior sample if given a generator, else its mode.
@@ -108,16 +146,3 @@ def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor,
     """A denoiser's output as epsilon, in the dtype of x_t."""
     output = output.to(x_t.dtype)
     return output if predicts == "epsilon" else velocity_to_noise(output, x_t, extract(alphas_cumprod, t, x_t))
-
-
-def _load(kind: type[Any], path: str, dtype: torch.dtype, device: torch.device, **where: Any) -> nn.Module:
-    check_place(path)
-    name_of_dtype = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
-    options = {name_of_dtype: dtype, "use_safetensors": True, "output_loading_info": True}
-    where = {key: value for key, value in where.items() if value is not None}
-    module, info = kind.from_pretrained(path, **where, **options)
-    absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
-    if absent:
-        part = "/".join([path, *filter(None, [where.get("subfolder")])])
-        raise ValueError(f"{part}: {len(absent)} weights are missing or do not fit, first {absent[0]}")
-    return module.eval().requires_grad_(False).to(device)

@@ -8,26 +8,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from attune.backbones import _latent
 from attune.config.settings import Model
+from attune.hub import Source
 from attune.interfaces import Conditioning
+
+PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
+NOMINAL = _latent.Facts(denoiser=859_520_964, text_encoders=123_060_480, autoencoder=83_653_863, resolution=512)
+"""Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""
+
+
+def facts(model: Model) -> _latent.Facts:
+    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
+    return _latent.facts(model, PARTS, NOMINAL)
+
+
+def downloads(model: Model) -> list[tuple[Source, list[str]]]:
+    """What loading fetches: sources and their patterns of files."""
+    return _latent.downloads(model, PARTS)
 
 
 class StableDiffusion:
-    """A `Backbone` read from a diffusers folder or hub id; everything frozen and in evaluation mode."""
+    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
 
     def __init__(self, model: Model, device: torch.device):
+        from transformers import CLIPTextModel
+
         self.device, self.dtype = device, getattr(torch, model.dtype)
         self.alphas_cumprod, self.prediction_type = _latent.load_schedule(model)
         self.tokenizer, self.text_encoder = _latent.load_text(CLIPTextModel, model, "", self.dtype, device)
         self.vae = _latent.load_vae(model, device)
-        self.denoiser: nn.Module = _latent.load_part(UNet2DConditionModel, model, "unet", self.dtype, device)
+        self.denoiser: nn.Module = _latent.load_denoiser(model, self.dtype, device)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
 
     @torch.no_grad()

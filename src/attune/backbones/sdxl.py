@@ -5,27 +5,42 @@ Source: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2, and diffuser
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from attune.backbones import _latent
 from attune.config.settings import Model
+from attune.hub import Source, fetch_folder, parse, read_json
 from attune.interfaces import Conditioning
+
+INDEX = "model_index.json"
+PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
+NOMINAL = _latent.Facts(
+    denoiser=2_567_463_684, text_encoders=123_060_480 + 694_659_840, autoencoder=83_653_863, resolution=1024
+)
+"""Of Stable Diffusion XL 1.0."""
+
+
+def facts(model: Model) -> _latent.Facts:
+    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
+    return _latent.facts(model, PARTS, NOMINAL)
+
+
+def downloads(model: Model) -> list[tuple[Source, list[str]]]:
+    """What loading fetches: sources and their patterns of files."""
+    return [*_latent.downloads(model, PARTS), (parse(model.path), [INDEX])]
 
 
 class StableDiffusionXL:
-    """A `Backbone` read from a diffusers folder or hub id; everything frozen and in evaluation mode."""
+    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
 
     def __init__(self, model: Model, device: torch.device):
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
         self.device, self.dtype = device, getattr(torch, model.dtype)
         self.alphas_cumprod, self.prediction_type = _latent.load_schedule(model)
         self.encoders = [
@@ -34,7 +49,7 @@ class StableDiffusionXL:
         ]
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
         self.vae = _latent.load_vae(model, device)
-        self.denoiser: nn.Module = _latent.load_part(UNet2DConditionModel, model, "unet", self.dtype, device)
+        self.denoiser: nn.Module = _latent.load_denoiser(model, self.dtype, device)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
 
     @torch.no_grad()
@@ -75,10 +90,8 @@ def _column(rows: Tensor, like: Tensor) -> Tensor:
 
 def zeros_for_empty_prompt(model: Model) -> bool:
     """Whether the empty prompt is all zeros instead of encoded; diffusers' default is yes."""
-    name = "model_index.json"
-    here = Path(model.path).is_dir()
-    file = Path(model.path) / name if here else Path(hf_hub_download(model.path, name, revision=model.revision))
-    index = json.loads(file.read_text()) if file.exists() else {}
+    file = fetch_folder(parse(model.path), [INDEX]) / INDEX
+    index = read_json(file) if file.exists() else {}
     return index.get("force_zeros_for_empty_prompt", True)
 
 

@@ -1,7 +1,7 @@
-"""CLIP as all scorers use it: loading, features, and images made ready for it.
+"""CLIP as all scorers use it: loading, and features.
 
-One layer below `rewards` and `preference`, which know nothing of each other. Everything is float32:
-antialiased resizing has no half-precision kernel on CPU, and autocast moves scores in the third digit.
+One layer below `rewards` and `spm`, which know nothing of each other. Everything is float32: antialiased resizing has
+no half-precision kernel on CPU, and autocast moves scores in the third digit.
 
 Shapes: images (B, 3, H, W) in [0, 1]; pixel values (B, 3, S, S), normalised, S = `image_size(model)`;
 features (B, D).
@@ -9,66 +9,50 @@ features (B, D).
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from attune.hub import refusal
+from attune import pretrained
+from attune.clip.pixels import Prepare
+from attune.hub import parse
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, used by every CLIP here
-STD = (0.26862954, 0.26130258, 0.27577711)
-Crop = Callable[[Tensor, int], Tensor]
-Prepare = Callable[[Tensor, int], Tensor]  # images and S to pixel values
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 
 # ---------------------------------------------------------------- loading
 
 
-def load_model(path: str, revision: str | None = None, hidden_act: str | None = None) -> CLIPModel:
+def load_model(source: str, hidden_act: str | None = None) -> CLIPModel:
     """A frozen float32 CLIP in eval mode.
 
     Args:
-        path: local folder or Hub id.
-        revision: Hub commit; ignored for a folder.
+        source: a local folder, or `owner/name@commit` on the Hub.
         hidden_act: activation both towers must have. Worth stating: ViT-H/14 is "gelu", OpenAI's ViT-L/14
             "quick_gelu", transformers defaults to the latter, and the wrong one scores plausibly but wrongly.
 
     Raises:
-        ValueError: weights are missing or left over (transformers would only warn and draw random ones), the
-            activation is not the expected one, or a pickle holds more than tensors.
-        FileNotFoundError: no such folder, and not a Hub id either.
+        ValueError: weights are missing, left over or not finite, the activation is not the expected one, or a pickle
+            holds more than tensors.
+        FileNotFoundError: no such folder, or no weights in it.
+        HubError: it could not be downloaded.
     """
-    check_exists(path)
-    # dtype is explicit because transformers 5 otherwise follows the checkpoint, which may be fp16
-    options = {"dtype": torch.float32, "weights_only": True, "output_loading_info": True}
-    try:
-        model, report = CLIPModel.from_pretrained(path, revision=revision, **options)
-    except pickle.UnpicklingError as error:
-        raise ValueError(refusal(path)) from error
-    wrong = {name: sorted(report[name]) for name in ("missing_keys", "unexpected_keys") if report[name]}
-    if wrong:
-        raise ValueError(f"{path} is not a complete CLIP: {wrong}")
-    check_activation(model.config, hidden_act, path)
-    return model.eval().requires_grad_(False)
+    from transformers import CLIPModel
+
+    model = pretrained.load_pretrained(CLIPModel, parse(source), torch.float32, whole=True)
+    check_activation(model.config, hidden_act, source)
+    return model
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> CLIPTokenizer:
-    """The tokenizer of a local folder or Hub id; FileNotFoundError as for `load_model`."""
-    check_exists(path)
-    return CLIPTokenizer.from_pretrained(path, revision=revision)
+def load_tokenizer(source: str) -> CLIPTokenizer:
+    """The tokenizer of a local folder, or of `owner/name@commit` on the Hub; errors as `pretrained.load_tokenizer`."""
+    from transformers import CLIPTokenizer
 
-
-def check_exists(path: str) -> None:
-    """A mistyped folder must not be answered with advice on Hub ids."""
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise FileNotFoundError(f"{path} is neither a folder nor a Hub id (owner/name)")
+    return pretrained.load_tokenizer(CLIPTokenizer, parse(source))
 
 
 def check_activation(config: CLIPConfig, hidden_act: str | None, source: str) -> None:
@@ -143,78 +127,6 @@ class TextFeatures:
         return self._rows[prompt]
 
 
-# ---------------------------------------------------------------- images
-
-
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which a scorer computes in float32 whatever its caller's autocast says."""
     return torch.autocast(device.type, enabled=False)
-
-
-def check_images(images: Tensor, prompts: Sequence[str] | None = None) -> None:
-    """Raises ValueError unless images are (B, 3, H, W) in [0, 1], one per prompt if prompts are given."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W), found {tuple(images.shape)}")
-    if prompts is not None and len(images) != len(prompts):
-        raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-    low, high = (float(x) for x in images.detach().aminmax())
-    if not (low >= 0 and high <= 1):  # written so that NaN is refused too
-        raise ValueError(f"images must lie in [0, 1], found {low:.4g} to {high:.4g}; convert or clamp them")
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """[0, 1] to CLIP's units."""
-    mean, std = (pixels.new_tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return (pixels - mean) / std
-
-
-def centre_crop(images: Tensor, size: int) -> Tensor:
-    """The central size x size pixels; an odd remainder goes to the bottom and the right, as CLIP has it."""
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    return images[..., top : top + size, left : left + size]
-
-
-def rounded_crop(images: Tensor, size: int) -> Tensor:
-    """The same as torchvision has it: offsets are rounded, half to even."""
-    top, left = round((images.shape[-2] - size) / 2), round((images.shape[-1] - size) / 2)
-    return images[..., top : top + size, left : left + size]
-
-
-def clip_pixels(images: Tensor, size: int, crop: Crop = centre_crop) -> Tensor:
-    """CLIP's preprocessing, differentiable: shortest side to `size`, bicubic with antialias, centre crop.
-
-    Clamped after resizing, as 8-bit images are; differs from `clip_pixels_pil` by the rounding alone
-    (about 1e-3 on average).
-    """
-    height, width = resized(images.shape[-2:], size)
-    if (height, width) != tuple(images.shape[-2:]):
-        images = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)
-    return normalise(crop(images, size).clamp(0, 1))
-
-
-def clip_pixels_pil(images: Tensor, size: int, crop: Crop = centre_crop) -> Tensor:
-    """CLIP's preprocessing as published figures used it: rounded to 8 bits, resized by Pillow; no gradient.
-
-    Pillow 13 changed its resize: against older ones up to a quarter of the pixels move by one 8-bit level.
-    """
-    height, width = resized(images.shape[-2:], size)
-    arrays = (images.detach() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    small = [Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC) for array in arrays]
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2)
-    return normalise(crop(pixels.to(images.device), size).float() / 255)
-
-
-def square_pixels(images: Tensor, size: int) -> Tensor:
-    """AlignProp's and TRL's preprocessing: bilinear with antialias, straight to a square; differentiable."""
-    return normalise(F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True))
-
-
-PREPARATIONS = {"pil": clip_pixels_pil, "tensor": clip_pixels, "square": square_pixels}
-
-
-def resized(shape: Sequence[int], size: int) -> tuple[int, int]:
-    """Height and width once the shortest side is `size`; the other is rounded down, as CLIP does."""
-    height, width = shape
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size

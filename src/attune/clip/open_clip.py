@@ -10,14 +10,17 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from attune.clip.model import check_activation
 from attune.hub import build_with, misfit, read_json, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 VIT_H_14 = {
     "embed_dim": 1024,
@@ -109,6 +112,8 @@ def clip_config(layout: Mapping, tokenizer: CLIPTokenizer) -> CLIPConfig:
     Raises:
         ValueError: the tokenizer has another vocabulary.
     """
+    from transformers import CLIPConfig
+
     vision, text = layout["vision_cfg"], layout["text_cfg"]
     if len(tokenizer) != text["vocab_size"]:
         raise ValueError(f"a tokenizer of {len(tokenizer)} tokens for a model of {text['vocab_size']}")
@@ -175,6 +180,8 @@ def load_open_clip(file: Path, tokenizer: CLIPTokenizer, hidden_act: str | None 
         ValueError: the tokenizer has another vocabulary, the layout another activation than `hidden_act` (None:
             anything goes), or the file other tensors than the layout says.
     """
+    from transformers import CLIPModel
+
     layout = read_json(file.with_suffix(".json")) if file.with_suffix(".json").exists() else VIT_H_14
     config = clip_config(layout, tokenizer)
     check_activation(config, hidden_act, str(file))

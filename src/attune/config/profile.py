@@ -1,6 +1,6 @@
-"""All of params.yaml: what a profile decides, what `dvc repro` trains and compares.
+"""params.yaml and params/<profile>.yaml as they are written: which runs there are, and what a profile decides.
 
-What plug-ins build their blocks from is in `attune.config.schema`.
+`attune.config.resolve` reads them and checks the blocks of plug-ins.
 """
 
 from __future__ import annotations
@@ -8,65 +8,81 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from attune.config.schema import StrictModel
-from attune.config.settings import Model, Sampling
+from attune.config.settings import Location, Model, Sampling
 
+BASE = "base"
+"""The run that every other is compared with: the base model as it is."""
 
-class Generate(StrictModel):
-    """Held-out images: the same prompts and the same noise for every model."""
+DATA, PREFERENCE = "data", "preference"
+"""What a run may come after, besides another run: the prepared data, the step-aware preference model."""
 
-    prompts: int = Field(ge=2)
-    images_per_prompt: int = Field(1, ge=1)
-    sampling: Sampling
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+"""It becomes the name of a folder and of a DVC stage."""
 
-
-class Profile(StrictModel):
-    """Everything one run decides."""
-
-    seed: int = Field(ge=0)
-    threads: int = Field(1, ge=1, description="CPU threads; two on busy cores are far slower than one")
-    model: Model
-    sampling: Sampling = Field(description="how training pairs are painted")
-    data: Mapping[str, Any]
-    preference: Mapping[str, Any]
-    methods: Mapping[str, Any]
-    generate: Generate
-    scorers: Mapping[str, Any]
-    search: Mapping[str, Any] = Field({}, description="a run -> how its settings are searched")
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-"""A name that becomes a folder's."""
-
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
-"""A `Name` that may also stand in DVC's dotted keys."""
-
-Place = Annotated[str, Field(pattern=r"^[\w.][\w./@+-]*$")]
-"""A path or hub id that may stand in a command line."""
+ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+"""It becomes the name of a column; a dot separates a scorer from a part of its score."""
 
 
 class Run(StrictModel):
-    """One training of `dvc repro`."""
+    """Whatever gives a model: trained here, the base as it is, or released by somebody."""
 
-    method: str = Field(description="file in attune/methods")
-    needs: Place = Field(description="what it stands on besides base and pairs: models/preference, or where it starts")
-    code: Place | None = Field(None, description="code only it stands on; DVC knows no defaults, so always say one")
-    reads: str | None = Field(None, description="section of the profile only it reads; so as well")
+    method: str | None = Field(None, description="trained here: a file of attune/methods")
+    released: Location | None = Field(
+        None,
+        alias="from",
+        description="released by somebody: a LoRA file, a denoiser or a pipeline, here or owner/name[/file]@commit",
+    )
+    trained_on: list[ScorerName] = Field([], description="scorers that a released model was trained on")
+    after: RunName = Field(
+        description="what is made before it: `data`; `preference`, the preference model; or a run, whose model is then "
+        "what the training starts from and its reference"
+    )
+
+    @model_validator(mode="after")
+    def _is_one_of_three(self) -> Run:
+        if self.method is not None and self.released is not None:
+            raise ValueError("either method, for a model trained here, or from, for a released one")
+        if self.trained_on and self.released is None:
+            raise ValueError("trained_on: of a model trained here it is worked out; say it of a released one (from)")
+        return self
 
 
-class Evaluate(StrictModel):
-    """What is compared besides base and our own methods."""
+class Generate(StrictModel):
+    """Images of test prompts: the same prompts and the same noise for every model."""
 
-    extra: Mapping[Name, Place] = Field(description="name to a LoRA file, a folder, or owner/name[/file]@revision")
+    prompts: int = Field(ge=2, description="test prompts")
+    images_per_prompt: int = Field(1, ge=1, description="images of each prompt")
+    sampling: Sampling = Field(description="how they are sampled; previews and trials of a search use it too")
 
 
 class Params(StrictModel):
-    """All of params.yaml."""
+    """params.yaml."""
 
-    profile: str
-    run_methods: Mapping[RunName, Run]
-    evaluate: Evaluate
-    tracking: str | None
-    profiles: Mapping[str, Any]
+    profile: str = Field(pattern=r"^[A-Za-z0-9][\w-]*$", description="file of params/, without .yaml")
+    runs: Mapping[RunName, Run] = Field(min_length=1, description="the models that are made and compared, by name")
+    tracking: str | None = Field(
+        description="default: mlflow.db in the repository's root, or $MLFLOW_TRACKING_URI; an MLflow URI; null: none"
+    )
+
+
+class Profile(StrictModel):
+    """params/<profile>.yaml: what is decided for one base model. Blocks of plug-ins are checked by their own Config."""
+
+    seed: int = Field(ge=0, lt=2**63, description="the one seed; all others follow from it")
+    threads: int = Field(1, ge=1, description="CPU threads; two on busy cores can be far slower than one")
+    allow_cpu: bool = Field(False, description="train a base model of SD 1.5's size or larger without a GPU")
+    model: Model = Field(description="the base model")
+    sampling: Sampling = Field(description="how images of training pairs are sampled, by sources that generate them")
+    data: Mapping[str, Any] = Field(description="`source`: a file of attune/data/sources, and its settings")
+    preference: Mapping[str, Any] | None = Field(None, description="the step-aware preference model; null: none")
+    methods: Mapping[RunName, Mapping[str, Any]] = Field(
+        {}, description="a run -> settings of its method that differ from the paper's"
+    )
+    generate: Generate
+    scorers: Mapping[ScorerName, Mapping[str, Any]] = Field(
+        min_length=1, description="a name -> `scorer`, a file of attune/rewards (the name, if absent), and its settings"
+    )
+    search: Mapping[RunName, Mapping[str, Any]] = Field({}, description="a run -> how its settings are searched")

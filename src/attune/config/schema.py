@@ -53,12 +53,18 @@ def check(model: type[StrictModel], values: Any, where: str = "") -> Any:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            key = ".".join([where, *map(str, item["loc"])]).lstrip(".")
+            key = join(where, *map(str, item["loc"]))
             unknown = item["type"] == "extra_forbidden"
             known = f"; known keys: {', '.join(_at(model, item['loc'][:-1]).model_fields)}" if unknown else ""
             given = "" if item["type"] in ("missing", "extra_forbidden") else f" (given {item['input']!r})"
             problems.append(f"{key}: {item['msg']}{given}{known}")
         raise ConfigError("\n".join(problems)) from None
+
+
+def join(where: str, *keys: str) -> str:
+    """A key inside a block: `params/tiny.yaml:seed` as DVC writes it, with dots between all further keys."""
+    inner = ".".join(keys)
+    return f"{where}{inner}" if not where or not inner or where.endswith(":") else f"{where}.{inner}"
 
 
 def set_path(values: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The block `search.<run>` of a profile: what is searched, by what, for how long."""
+"""The block `search.<run>` of a profile: which settings are searched, by which scorer, for how long."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Config(StrictModel):
         min_length=1, description="key of the method's block, say lora.rank -> values"
     )
     objectives: list[str] = Field(
-        min_length=1, max_length=2, description="scorers to raise: one, or two that are weighed against each other"
+        min_length=1, max_length=2, description="scorers to maximize: one, or two with a Pareto front"
     )
     prompts: int = Field(ge=2, description="validation prompts, one image each, that a trial is scored on")
     sampler: Literal["tpe", "gp", "grid", "nsgaii"] = Field(
@@ -24,14 +24,16 @@ class Config(StrictModel):
     )
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = Field(
         "none",
-        description="what stops a poor trial: median and hyperband while it trains, by the held-out score; wilcoxon "
+        description="what stops a poor trial: median and hyperband while it trains, by its validation score; wilcoxon "
         "while its prompts are scored, by the best trial's scores of the same prompts",
     )
     every: int | None = Field(
-        None, ge=1, description="batches between held-out scores, for a pruner; null = a quarter of the training"
+        None, ge=1, description="batches between validation scores, for a pruner; null = a quarter of the training"
     )
-    trials: int | None = Field(None, ge=1, description="that many in all, over all sessions and hosts; null = a grid's")
-    minutes: Float | None = Field(None, gt=0, description="no trial starts later, in this session; null = no end")
+    trials: int | None = Field(
+        None, ge=1, description="how many in all, over all sessions and hosts; null = a whole grid"
+    )
+    minutes: Float | None = Field(None, gt=0, description="after which this session starts no trial; null = no limit")
     workers: int | None = Field(None, ge=1, description="processes on this host; null = one per GPU, or one")
     storage: str | None = Field(
         None,
@@ -41,15 +43,15 @@ class Config(StrictModel):
     finalists: int = Field(
         0,
         ge=0,
-        description="after the search the best so many, and the settings it began with, are trained in full, without "
-        "`fixed`, and the best of these is what was found; 0 = no such round",
+        description="how many of the best trials are trained again at full length, without `fixed`, beside the "
+        "settings in use when the search began; the best of these is the result; 0 = none",
     )
     fixed: dict[str, Any] = Field({}, description="other settings of the method's block for trials, to make them short")
 
     @model_validator(mode="before")
     @classmethod
     def _hide_password(cls, values: Any) -> Any:
-        """`user:password@` or `password=`, out of sight before anything is checked: errors quote what was given."""
+        """Replaces an address with `user:password@` or `password=` before validation, as errors quote their input."""
         storage = values.get("storage") if isinstance(values, dict) else None
         if not isinstance(storage, str):
             return values
@@ -77,9 +79,9 @@ class Config(StrictModel):
         if self.sampler == "grid" and any(dimension.choices is None for dimension in self.space.values()):
             raise ValueError("sampler: a grid needs choices for every key of space")
         if self.sampler != "grid" and self.trials is None:
-            raise ValueError("trials: how many? only a grid has an end of its own")
+            raise ValueError("trials: how many? only a grid ends by itself")
         if self.finalists and not self.fixed:
-            raise ValueError("finalists: without fixed, trials are full trainings as it is; must be 0")
+            raise ValueError("finalists: without fixed, all trials are at full length already; must be 0")
         if twice := self.space.keys() & self.fixed.keys():
             raise ValueError(f"fixed.{min(twice)}: it is searched")
         return self

@@ -5,77 +5,45 @@ A method, scorer or data source brings its own `Config`, which extends one of th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from attune.config.schema import Float, StrictModel
-
-Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
-"""A Hub commit, in full: a branch or a tag can be moved, and then a score cannot be repeated."""
+from attune.hub import Source, parse
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 """What a file must hash to."""
 
-B = TypeVar("B", bound=StrictModel)
+
+def _location(text: str) -> str:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
+    return text
 
 
-def require_revision(block: B, pins: Mapping[str, str]) -> B:
-    """The block, once every Hub address in it names its commit.
-
-    Args:
-        pins: field that says where weights are -> field that pins them.
-
-    Raises:
-        ValidationError: at each field with a Hub address but no commit.
-    """
-    unpinned = [
-        InitErrorDetails(
-            type=PydanticCustomError("unpinned", f"not here, and one on the Hub needs its commit in {pin}"),
-            loc=(place,),
-            input=getattr(block, place),
-        )
-        for place, pin in pins.items()
-        if getattr(block, pin) is None and is_hub_address(getattr(block, place))
-    ]
-    if unpinned:
-        raise ValidationError.from_exception_data(type(block).__name__, unpinned)
-    return block
-
-
-def is_hub_address(path: str | None) -> bool:
-    """Whether a path is a model or a file on the Hub: `owner/name` or `hf://owner/name/file`."""
-    return path is not None and (path.startswith("hf://") or is_hub_id(path))
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path is `owner/name` on the Hub and not a local folder."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
+Location = Annotated[str, AfterValidator(_location)]
+"""Where weights are: a local file or folder, or owner/name[/file]@commit on the Hub; see `attune.hub`."""
 
 
 class Model(StrictModel):
     """The base model every method starts from."""
 
     backbone: str = Field(description="file in attune/backbones")
-    path: str = Field(description="local folder or hub id, diffusers layout")
-    revision: Commit | None = Field(None, description="of path; required for a hub id")
-    variant: str | None = Field(None, description="which files of a hub model, say fp16; null = the plain ones")
+    path: Location = Field(description="a pipeline in diffusers' layout: folder, or owner/name@commit")
+    variant: str | None = Field(None, description="which of its files, say fp16; null = the plain ones")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
     resolution: int | None = Field(None, ge=8, description="pixels, square; null = what the model was trained at")
-    vae: str | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix")
-    vae_revision: Commit | None = Field(None, description="of vae")
+    vae: Location | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix@commit")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 paints black squares with the autoencoder that SDXL comes with"
     )
-
-    @model_validator(mode="after")
-    def _is_pinned(self) -> Model:
-        return require_revision(self, {"path": "revision", "vae": "vae_revision"})
 
 
 class Sampling(StrictModel):
@@ -140,11 +108,10 @@ class MethodConfig(TrainingConfig):
     """What every method decides about the policy it trains."""
 
     lora: Lora | None = Field(description="null = full fine-tuning: every weight of the denoiser, in float32")
-    start: str | None = Field(
+    start: Location | None = Field(
         None,
-        pattern="^[^@]+(@[0-9a-f]{40})?$",
-        description="an adapter, or whole denoiser, to go on from, which is then the reference as well: a file or "
-        "folder, say models/spin_1, or a hub id with @commit; null = the base model",
+        description="a released adapter or denoiser to go on from, which is then the reference as well; null = the "
+        "base model, or the run that this one comes after",
     )
     validation: Validation | None = Field(
         None, description="watch a scorer while training, and stop early; null = do not"
@@ -173,18 +140,15 @@ class AIFeedback(StrictModel):
 class PreferenceConfig(TrainingConfig):
     """Training of the step-aware preference model."""
 
-    clip: str = Field(description="CLIP to start from, folder or Hub id; the paper's is yuvalkirstain/PickScore_v1")
-    revision: Commit | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
-    tokenizer: str | None = Field(
-        None, description="folder or Hub id if not `clip`; the paper's is laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    clip: Location = Field(description="CLIP to start from; the paper's is yuvalkirstain/PickScore_v1")
+    tokenizer: Location | None = Field(
+        None, description="if not the one beside `clip`; the paper's is laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     )
-    tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
-    weights: str | None = Field(
+    weights: Location | None = Field(
         None,
-        description="trained step-aware weights to go on from, .bin or .safetensors in the released layout: a file "
-        "or hf://owner/repository/file; with `batches: 0` they are used as they are",
+        description="trained step-aware weights to go on from, a file .bin or .safetensors in the released layout; "
+        "with `batches: 0` they are used as they are",
     )
-    weights_revision: Commit | None = Field(None, description="Hub commit of the weights; null for a local file")
     batches: int = Field(ge=0, description="batches of pairs; 0 = do not train")
     step_aware: bool = Field(True, description="false: the timestep stays unknown, which is the paper's ablation")
     ai_feedback: AIFeedback | None = Field(
@@ -194,29 +158,23 @@ class PreferenceConfig(TrainingConfig):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the forward pass; weights are float32")
     guidance_scale: Float = Field(5.0, ge=0, description="of the one-step predictions; 1 = off. Paper: 5")
 
-    @model_validator(mode="after")
-    def _is_pinned(self) -> PreferenceConfig:
-        return require_revision(
-            self, {"clip": "revision", "tokenizer": "tokenizer_revision", "weights": "weights_revision"}
-        )
-
 
 Preprocess = Annotated[
     Literal["pil", "tensor", "square"],
     Field(description="pil: as published, no gradient; tensor: the same, differentiable; square: AlignProp's"),
 ]
-"""How a scorer that is a plain CLIP is shown images: a key of `clip.PREPARATIONS`."""
+"""How a scorer that is a plain CLIP is shown images: a key of `clip.pixels.PREPARATIONS`."""
 
 
 class ScorerConfig(StrictModel):
     """What every scorer's block has in common.
 
-    A field `x` with an `x_revision` beside it (`path` with `revision`) says where weights are: a local file or
-    folder, or a Hub address, which must be pinned to a commit. A file may be pinned by `x_sha256` as well. All
-    other fields change scores, so they are part of the scorer's identity.
+    A field of type `Location` says where weights are, and none or several may. A file at a location `x` may be pinned
+    by its hash in `x_sha256` (`sha256` for `path`). All other fields change scores, so they are part of the scorer's
+    identity.
     """
 
-    expected_mean: list[Float] | None = Field(
+    expected_range: list[Float] | None = Field(
         None,
         min_length=2,
         max_length=2,
@@ -224,35 +182,40 @@ class ScorerConfig(StrictModel):
     )
 
     @classmethod
-    def _pins(cls) -> dict[str, str]:
-        """Location -> the field that pins it to a commit."""
-        revisions = [name for name in cls.model_fields if name.endswith("revision")]
-        return {name.removesuffix("revision").removesuffix("_") or "path": name for name in revisions}
+    def location_fields(cls) -> list[str]:
+        """Names of the fields that say where weights are; none for a scorer without weights."""
+        return [name for name, field in cls.model_fields.items() if _is_location(field)]
 
-    def locations(self) -> dict[str, tuple[str, str | None]]:
-        """Location -> (where its weights are, Hub commit), of those that are set."""
-        places = {field: (getattr(self, field), getattr(self, pin)) for field, pin in self._pins().items()}
-        return {field: place for field, place in places.items() if place[0] is not None}
+    def locations(self) -> dict[str, Source]:
+        """Field -> where its weights are, of those that are set."""
+        return locations(self)
 
     def settings(self) -> dict[str, Any]:
         """The fields that change scores, whatever the weights are."""
-        pins = self._pins()
-        beside = {"expected_mean", "license", *pins, *pins.values()}
+        beside = {"expected_range", "license", *self.location_fields()}
         return {name: value for name, value in self if name not in beside and not name.endswith("sha256")}
 
-    def sane_mean(self, published: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
-        """The interval a mean score must lie in: `expected_mean`, or what is known of published weights.
+    def range_of_mean(self, published: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
+        """The interval a mean score must lie in: `expected_range`, or what is known of published weights.
 
         Args:
             published: name of a published folder, repository or file, without ending -> interval.
         """
-        known = (published.get(Path(place).stem) for place, _ in self.locations().values())
-        interval = self.expected_mean or next(filter(None, known), None)
+        known = (published.get(source.stem) for source in self.locations().values())
+        interval = self.expected_range or next(filter(None, known), None)
         return (float(interval[0]), float(interval[1])) if interval else None
 
-    @model_validator(mode="after")
-    def _is_pinned(self) -> ScorerConfig:
-        return require_revision(self, self._pins())
+
+def locations(config: StrictModel) -> dict[str, Source]:
+    """Field -> where something is, of the fields of type `Location` that are set."""
+    fields = [name for name, field in type(config).model_fields.items() if _is_location(field)]
+    return {name: parse(place) for name in fields if (place := getattr(config, name)) is not None}
+
+
+def _is_location(field: FieldInfo) -> bool:
+    """Whether a field's type is `Location`, or `Location | None`."""
+    inside = [kind for part in get_args(field.annotation) for kind in getattr(part, "__metadata__", ())]
+    return AfterValidator(_location) in [*field.metadata, *inside]
 
 
 class SourceConfig(StrictModel):

@@ -1,4 +1,4 @@
-"""What objectives are fed: typed batches of prompts and of preference pairs."""
+"""The batches that objectives learn from: prompts, and preference pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the bytes of an untrusted image to the square a model wants, by stated rules.
+"""From the bytes of an untrusted image to the square image that a model is given.
 
 Only JPEG, PNG, WebP, BMP, GIF and TIFF are tried. EXIF rotation is applied; transparency lies over white;
 palettes, grey, CMYK and 16 bits per channel become 8-bit RGB, without colour management; of an animation the first
@@ -14,9 +14,9 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from attune.data.quarantine import Rejected
+from attune.data.quarantine import RejectedRow
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others run far more code on input nobody vouches for
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # other decoders run far more code on untrusted input
 
 
 def decode(data: bytes) -> Image.Image:
@@ -31,9 +31,9 @@ def decode(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Rejected("too_large") from None
+        raise RejectedRow("too_large") from None
     except Exception as error:  # a decoder given hostile bytes can fail in any way
-        raise Rejected("undecodable") from error
+        raise RejectedRow("undecodable") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -47,7 +47,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def squared(image: Image.Image, side: int) -> np.ndarray:
+def resize_center_crop(image: Image.Image, side: int) -> np.ndarray:
     """The image with its shorter side resized to `side` and the centre cropped, uint8 (side, side, 3)."""
     if image.size == (side, side):
         return np.asarray(image)

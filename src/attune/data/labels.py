@@ -14,10 +14,10 @@ from attune.config.settings import AIFeedback
 
 
 def relabel(scores_0: Tensor, scores_1: Tensor, threshold: float = 0.1) -> Tensor:
-    """Labels (B,) from a scorer instead of people: 1, 0, or 0.5 where it is not sure.
+    """Labels (B,) from a scorer instead of people: 1, 0, or 0.5 where its probabilities are too close.
 
-    Sure means that the two softmax probabilities differ by more than `threshold`; their difference is
-    tanh(d / 2) for scores d apart, so 0.1 asks for d > 0.2007. The SDXL model is trained so, on PickScore.
+    Close means that the two softmax probabilities differ by no more than `threshold`; their difference is
+    tanh(d / 2) for scores d apart, so 0.1 asks for d > 0.2007. SPO's SDXL model was trained on such labels.
     """
     gap = torch.tanh((scores_0 - scores_1) / 2)
     return 0.5 + 0.5 * (gap > threshold).float() - 0.5 * (gap < -threshold).float()

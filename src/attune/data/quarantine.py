@@ -11,7 +11,7 @@ COLUMNS = ("source", "file", "row", "prompt", "reason")
 TEXT_CHARS = 500  # of a prompt: enough to find it
 
 
-class Rejected(ValueError):
+class RejectedRow(ValueError):
     """A row that cannot be used; the message is the reason, in a word."""
 
 
@@ -20,7 +20,7 @@ class TooManyBadRows(ValueError):
 
 
 class Quarantine:
-    """data/quarantine.csv while it is written: a context manager, every row on disk as soon as it is added."""
+    """Writes the quarantine: a context manager; every row is on disk as soon as it is added."""
 
     def __init__(self, path: Path, source: str):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,13 +31,13 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
 
     def add(self, reason: str, file: str, row: int | str, prompt: object) -> None:
-        """Notes one row."""
+        """Writes one row and counts its reason."""
         self.reasons[reason] += 1
         text = "" if prompt is None else str(prompt)[:TEXT_CHARS]
-        self._rows.writerow([self.source, *(harmless(str(cell)) for cell in (file, row, text)), reason])
+        self._rows.writerow([self.source, *(escape_csv_cell(str(cell)) for cell in (file, row, text)), reason])
 
     def check(self, seen: int, max_share: float) -> None:
-        """Holds the share of bad rows among all rows seen to its limit.
+        """Checks the share of bad rows among all rows seen.
 
         Raises:
             TooManyBadRows: it is larger.
@@ -56,7 +56,7 @@ class Quarantine:
         self._file.close()
 
 
-def harmless(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: what could begin one gets an apostrophe (CWE-1236)."""
+def escape_csv_cell(text: str) -> str:
+    """A cell that no spreadsheet runs as a formula: text that could begin one gets an apostrophe (CWE-1236)."""
     text = text.replace("\0", "")
     return f"'{text}" if text.lstrip()[:1] in set("=+-@") or text[:1] in set("\t\r\n") else text

@@ -1,185 +1,88 @@
-"""Which rows are kept, and why not: the rules that docs/data.md states, applied row by row."""
+"""The rows that sources yield, as they find them, and how many of them are wanted. Nothing is checked here."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import pandas as pd
+from attune.config.settings import SourceConfig
 
-from attune.data.pictures import Opened, Pictures, digest
-from attune.data.quarantine import Quarantine, Rejected
-from attune.data.sources import SPLITS, Bad, Pair, Prompt, Quota, same_prompt
+if TYPE_CHECKING:
+    import numpy as np
 
-CHECK_EVERY = 1000  # rows
+ImageRef: TypeAlias = "bytes | Path | np.ndarray | None"
+"""An encoded image, the file of one, pixels as uint8 (H, W, 3), or None where the source has lost the image."""
+
+ImageGenerator: TypeAlias = "Callable[[Sequence[str], Sequence[int], str], np.ndarray]"
+"""(prompts, ordinals, name of the progress bar) -> images of the base model, uint8 (n, H, W, 3)."""
+
+
+class SourceError(ValueError):
+    """The data is not there or not what the source reads; the message names the key, the file or the column."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a run decides about its rows."""
+class Prompt:
+    """A prompt without a pair; `file` and `row` say where the source has it."""
 
-    quota: Quota = field(default_factory=Quota)
-    min_side: int = 1  # pixels
-    max_bad_share: float = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class KeptPair:
-    """A good pair and where it was; `pictures` are rows of the latents."""
-
-    prompt: str
-    digests: tuple[bytes, bytes]
-    pictures: tuple[int, int]
-    label_0: float
-    extra: dict[str, float]
+    prompt: str | None
     split: str
-    file: str
-    row: int | str
+    file: str = ""
+    row: int | str = 0
 
 
-class Kept:
-    """The good rows so far; the others go to the quarantine."""
+@dataclass(frozen=True)
+class Pair:
+    """Two images for a prompt and which of them people chose."""
 
-    def __init__(self, pictures: Pictures, quarantine: Quarantine, rules: Rules):
-        self._pictures, self._quarantine, self._rules = pictures, quarantine, rules
-        self._prompts: dict[tuple[str, str], Prompt | None] = {}  # by prompt and split; None: some pair's
-        self._pairs: list[KeptPair] = []
-        self._last_split: dict[str, int] = {}  # of each prompt, as an index of SPLITS
-        self._comparisons: set[bytes] = set()
-        self._rows = self._mixed_sizes = 0
-
-    def add(self, row: Prompt | Pair | Bad) -> None:
-        """Takes one row; a pair of a split that has enough is passed over.
-
-        Raises:
-            TooManyBadRows: so many that the rest is not worth reading.
-        """
-        if isinstance(row, Pair) and not self._rules.quota.open(row.split):
-            return
-        self._rows += 1
-        try:
-            self._take(row)
-        except Rejected as reason:
-            self._quarantine.add(str(reason), row.file, row.row, row.prompt)
-        if self._rows % CHECK_EVERY == 0:
-            self._quarantine.check(self._rows, self._rules.max_bad_share)
-
-    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Prompts, split by split, and pairs; a prompt in several splits stays in the last of them only.
-
-        Raises:
-            TooManyBadRows: in the end.
-        """
-        prompts = list(self._without_leaks())
-        self._quarantine.check(self._rows, self._rules.max_bad_share)
-        prompts.sort(key=lambda prompt_split: SPLITS.index(prompt_split[1]))  # a split can be read as one slice
-        return pd.DataFrame(prompts, columns=["prompt", "split"]), self._pair_table()
-
-    def counts(self, prompts: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, float]:
-        """What is worth knowing about the data."""
-        found = {"prompts": len(prompts), "pairs": len(pairs)}
-        found |= {f"prompts/{split}": int((prompts.split == split).sum()) for split in SPLITS}
-        found |= {f"pairs/{split}": int((pairs.split == split).sum()) for split in SPLITS}
-        found["tie_share"] = float((pairs.label_0 == 0.5).mean()) if len(pairs) else 0.0
-        found["mixed_sizes"] = self._mixed_sizes
-        found["quarantined"] = self._quarantine.reasons.total()
-        return found | {f"quarantined/{reason}": n for reason, n in sorted(self._quarantine.reasons.items())}
-
-    def _take(self, row: Prompt | Pair | Bad) -> None:
-        if isinstance(row, Bad):
-            raise Rejected(row.reason)
-        prompt = clean_prompt(row.prompt)
-        if isinstance(row, Pair):
-            self._take_pair(row, prompt)
-        if self._prompts.get((prompt, row.split)) is None:
-            self._prompts[prompt, row.split] = row if isinstance(row, Prompt) else None
-        identity = same_prompt(prompt)
-        self._last_split[identity] = max(self._last_split.get(identity, 0), SPLITS.index(row.split))
-
-    def _take_pair(self, pair: Pair, prompt: str) -> None:
-        label_0 = label(pair)
-        first, second = (self._pictures.open(picture, prompt) for picture in (pair.image_0, pair.image_1))
-        comparison = comparison_digest(prompt, first, second, label_0)
-        if comparison in self._comparisons:
-            raise Rejected("duplicate_pair")
-        self._comparisons.add(comparison)
-        self._rules.quota.taken[pair.split] += 1
-        self._mixed_sizes += first.size != second.size
-        rows = (self._pictures.place(first, prompt), self._pictures.place(second, prompt))
-        digests = (first.digest, second.digest)
-        self._pairs.append(KeptPair(prompt, digests, rows, label_0, dict(pair.extra), pair.split, pair.file, pair.row))
-
-    def _without_leaks(self) -> Iterator[tuple[str, str]]:
-        """(prompt, split) of every prompt in its last split; the rows of all others go to the quarantine."""
-        kept = []
-        for pair in self._pairs:
-            if self._leaks(pair.prompt, pair.split):
-                self._quarantine.add("prompt_in_later_split", pair.file, pair.row, pair.prompt)
-            else:
-                kept.append(pair)
-        self._pairs = kept
-        for (prompt, split), row in self._prompts.items():
-            if not self._leaks(prompt, split):
-                yield prompt, split
-            elif row is not None:
-                self._quarantine.add("prompt_in_later_split", row.file, row.row, prompt)
-
-    def _leaks(self, prompt: str, split: str) -> bool:
-        return SPLITS.index(split) < self._last_split[same_prompt(prompt)]
-
-    def _pair_table(self) -> pd.DataFrame:
-        empty = {"prompt": "str", "image_0": "int64", "image_1": "int64", "label_0": "float64", "split": "str"}
-        if not self._pairs:
-            return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in empty.items()})
-        return pd.DataFrame.from_records(list(map(self._record, self._pairs)))
-
-    def _record(self, pair: KeptPair) -> dict[str, Any]:
-        scores = [self._pictures.scores.get((identity, pair.prompt), {}) for identity in pair.digests]
-        return {
-            "prompt": pair.prompt,
-            "image_0": pair.pictures[0],
-            "image_1": pair.pictures[1],
-            "label_0": pair.label_0,
-            **pair.extra,
-            **{f"{name}_{i}": score for name in scores[0] for i, score in ((0, scores[0][name]), (1, scores[1][name]))},
-            "split": pair.split,
-        }
+    prompt: str | None
+    image_0: ImageRef
+    image_1: ImageRef
+    label_0: float | None  # 1 if image 0 was chosen, 0 if image 1, 0.5 for a tie
+    label_1: float | None
+    split: str
+    file: str = ""
+    row: int | str = 0
+    extra: Mapping[str, float] = field(default_factory=dict)  # further columns of the pairs
 
 
-def label(pair: Pair) -> float:
-    """label_0 of a pair.
+@dataclass(frozen=True)
+class BadRow:
+    """A row from which not even a prompt or a pair could be read, and the reason in a word."""
 
-    Raises:
-        Rejected: it has none, or none that makes sense.
-    """
-    label_0, label_1 = pair.label_0, pair.label_1
-    if label_0 is None or label_1 is None or math.isnan(label_0 + label_1):
-        raise Rejected("no_label")
-    if abs(label_0 + label_1 - 1) > 1e-6:
-        raise Rejected("label_sum")
-    if label_0 not in (0, 0.5, 1):
-        raise Rejected("label_value")
-    return float(label_0)
+    reason: str
+    file: str = ""
+    row: int | str = 0
+    prompt: str | None = None
 
 
-def clean_prompt(prompt: str | None) -> str:
-    """The prompt without the space around it.
-
-    Raises:
-        Rejected: there is none, or it is no text.
-    """
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        raise Rejected("empty_prompt")
-    try:
-        prompt.encode()
-    except (AttributeError, UnicodeEncodeError):
-        raise Rejected("malformed_row") from None
-    return prompt.strip()
+Row: TypeAlias = Prompt | Pair | BadRow
 
 
-def comparison_digest(prompt: str, first: Opened, second: Opened, label_0: float) -> bytes:
-    """The same for two rows that say the same: prompt, images in either order, and which of them was chosen."""
-    sides = sorted([(first.digest, label_0), (second.digest, 1 - label_0)])
-    return digest(repr((prompt, sides)).encode())
+class Quota:
+    """How many pairs of each split are wanted and how many have been taken; a split without a limit takes all."""
+
+    def __init__(self, limits: Mapping[str, int | None] | None = None):
+        self.limits = limits or {}
+        self.taken: Counter[str] = Counter()
+
+    @classmethod
+    def of(cls, config: SourceConfig) -> Quota:
+        """What a source's settings want: `pairs` of training, `held_out_pairs` of validation and of test each."""
+        settings = dict(config)
+        held_out = settings.get("held_out_pairs")
+        return cls({"train": settings.get("pairs"), "validation": held_out, "test": held_out})
+
+    def wants_more(self, split: str) -> bool:
+        """Whether more pairs of that split are wanted."""
+        limit = self.limits.get(split)
+        return limit is None or self.taken[split] < limit
+
+    def take_until_full(self, rows: Iterable[Pair | BadRow], split: str) -> Iterator[Pair | BadRow]:
+        """The rows until enough pairs of that split are taken; asks for no row more than that needs."""
+        rows = iter(rows)
+        while self.wants_more(split) and (row := next(rows, None)) is not None:
+            yield row

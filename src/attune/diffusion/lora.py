@@ -12,17 +12,17 @@ from pathlib import Path
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download, snapshot_download
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from attune.hub import Source, check_finite, fetch_file, fetch_folder, parse, read_tensors
+from attune.pretrained import weight_files
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-NETWORK = ("config.json", "diffusion_pytorch_model*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # ---------------------------------------------------------------- on a network
@@ -102,21 +102,20 @@ def save_lora(denoiser: nn.Module, folder: Path) -> None:
 # ---------------------------------------------------------------- files
 
 
-def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The LoRA file, or the folder of a denoiser, that `source` means.
+def locate(text: str | Path) -> Path:
+    """The LoRA file, or the folder of a denoiser, that is meant.
 
     Args:
-        source: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with `unet/`; or
-            `owner/name` or `owner/name/file` on the hub.
-        revision: hub commit; required for the hub, ignored for what is here.
+        text: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with `unet/`; here, or on the
+            Hub as `owner/name[/file or folder]@commit`.
 
     Raises:
-        ValueError: a hub id without revision, a pickle, or more than one file it could be.
+        ValueError: a Hub address without its commit, a pickle, or more than one file it could be.
         FileNotFoundError: there is nothing of the kind.
+        HubError: it could not be downloaded.
     """
-    path = Path(source)
-    if not path.exists():
-        path = _fetched(str(source), revision)
+    source = parse(text)
+    path = _fetched(source)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(f"{source}: only safetensors are read, a pickle could run any program")
@@ -189,6 +188,7 @@ def read_denoiser(folder: Path, like: nn.Module) -> nn.Module:
         raise ValueError(
             f"{folder} does not fit the base model: {len(odd)} weights differ or are missing, first {odd[0]}"
         )
+    check_finite(network.state_dict(), folder)
     return network.eval().requires_grad_(False).to(like.device)
 
 
@@ -199,7 +199,7 @@ def _fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
 
 def _in_peft_names(file: Path, denoiser: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors and alphas as peft names them, those of the denoiser below `unet.` or nothing."""
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     odd = [name for name in tensors if "dora" in name or "magnitude" in name]
     if odd:
         raise ValueError(f"{file}: {odd[0]} is of DoRA, which is not supported")
@@ -234,15 +234,12 @@ def _written_alpha(file: Path) -> float | None:
     return config.get("lora_alpha")
 
 
-def _fetched(source: str, revision: str | None) -> Path:
-    parts = source.split("/")
-    if len(parts) < 2 or source.startswith((".", "/")):
-        raise FileNotFoundError(f"{source}: no such file or folder")
-    if revision is None:
-        raise ValueError(f"{source}: not here, and what is on the hub needs the commit it is meant at")
-    repository, name = "/".join(parts[:2]), "/".join(parts[2:])
-    if name:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    wanted = [ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG, *NETWORK, *(f"unet/{pattern}" for pattern in NETWORK)]
-    other = ["*.bin", "*.fp16.*", "*.non_ema.*"]  # the same weights again
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=other))
+def _fetched(source: Source) -> Path:
+    if source.commit is None:
+        if not Path(source.place).exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        return Path(source.place)
+    if source.inner.endswith((".safetensors", *PICKLES)):
+        return fetch_file(source)
+    network = ["config.json", *weight_files("diffusion_pytorch_model")]
+    return fetch_folder(source, [ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG, *network, *(f"unet/{name}" for name in network)])

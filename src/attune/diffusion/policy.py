@@ -125,7 +125,7 @@ class Policy:
         self.snapshot_reference()
 
     def continue_from(self, start: str, lora: Lora | None) -> None:
-        """Loads the policy that `place[@revision]` holds, to be trained further; it is also the new reference.
+        """Loads the policy at `start`, see `attune.hub`, to be trained further; it is also the new reference.
 
         Args:
             lora: the adapter that must be there; None = a whole denoiser, all of whose weights will be trained.
@@ -134,10 +134,9 @@ class Policy:
             ValueError: something else is there; or as `load` does.
         """
         wanted = {} if lora is None else dict.fromkeys(self._target_modules(lora.targets), lora.rank)
-        place, _, revision = start.partition("@")
-        self.load(place, revision or None)
+        self.load(start)
         if (found := lora_ranks(self.denoiser)) != wanted:
-            raise ValueError(f"start: {place} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
+            raise ValueError(f"start: {start} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
         if lora is None:
             self.backbone.denoiser = self.denoiser  # frees the memory of the base, which is not needed any more
             self.unfreeze()
@@ -151,17 +150,16 @@ class Policy:
         else:
             self.denoiser.save_pretrained(folder / "unet")
 
-    def load(self, source: Path | str, revision: str | None = None) -> None:
+    def load(self, source: Path | str) -> None:
         """Replaces the adapter, if there is one, by what a file or folder holds; rank and targets are read from it.
 
         Args:
-            source: a LoRA as diffusers, peft or kohya write it, a denoiser, a pipeline, or a hub id of one.
-            revision: hub commit, required for a hub id.
+            source: a LoRA as diffusers, peft or kohya write it, a denoiser, or a pipeline; here or on the Hub.
 
         Raises:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
         """
-        found = locate(source, revision)
+        found = locate(source)
         if found.is_dir():
             network = read_denoiser(found, unload_lora(self.denoiser))
             self.reference_model, self.denoiser, self.module = self.denoiser, network, network

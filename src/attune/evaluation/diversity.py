@@ -1,4 +1,4 @@
-"""Signs of reward hacking: lost variety, drift from the base, burnt pixels, gains that do not transfer.
+"""Signs of reward hacking: lost variety, drift from the base, burnt pixels.
 
 Numpy only. Features are one vector per image (CLIP, DINOv2, or whatever the caller has), images are
 (B, H, W, 3) floats in [0, 1].
@@ -42,15 +42,15 @@ def per_prompt(statistic: Callable[[np.ndarray], float], features: np.ndarray, p
 
 
 def diversity(features: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Variety of a method's images, over all of them and among those of one prompt.
+    """Diversity of a method's images, over all of them and among those of one prompt.
 
     Args:
         features: (N, D), one row per image.
         prompts: N prompts.
 
     Returns:
-        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images. The
-        latter collapse first when a reward is hacked.
+        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images, which are the
+        first to fall when a reward is hacked.
 
     Raises:
         ValueError: lengths differ, or a feature vector is zero or not finite.
@@ -81,21 +81,8 @@ def _mean_rbf(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
     return float(np.exp(-squared_distance / (2 * sigma**2)).mean())
 
 
-def kid(x: np.ndarray, y: np.ndarray) -> float:
-    """KID-style distance of features (N, D) and (M, D), N, M > 1: unbiased, so it may fall below 0.
-
-    Source: Binkowski et al. 2018, arXiv:1801.01401: squared MMD under k(a, b) = (a.b / D + 1)^3, here on
-    whole sets. Called KID only when the features are Inception's.
-    """
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    kxx, kyy, kxy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    n, m = len(x), len(y)
-    within = (kxx.sum() - np.trace(kxx)) / (n * (n - 1)) + (kyy.sum() - np.trace(kyy)) / (m * (m - 1))
-    return float(within - 2 * kxy.mean())
-
-
 def saturation(images: np.ndarray) -> np.ndarray:
-    """Shard of burnt or crushed pixels of images (B, H, W, 3), as (B,).
+    """Share of burnt or crushed pixels of images (B, H, W, 3), as (B,).
 
     A pixel counts if any channel, in 8-bit levels, is 0, 1, 254 or 255.
     """
@@ -104,7 +91,7 @@ def saturation(images: np.ndarray) -> np.ndarray:
 
 
 def high_frequency(images: np.ndarray) -> np.ndarray:
-    """Shard of the energy of grey images (B, H, W, 3) above half the Nyquist frequency, as (B,); 0 if flat.
+    """Share of the energy of grey images (B, H, W, 3) above half the Nyquist frequency, as (B,); 0 if flat.
 
     Grids, ringing and speckle, the usual debris of over-optimised rewards, live there. The mean is left out.
     """
@@ -121,21 +108,6 @@ def image_indices(images: np.ndarray) -> dict[str, float]:
     """Mean saturation and high_frequency of images (B, H, W, 3)."""
     indices = {"saturation": saturation, "high_frequency": high_frequency}
     return {name: float(index(images).mean()) for name, index in indices.items()}
-
-
-def gap(trained: Sequence[float], heldout: Sequence[float]) -> float:
-    """Reward-hacking gap: mean gain on trained scorers minus mean gain on held-out ones.
-
-    Near 0 when the method pleases every judge alike; large when it pleases only the judge it was trained on.
-
-    Args:
-        trained: standardised gains (see `statistics.standardised_gain`) on the scorers the method optimised.
-        heldout: standardised gains on all others.
-
-    Returns:
-        The gap in units of the base's spread; nan if either side is empty.
-    """
-    return float(np.mean(trained) - np.mean(heldout)) if len(trained) and len(heldout) else float("nan")
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

@@ -1,14 +1,15 @@
 """The protocol: everything that decides a score besides the weights, as one frozen and hashed value.
 
 The same checkpoint scored by two papers differs by more than the gains they claim, because samplers, steps,
-guidance and scorer versions differ. Here a score cannot be stored without its protocol, and scores of
-different protocols cannot meet in one table.
+guidance and scorer versions differ. Here a score is not stored without its protocol, and scores of different
+protocols are not put into one table.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,11 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from attune.config.settings import ScorerConfig
-from attune.files import digest, values_sha, write_atomically
+from attune.files import values_sha, write_atomically
+from attune.hub import identity
 
 _METADATA_KEY = b"attune.protocol"
 KEY_COLUMNS = ("prompt", "ordinal", "file")
 """What identifies an image in a score table; every other column is a score."""
+SCORER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+"""Names of scorers, whole. No dot: the column `name.part` is a part of scorer `name`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Protocol:
             raise ValueError(f"n_prompts, images_per_prompt, steps and resolution must be positive: {self}")
         if any(len(scorer) != 3 for scorer in self.scorers):
             raise ValueError(f"a scorer is (name, revision or hash of its weights, settings), found {self.scorers}")
+        if wrong := [name for name in self.scorer_names if not SCORER_NAME.fullmatch(name)]:
+            raise ValueError(f"a scorer's name is letters, digits, _ and -, a letter first; found {wrong}")
         if len(set(self.scorer_names)) < len(self.scorers):
             raise ValueError(f"scorer named twice: {self.scorer_names}")
 
@@ -96,13 +102,12 @@ def hash_prompts(prompts: Iterable[str]) -> str:
 def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:
     """What a scorer's numbers depend on, for a protocol: its name, its weights and its settings.
 
-    Weights are a Hub commit (12 hex digits), or the digest of a local folder, or of a file and of the layout beside
-    it (`.json` of the same stem), for each of the scorer's locations. Where they lie, their licence and the guard
-    rail do not count; every other field of the scorer's block does.
+    Weights are identified by `hub.identity`, for each of the scorer's locations. Where local ones lie, their licence
+    and the expected range do not count; every other field of the scorer's block does.
 
     Raises: FileNotFoundError for a local location that is not there.
     """
-    weights = [f"{_plus(field)}{_fingerprint(*place)}" for field, place in config.locations().items()]
+    weights = [f"{_plus(field)}{identity(source)}" for field, source in config.locations().items()]
     settings = [f"{key}={value}" for key, value in sorted(config.settings().items())]
     return name, " ".join(weights) or "built-in", " ".join(settings) or "default"
 
@@ -110,18 +115,6 @@ def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:
 def _plus(field: str) -> str:
     """Names every location but the main one."""
     return "" if field == "path" else f"{field}:"
-
-
-def _fingerprint(place: str, commit: str | None) -> str:
-    if commit is not None:
-        return commit[:12]
-    path = Path(place)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {place}")
-    layout = path.with_suffix(".json")
-    beside = [layout] if path.is_file() and layout != path and layout.exists() else []
-    digests = [digest(file)[:12] for file in (path, *beside)]
-    return "+".join(digests)
 
 
 def assert_comparable(protocols: Mapping[str, Protocol]) -> None:

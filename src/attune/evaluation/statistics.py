@@ -1,7 +1,7 @@
 """Paired statistics of two models judged on the same prompts with the same noise (numpy and scipy only).
 
 The prompt is the unit: images of one prompt are averaged first, because they are not independent. One value
-per prompt then gives paired differences d = policy - base, and everything below is about those.
+per prompt then gives paired differences d = policy - base, which all statistics here are of.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Comparison:
     minimum_detectable_effect: float  # mean difference these prompts find with power 0.8; nan for one prompt
 
 
-def compare(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+def compare_paired(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
     """Compares two score vectors prompt by prompt.
 
     Both intervals come from the same resamples of prompts, and every call with one seed and one n draws the
@@ -151,8 +151,8 @@ def standardised_gain(policy: np.ndarray, base: np.ndarray) -> float:
 
     Both arguments are (n,), paired.
 
-    Not divided by the spread of the differences: a method that shifts every image by the same hair would
-    score higher than one that truly changes them. Puts scorers of different scales side by side.
+    Makes scorers of different scales comparable. The spread is the base's and not that of the differences, by
+    which a method that raises every score by the same tiny amount would have the largest gain.
     """
     policy, base = np.asarray(policy, dtype=float), np.asarray(base, dtype=float)
     spread = base.std(ddof=1) if len(base) > 1 else 0.0

@@ -2,23 +2,27 @@
 
 Source: Schuhmann 2022, improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth). The layers have no
 activations between them, so the score is affine in the unit feature e: 5.2366 + 17.9956 cos(e, w). It is
-unbounded by taste, up to 23: a policy that optimises it will leave the range of real images (4.5 to 7).
+bounded by the layers alone, at 23: a policy that optimises it will leave the range of real images (4.5 to 7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPModel
 
-from attune.clip.model import PREPARATIONS, check_images, full_precision, load_model, prepared_features
-from attune.config.settings import Commit, Preprocess, ScorerConfig, Sha256
-from attune.hub import find_file, read_tensors
+from attune.clip.model import full_precision, load_model, prepared_features
+from attune.clip.pixels import PREPARATIONS, check_images
+from attune.config.settings import Location, Preprocess, ScorerConfig, Sha256
+from attune.hub import fetch_file, parse, read_tensors
 from attune.rewards._head import Head, head_of
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 PUBLISHED = {"sac+logos+ava1-l14-linearMSE": (3, 9), "aesthetic-model": (3, 9)}
 
@@ -26,19 +30,17 @@ PUBLISHED = {"sac+logos+ava1-l14-linearMSE": (3, 9), "aesthetic-model": (3, 9)}
 class Config(ScorerConfig):
     """Where the CLIP and its aesthetic head are, and how images are shown to them."""
 
-    path: str = Field(description="CLIP folder or Hub id; the published head needs openai/clip-vit-large-patch14")
-    head: str = Field(description="head weights, .safetensors or .pth: a file or hf://owner/repository/file")
-    revision: Commit | None = Field(None, description="Hub commit of the CLIP; null for a local folder")
-    head_revision: Commit | None = Field(None, description="Hub commit of the head; null for a local file")
+    path: Location = Field(description="the CLIP; the published head needs openai/clip-vit-large-patch14")
+    head: Location = Field(description="the head, a file .safetensors or .pth")
     head_sha256: Sha256 | None = Field(None, description="what the head must hash to; the published one 21dd590f...")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have")
     preprocess: Preprocess = "pil"
     license: str = Field("Apache-2.0 (head), MIT (OpenAI CLIP)", description="licence of the weights")
 
 
-def load_head(path: str, revision: str | None = None, sha256: str | None = None) -> Head:
+def load_head(source: str, sha256: str | None = None) -> Head:
     """A frozen head of any widths; ValueError if the file is not one, or not the one that hashes to `sha256`."""
-    return head_of(read_tensors(find_file(path, revision, sha256)), path)
+    return head_of(read_tensors(fetch_file(parse(source), sha256)), source)
 
 
 class Scorer:
@@ -48,7 +50,7 @@ class Scorer:
         self.model, self.head = model, head
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
-        self.range = config.sane_mean(PUBLISHED)
+        self.expected_range = config.range_of_mean(PUBLISHED)
         self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -67,6 +69,6 @@ class Scorer:
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
-    head = load_head(config.head, config.head_revision, config.head_sha256)
-    model = load_model(config.path, config.revision, config.hidden_act)
+    head = load_head(config.head, config.head_sha256)
+    model = load_model(config.path, config.hidden_act)
     return Scorer(model.to(device), head.to(device), config)

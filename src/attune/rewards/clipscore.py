@@ -1,30 +1,26 @@
-"""CLIPScore: how well an image fits its prompt, 100 * max(cos(image, text), 0), by a CLIP nobody has tuned.
+"""CLIPScore: how well an image fits its prompt, 100 * max(cos(image, text), 0), by an untuned CLIP.
 
-Source: Hessel et al. 2021, arXiv:2104.08718, whose factor is 2.5 where torchmetrics and most tables have 100. It means
-nothing without the name of the CLIP, which is therefore a setting. Its image features, of an encoder that no
-human preference has bent, are what diversity and drift are best measured by.
+Source: Hessel et al. 2021, arXiv:2104.08718, whose factor is 2.5 where torchmetrics and most tables have 100. Scores of
+different CLIPs are not comparable, so the name of the CLIP is a setting. Diversity and drift are measured by its image
+features, because the encoder was not tuned on human preferences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
-from attune.clip.model import (
-    PREPARATIONS,
-    TextFeatures,
-    check_images,
-    full_precision,
-    load_model,
-    load_tokenizer,
-    prepared_features,
-)
-from attune.config.settings import Commit, Preprocess, ScorerConfig
+from attune.clip.model import TextFeatures, full_precision, load_model, load_tokenizer, prepared_features
+from attune.clip.pixels import PREPARATIONS, check_images
+from attune.config.settings import Location, Preprocess, ScorerConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 _USUAL = (15, 40)
 PUBLISHED = {
@@ -39,8 +35,7 @@ class Config(ScorerConfig):
         pattern=r"^ViT-\w+/\d+(@\d+)?$",
         description="name of the CLIP, part of the score's own: ViT-L/14, ViT-B/32; with @ its size if not 224",
     )
-    path: str = Field(description="CLIP folder or Hub id, e.g. openai/clip-vit-large-patch14")
-    revision: Commit | None = Field(None, description="Hub commit; null for a local folder")
+    path: Location = Field(description="that CLIP, e.g. openai/clip-vit-large-patch14")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have; OpenAI's all have quick_gelu")
     preprocess: Preprocess = "pil"
     license: str = Field("MIT", description="licence of the weights")
@@ -53,7 +48,7 @@ class Scorer:
         self.model = model
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
-        self.range = config.sane_mean(PUBLISHED)
+        self.expected_range = config.range_of_mean(PUBLISHED)
         self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
         self._text = TextFeatures(model, tokenizer)
 
@@ -78,9 +73,9 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     Raises:
         ValueError: a wrong or incomplete checkpoint, or one of another patch or image size than its name says.
     """
-    model = load_model(config.path, config.revision, config.hidden_act)
+    model = load_model(config.path, config.hidden_act)
     patch, _, size = config.model.split("/")[1].partition("@")
     vision = model.config.vision_config
     if (vision.patch_size, vision.image_size) != (int(patch), int(size or 224)):
         raise ValueError(f"{config.path} is no {config.model}: patches {vision.patch_size}, images {vision.image_size}")
-    return Scorer(model.to(device), load_tokenizer(config.path, config.revision), config)
+    return Scorer(model.to(device), load_tokenizer(config.path), config)

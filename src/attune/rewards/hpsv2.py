@@ -10,27 +10,22 @@ import html
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ftfy
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
-from attune.clip.model import (
-    TextFeatures,
-    check_images,
-    full_precision,
-    load_tokenizer,
-    normalise,
-    prepared_features,
-    square_pixels,
-)
+from attune.clip.model import TextFeatures, full_precision, load_tokenizer, prepared_features
 from attune.clip.open_clip import load_open_clip
-from attune.config.settings import Commit, ScorerConfig, Sha256
-from attune.hub import find_file
+from attune.clip.pixels import check_images, normalise, square_pixels
+from attune.config.settings import Location, ScorerConfig, Sha256
+from attune.hub import fetch_file, parse
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 PUBLISHED = {"HPS_v2_compressed": (0.15, 0.36), "HPS_v2.1_compressed": (0.15, 0.36)}
 
@@ -39,14 +34,12 @@ class Config(ScorerConfig):
     """Where HPSv2 is and how images are shown to it."""
 
     version: Literal["2.0", "2.1"] = Field(description="of the weights; scores of different versions never mix")
-    path: str = Field(
-        description="open_clip weights, .pt or .safetensors, e.g. hf://xswu/HPSv2/HPS_v2.1_compressed.pt; a "
+    path: Location = Field(
+        description="open_clip weights, .pt or .safetensors, e.g. xswu/HPSv2/HPS_v2.1_compressed.pt; a "
         ".json of the same stem beside it gives the architecture if it is not ViT-H/14"
     )
-    revision: Commit | None = Field(None, description="Hub commit of the weights; null for a local file")
     sha256: Sha256 | None = Field(None, description="what the weights must hash to")
-    tokenizer: str = Field(description="folder or Hub id; laion/CLIP-ViT-H-14-laion2B-s32B-b79K for published weights")
-    tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
+    tokenizer: Location = Field(description="for published weights laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
     hidden_act: str = Field("gelu", description="activation the model must have")
     preprocess: Literal["hps", "square"] = Field("hps", description="hps: as published; square: AlignProp's")
     antialias: bool = Field(
@@ -89,7 +82,7 @@ class Scorer:
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, config: Config) -> None:
         self.model = model
         self.license = config.license
-        self.range = config.sane_mean(PUBLISHED)
+        self.expected_range = config.range_of_mean(PUBLISHED)
         prepare = square_pixels if config.preprocess == "square" else partial(hps_pixels, antialias=config.antialias)
         self._image = partial(prepared_features, model, prepare)
         self._text = TextFeatures(model, tokenizer, clean_text)
@@ -103,7 +96,7 @@ class Scorer:
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
-    file = find_file(config.path, config.revision, config.sha256)
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision)
+    file = fetch_file(parse(config.path), config.sha256)
+    tokenizer = load_tokenizer(config.tokenizer)
     model = load_open_clip(file, tokenizer, config.hidden_act)
     return Scorer(model.to(device), tokenizer, config)

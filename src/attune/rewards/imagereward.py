@@ -11,17 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from attune.clip.model import check_exists, check_images, clip_pixels, clip_pixels_pil, full_precision, rounded_crop
-from attune.config.settings import Commit, ScorerConfig, Sha256
-from attune.hub import build_with, find_file, read_json, read_tensors
+from attune.clip.model import full_precision
+from attune.clip.pixels import check_images, clip_pixels, clip_pixels_pil, rounded_crop
+from attune.config.settings import Location, ScorerConfig, Sha256
+from attune.hub import build_with, fetch_file, parse, read_json, read_tensors
+from attune.pretrained import load_tokenizer
 from attune.rewards._head import LAYERS, Head
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 CONTEXT = 35  # tokens, [CLS] and [SEP] included
@@ -32,16 +36,12 @@ PUBLISHED = {"ImageReward": (-2, 2)}
 class Config(ScorerConfig):
     """Where ImageReward is and how images are shown to it."""
 
-    path: str = Field(
-        description="released weights, .pt or .safetensors, e.g. hf://zai-org/ImageReward/ImageReward.pt; a .json of "
+    path: Location = Field(
+        description="released weights, .pt or .safetensors, e.g. zai-org/ImageReward/ImageReward.pt; a .json of "
         'the same stem beside it, {"head_width": n}, gives the attention heads\' width if it is not 64'
     )
-    revision: Commit | None = Field(None, description="Hub commit of the weights; null for a local file")
     sha256: Sha256 | None = Field(None, description="what the weights must hash to")
-    tokenizer: str = Field(
-        description="folder or Hub id of BERT's; google-bert/bert-base-uncased for published weights"
-    )
-    tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
+    tokenizer: Location = Field(description="BERT's; for published weights google-bert/bert-base-uncased")
     preprocess: Literal["pil", "tensor"] = Field(
         "pil", description="pil: as published, no gradient; tensor: the same, differentiable"
     )
@@ -81,6 +81,8 @@ class Model(nn.Module):
     """BLIP's two encoders and the head, under transformers' names."""
 
     def __init__(self, vision: Mapping[str, Any], text: Mapping[str, Any], widths: Sequence[int]) -> None:
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
         super().__init__()
         self.vision = BlipVisionModel(BlipVisionConfig(**vision, layer_norm_eps=1e-6, hidden_act="gelu"))
         # is_decoder is what gives its layers the cross-attention; it attends in both directions all the same
@@ -144,10 +146,11 @@ def load_weights(file: Path) -> Model:
     return build_with(lambda: Model(**sizes), tensors, file).eval().requires_grad_(False)
 
 
-def load_bert_tokenizer(path: str, revision: str | None = None) -> BertTokenizer:
+def load_bert_tokenizer(source: str) -> BertTokenizer:
     """BERT's tokenizer with BLIP's two tokens at the end: 30,524 in all."""
-    check_exists(path)
-    tokenizer = BertTokenizer.from_pretrained(path, revision=revision)
+    from transformers import BertTokenizer
+
+    tokenizer = load_tokenizer(BertTokenizer, parse(source))
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     return tokenizer
 
@@ -162,7 +165,7 @@ class Scorer:
         self.model, self.tokenizer = model, tokenizer
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
-        self.range = config.sane_mean(PUBLISHED)
+        self.expected_range = config.range_of_mean(PUBLISHED)
         self._prepare = PREPARATIONS[config.preprocess]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -180,8 +183,8 @@ class Scorer:
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
-    file = find_file(config.path, config.revision, config.sha256)
-    tokenizer = load_bert_tokenizer(config.tokenizer, config.tokenizer_revision)
+    file = fetch_file(parse(config.path), config.sha256)
+    tokenizer = load_bert_tokenizer(config.tokenizer)
     model = load_weights(file)
     words = model.text.config.vocab_size
     if len(tokenizer) != words:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
-from attune.clip.model import (
-    PREPARATIONS,
-    TextFeatures,
-    check_images,
-    full_precision,
-    load_model,
-    load_tokenizer,
-    prepared_features,
-)
-from attune.config.settings import Commit, Preprocess, ScorerConfig
+from attune.clip.model import TextFeatures, full_precision, load_model, load_tokenizer, prepared_features
+from attune.clip.pixels import PREPARATIONS, check_images
+from attune.config.settings import Location, Preprocess, ScorerConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
 
 PUBLISHED = {"PickScore_v1": (17, 25)}
 
@@ -32,13 +28,10 @@ PUBLISHED = {"PickScore_v1": (17, 25)}
 class Config(ScorerConfig):
     """Where PickScore is and how images are shown to it."""
 
-    path: str = Field(description="CLIP folder or Hub id; the published one is yuvalkirstain/PickScore_v1")
-    revision: Commit | None = Field(None, description="Hub commit; null for a local folder")
-    tokenizer: str | None = Field(
-        None,
-        description="folder or Hub id if not `path`; the authors use laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    path: Location = Field(description="a CLIP; the published one is yuvalkirstain/PickScore_v1")
+    tokenizer: Location | None = Field(
+        None, description="if not the one beside `path`; the authors use laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     )
-    tokenizer_revision: Commit | None = Field(None, description="Hub commit of the tokenizer")
     hidden_act: str = Field("gelu", description="activation the checkpoint must have")
     preprocess: Preprocess = "pil"
     license: str = Field("MIT (authors' repository; the Hub card names none)", description="licence of the weights")
@@ -51,7 +44,7 @@ class Scorer:
         self.model = model
         self.differentiable = config.preprocess != "pil"
         self.license = config.license
-        self.range = config.sane_mean(PUBLISHED)
+        self.expected_range = config.range_of_mean(PUBLISHED)
         self._image = partial(prepared_features, model, PREPARATIONS[config.preprocess])
         self._text = TextFeatures(model, tokenizer)
 
@@ -65,7 +58,5 @@ class Scorer:
 
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
-    model = load_model(config.path, config.revision, config.hidden_act)
-    other = config.tokenizer, config.tokenizer_revision
-    tokenizer = load_tokenizer(*(other if config.tokenizer else (config.path, config.revision)))
-    return Scorer(model.to(device), tokenizer, config)
+    model = load_model(config.path, config.hidden_act)
+    return Scorer(model.to(device), load_tokenizer(config.tokenizer or config.path), config)

@@ -1,4 +1,4 @@
-"""Pictures of a search: how it went, what mattered, where the good values lie."""
+"""Figures of a search: scores by trial and by parameter, importances, the Pareto front, the finalists."""
 
 from __future__ import annotations
 
@@ -16,115 +16,117 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attune.evaluation.statistics import Comparison
 from attune.search.results import scores
-from attune.search.space import drawn
-from attune.search.study import Plan
+from attune.search.space import rounded_params
+from attune.search.study import StudySpec
 
 FULL, PRUNED, LINE, EDGE = "#2166ac", "#b0b0b0", "#d6604d", "#555555"
 
 
-def draw(study: optuna.Study, plan: Plan, folder: Path) -> list[Path]:
-    """Writes history.png, slice.png, and what there is enough to say for: importance.png, pareto.png; the files."""
-    ended = [t for t in study.get_trials(deepcopy=False) if np.isfinite(scores(t, plan)).all()]
+def draw(study: optuna.Study, spec: StudySpec, folder: Path) -> list[Path]:
+    """Writes history.png, slice.png, importance.png and pareto.png where they apply; returns the files."""
+    ended = [t for t in study.get_trials(deepcopy=False) if np.isfinite(scores(t, spec)).all()]
     full = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     for name in ("history", "slice", "importance", "pareto", "finals"):
         (folder / f"{name}.png").unlink(missing_ok=True)
     if not full:
         return []
-    figures = {"history": history(ended, plan), "slice": slices(ended, plan)}
-    if (weights := importances(study, plan)) is not None:
-        figures["importance"] = importance(weights, plan)
-    if len(plan.objectives) == 2:
-        figures["pareto"] = pareto(full, [trial.number for trial in study.best_trials], plan)
+    figures = {"history": history(ended, spec), "slice": slices(ended, spec)}
+    if (weights := importances(study, spec)) is not None:
+        figures["importance"] = importance(weights, spec)
+    if len(spec.objectives) == 2:
+        figures["pareto"] = pareto(full, [trial.number for trial in study.best_trials], spec)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     return [folder / f"{name}.png" for name in figures]
 
 
-def draw_finals(trials: list[FrozenTrial], found: Mapping[int, Comparison], plan: Plan, folder: Path) -> None:
-    """Writes finals.png: finalists, the best on top, by their difference to the settings before, 95 % intervals."""
-    shown = [trial for trial in trials if trial.number in found][::-1]
+def draw_finalists(
+    trials: list[FrozenTrial], compared: Mapping[int, Comparison], spec: StudySpec, folder: Path
+) -> None:
+    """Writes finals.png: finalists, the best on top, by their difference to the incumbent, with 95 % intervals."""
+    shown = [trial for trial in trials if trial.number in compared][::-1]
     if not shown:
         return
-    figure, panels = _panels(1, 1, plan.study)
+    figure, panels = _panels(1, 1, spec.name)
     axes = panels[0][0]
-    mean = np.array([found[trial.number].difference for trial in shown])
-    bounds = np.array([found[trial.number].difference_ci95 for trial in shown])
+    mean = np.array([compared[trial.number].difference for trial in shown])
+    bounds = np.array([compared[trial.number].difference_ci95 for trial in shown])
     axes.errorbar(mean, range(len(shown)), xerr=np.abs(bounds.T - mean), fmt="o", color=FULL, capsize=3)
     axes.axvline(0, color=LINE, linewidth=1)
-    labels = ["\n".join(f"{key} {value}" for key, value in drawn(trial.params).items()) for trial in shown]
+    labels = ["\n".join(f"{key} {value}" for key, value in rounded_params(trial.params).items()) for trial in shown]
     axes.set_yticks(range(len(shown)), labels)
-    axes.set(ylim=(-0.6, len(shown) - 0.4), xlabel=f"{plan.objectives[0]}, difference to the settings before")
+    axes.set(ylim=(-0.6, len(shown) - 0.4), xlabel=f"{spec.objectives[0]}, difference to the settings in use")
     figure.savefig(folder / "finals.png", dpi=120)
 
 
-def history(trials: list[FrozenTrial], plan: Plan) -> Figure:
+def history(trials: list[FrozenTrial], spec: StudySpec) -> Figure:
     """Scores by trial, and the best so far; one panel per objective."""
-    figure, panels = _panels(1, len(plan.objectives), plan.study)
+    figure, panels = _panels(1, len(spec.objectives), spec.name)
     for i, axes in enumerate(panels[0]):
-        _points(axes, [trial.number for trial in trials], trials, plan, i)
+        _points(axes, [trial.number for trial in trials], trials, spec, i)
         full = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         so_far = np.maximum.accumulate([trial.values[i] for trial in full])
         axes.step([trial.number for trial in full], so_far, where="post", color=LINE, label="best so far")
-        axes.set(xlabel="trial", ylabel=plan.objectives[i])
+        axes.set(xlabel="trial", ylabel=spec.objectives[i])
         axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, panels)
     return figure
 
 
-def slices(trials: list[FrozenTrial], plan: Plan) -> Figure:
+def slices(trials: list[FrozenTrial], spec: StudySpec) -> Figure:
     """Scores by each parameter: a row per objective."""
-    figure, panels = _panels(len(plan.objectives), len(plan.space), plan.study)
+    figure, panels = _panels(len(spec.objectives), len(spec.space), spec.name)
     for i, row in enumerate(panels):
-        for (key, distribution), axes in zip(plan.space.items(), row, strict=True):
-            values = [drawn(trial.params)[key] for trial in trials]
+        for (key, distribution), axes in zip(spec.space.items(), row, strict=True):
+            values = [rounded_params(trial.params)[key] for trial in trials]
             if isinstance(distribution, CategoricalDistribution):
                 values = [distribution.choices.index(value) for value in values]
                 axes.set_xticks(range(len(distribution.choices)), [str(choice) for choice in distribution.choices])
                 axes.set_xlim(-0.5, len(distribution.choices) - 0.5)
             elif distribution.log:
                 axes.set_xscale("log")
-                axes.set_xlim(distribution.low / 1.1, distribution.high * 1.1)  # the whole range, drawn from or not
+                axes.set_xlim(distribution.low / 1.1, distribution.high * 1.1)  # the whole range
                 axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.xaxis.set_minor_formatter(NullFormatter())
-            _points(axes, values, trials, plan, i)
-            axes.set(xlabel=key, ylabel=plan.objectives[i])
+            _points(axes, values, trials, spec, i)
+            axes.set(xlabel=key, ylabel=spec.objectives[i])
     _legend(figure, panels)
     return figure
 
 
-def importances(study: optuna.Study, plan: Plan) -> list[dict[str, float]] | None:
-    """Shard of each parameter in what decides between better and worse trials (PED-ANOVA), per objective.
+def importances(study: optuna.Study, spec: StudySpec) -> list[dict[str, float]] | None:
+    """Importance of each parameter for the better trials (PED-ANOVA), a share of 1, per objective.
 
-    None where there are too few parameters or trials, or too little difference between them, to say.
+    None where there are too few parameters or trials, or too little difference between them.
     """
-    if len(plan.space) < 2:
+    if len(spec.space) < 2:
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):  # of low values, which are the better ones to this method
+        with warnings.catch_warnings(action="ignore"):  # that low values are taken for the better ones, hence the sign
             found = [
                 optuna.importance.get_param_importances(study, target=lambda trial, i=i: -trial.values[i])
-                for i in range(len(plan.objectives))
+                for i in range(len(spec.objectives))
             ]
     except (ValueError, RuntimeError):
         return None
     return found if all(found) and all(np.isfinite(list(shares.values())).all() for shares in found) else None
 
 
-def importance(shares: list[dict[str, float]], plan: Plan) -> Figure:
+def importance(shares: list[dict[str, float]], spec: StudySpec) -> Figure:
     """Bars of `importances`."""
-    figure, panels = _panels(1, len(shares), plan.study)
-    for axes, share, name in zip(panels[0], shares, plan.objectives, strict=True):
-        keys = list(plan.space)[::-1]
+    figure, panels = _panels(1, len(shares), spec.name)
+    for axes, share, name in zip(panels[0], shares, spec.objectives, strict=True):
+        keys = list(spec.space)[::-1]
         bars = axes.barh(keys, [share.get(key, 0.0) for key in keys], color=FULL, height=0.6)
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.set(xlabel=f"importance for {name}", xlim=(0, 1.15))
     return figure
 
 
-def pareto(trials: list[FrozenTrial], front: list[int], plan: Plan) -> Figure:
-    """Both scores of every trial; those that no other beats in both are numbered and joined."""
-    figure, panels = _panels(1, 1, plan.study)
+def pareto(trials: list[FrozenTrial], front: list[int], spec: StudySpec) -> Figure:
+    """Both scores of every trial; those of the Pareto front are numbered and joined."""
+    figure, panels = _panels(1, 1, spec.name)
     axes = panels[0][0]
     best = sorted((trial for trial in trials if trial.number in front), key=lambda trial: trial.values[0])
     rest = [trial.values for trial in trials if trial.number not in front]
@@ -134,14 +136,14 @@ def pareto(trials: list[FrozenTrial], front: list[int], plan: Plan) -> Figure:
     axes.plot(first, second, "o-", color=LINE, label="front")
     for trial in best:
         axes.annotate(str(trial.number), trial.values, textcoords="offset points", xytext=(6, 4))
-    axes.set(xlabel=plan.objectives[0], ylabel=plan.objectives[1])
+    axes.set(xlabel=spec.objectives[0], ylabel=spec.objectives[1])
     _legend(figure, panels)
     return figure
 
 
-def _points(axes: Axes, x: list[float], trials: list[FrozenTrial], plan: Plan, objective: int) -> None:
-    """Trials that got to their end as dots, pruned ones as crosses."""
-    y = [scores(trial, plan)[objective] for trial in trials]
+def _points(axes: Axes, x: list[float], trials: list[FrozenTrial], spec: StudySpec, objective: int) -> None:
+    """Complete trials as dots, pruned ones as crosses."""
+    y = [scores(trial, spec)[objective] for trial in trials]
     for label, state, style in (
         ("complete", TrialState.COMPLETE, {"color": FULL, "marker": "o"}),
         ("pruned", TrialState.PRUNED, {"color": EDGE, "marker": "x"}),

@@ -1,4 +1,4 @@
-"""The search space: what Optuna may draw for a run's settings, and the settings a trial then has."""
+"""The search space: distributions for Optuna, and the settings of a trial."""
 
 from __future__ import annotations
 
@@ -11,47 +11,52 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from attune.config.schema import SearchRange, StrictModel, number_type, set_path
 
-DIGITS = 3  # of a drawn number: more would only be harder to read
+DIGITS = 3  # significant digits of a float: more would only be harder to read
 
 
 def distributions(space: Mapping[str, SearchRange], method: type[StrictModel]) -> dict[str, BaseDistribution]:
-    """Dotted key -> what is drawn for it, whole numbers where the method's Config wants them."""
-    return {key: _distribution(dimension, method, key) for key, dimension in space.items()}
+    """Dotted key -> its distribution, of whole numbers where the method's Config has an int."""
+    return {key: _distribution(searched, method, key) for key, searched in space.items()}
 
 
-def _distribution(dimension: SearchRange, method: type[StrictModel], key: str) -> BaseDistribution:
-    if dimension.choices is not None:
-        return CategoricalDistribution(dimension.choices)
+def _distribution(searched: SearchRange, method: type[StrictModel], key: str) -> BaseDistribution:
+    if searched.choices is not None:
+        return CategoricalDistribution(searched.choices)
     if number_type(method, key, key) is int:
-        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+        return IntDistribution(int(searched.low), int(searched.high), log=searched.log)
+    return FloatDistribution(searched.low, searched.high, log=searched.log)
 
 
-def cells(space: Mapping[str, SearchRange]) -> list[dict[str, Any]]:
-    """Every combination of a grid's choices, the last key changing fastest."""
-    return [dict(zip(space, values, strict=True)) for values in product(*(d.choices for d in space.values()))]
+def grid_points(space: Mapping[str, SearchRange]) -> list[dict[str, Any]]:
+    """Every combination of the choices, the last key changing fastest."""
+    choices = [searched.choices for searched in space.values()]
+    return [dict(zip(space, values, strict=True)) for values in product(*choices)]
 
 
-def drawn(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's parameters as they are trained with and written down: floats rounded to three digits."""
+def rounded_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's parameters as they are trained with and written to files: floats have three significant digits."""
     return {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in params.items()}
 
 
-def in_use(space: Mapping[str, SearchRange], config: StrictModel) -> dict[str, Any]:
-    """What a run's settings are now, of those that are searched; rounded as what is drawn is, None if not set."""
+def current_settings(space: Iterable[str], config: StrictModel) -> dict[str, Any]:
+    """The searched keys as a run's settings have them, rounded as a trial's are; None where a block is absent."""
     values = config.model_dump()
-    return drawn({key: reduce(lambda block, name: block.get(name), key.split("."), values) for key in space})
+    return rounded_params({key: reduce(_get, key.split("."), values) for key in space})
 
 
-def unsearched(block: Mapping[str, Any], space: Iterable[str]) -> dict[str, Any]:
-    """The settings of a run that are not searched: what it is whatever is drawn."""
+def _get(block: Any, key: str) -> Any:
+    return None if block is None else block.get(key)
+
+
+def fixed_settings(values: Mapping[str, Any], space: Iterable[str]) -> dict[str, Any]:
+    """The settings of a run without those that are searched, so equal for all trials."""
     for key in space:
-        block = set_path(block, key, None)
-    return {key: value for key, value in block.items() if key not in space}
+        values = set_path(values, key, None)
+    return {key: value for key, value in values.items() if key not in space}
 
 
-def settings(block: Mapping[str, Any], fixed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's block with what all trials share, and what this one has drawn."""
-    for key, value in {**fixed, **params}.items():
-        block = set_path(block, key, value)
-    return dict(block)
+def with_values(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with some values set, by dotted key."""
+    for key, value in values.items():
+        settings = set_path(settings, key, value)
+    return dict(settings)

@@ -1,4 +1,4 @@
-"""One trial: a short training with the settings drawn, and what scorers then say of validation prompts."""
+"""One trial: a short training with the drawn settings, then scores of images of validation prompts."""
 
 from __future__ import annotations
 
@@ -13,140 +13,152 @@ import optuna
 from filelock import FileLock
 
 from attune import tracking
-from attune.config import plugins
-from attune.config.profile import Profile
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config
-from attune.search.space import drawn, settings
-from attune.search.study import patiently
+from attune.config.settings import MethodConfig
+from attune.search.plan import SweepPlan
+from attune.search.space import rounded_params, with_values
+from attune.search.study import retry_on_outage
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from attune.diffusion.policy import Policy
     from attune.interfaces import Reward
 
-WATCHING = ("median", "hyperband")  # pruners that stop a training
+PRUNE_TRAINING = ("median", "hyperband")  # pruners that stop a training, and so need its validation scores
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Called with an Optuna trial, trains and scores it; a value, for it is sent to the workers."""
+    """The objective: called with an Optuna trial, it trains and scores. It is sent to the workers."""
 
-    run: str  # the block of profile.methods
-    uses: str  # its method
-    profile: Profile
-    search: Config
-    folder: Path  # for models: of the trials at work, and the best
+    plan: SweepPlan
+    folder: Path  # of the models of running trials, and of the best
     tags: dict[str, str] = field(default_factory=dict)
     parent: str | None = None  # tracking run of the sweep
-    tracking: str | None = None
     root: Path | None = None
-    final: bool = False  # of the last round: a training as the pipeline runs it
+    full_length: bool = False  # trained as the pipeline does, without `fixed` and pruner
 
-    def in_full(self, study: str) -> Trial:
-        """The objective of the last round, a study of its own."""
-        search = self.search.model_copy(update={"fixed": {}, "pruner": "none"})
-        tags = {**self.tags, "study": study, "round": "final"}
-        return replace(self, search=search, folder=self.folder.with_name(study), tags=tags, final=True)
+    def at_full_length(self, study: str) -> Trial:
+        """The objective of the full-length rerun, which is a study of its own."""
+        search = self.plan.search.model_copy(update={"fixed": {}, "pruner": "none"})
+        tags = {**self.tags, "study": study, "round": "full"}
+        plan, folder = replace(self.plan, search=search), self.folder.with_name(study)
+        return replace(self, plan=plan, folder=folder, tags=tags, full_length=True)
 
     def __call__(self, trial: optuna.Trial) -> list[float]:
         """Mean scores over the validation prompts, one per objective.
 
-        The scores of single prompts are kept as the trial's attribute `scores`.
+        The scores of single prompts are kept in the trial's user attribute `scores`.
 
         Raises:
-            optuna.TrialPruned: the pruner has seen enough.
-            RuntimeError: the method refuses these settings together, or the training came to nothing.
+            optuna.TrialPruned: the pruner stops the trial.
+            RuntimeError: the method does not accept these settings together, or a score is not finite.
         """
-        values = drawn(trial.params)
-        profile = self.with_settings(values)
+        plan, values = self.plan, rounded_params(trial.params)
+        config = self.config(values)
         model = self.folder / str(trial.number)
         tags = {**self.tags, "trial": str(trial.number)}
-        name = f"{self.run} final {trial.number}" if self.final else f"{self.run} {trial.number}"
-        told = {"methods": {self.uses: profile.methods[self.run]}}  # all of them: trials are compared with trainings
+        name = f"{plan.run} {'full ' if self.full_length else ''}{trial.number}"
+        params = {"methods": {plan.method: config.model_dump()}}  # all of them, as the row of a training has
         try:
             with tracking.trial(
-                name, told, tags=tags, parent=self.parent, uri=self.tracking, root=self.root
+                name, params, tags=tags, parent=self.parent, uri=plan.tracking, root=self.root
             ) as tracked:
-                scores = self.train_and_score(trial, profile, model, tracked)
+                scores = self.train_and_score(trial, config, model, tracked)
                 means = scores.mean(axis=0).tolist()
-                tracked.summary({"score": means[0], **dict(zip(self.search.objectives, means, strict=True))})
+                tracked.summary({"score": means[0], **dict(zip(plan.search.objectives, means, strict=True))})
             keep_if_best(model, self.folder / "best", {"trial": trial.number, "score": means[0], "params": values})
         finally:
             shutil.rmtree(model, ignore_errors=True)
         return means
 
-    def with_settings(self, values: dict[str, Any]) -> Profile:
-        """The profile with the run's block as this trial trains it."""
-        search = self.search
-        block = settings(self.profile.methods[self.run], search.fixed, values)
-        if not self.final:
-            block["validation"] = None
-        if search.pruner in WATCHING:
-            block["validation"] = {
+    def config(self, values: Mapping[str, Any]) -> MethodConfig:
+        """The run's settings with `fixed` and the drawn values, and the validation that the pruner needs."""
+        search = self.plan.search
+        settings = with_values(self.plan.config.model_dump(), {**search.fixed, **values})
+        if not self.full_length:
+            settings["validation"] = None
+        if search.pruner in PRUNE_TRAINING:
+            settings["validation"] = {
                 "scorer": search.objectives[0],
                 "prompts": search.prompts,
-                "sampling": self.profile.generate.sampling.model_dump(),
-                "every": interval(search, block["batches"]),
+                "sampling": self.plan.sampling.model_dump(),
+                "every": validation_interval(search, settings["batches"]),
                 "at_start_and_end": False,
             }
         try:
-            check(plugins.config_class("methods", self.uses), block, self.run)
+            return check(type(self.plan.config), settings, self.plan.run)
         except ConfigError as error:
             raise RuntimeError(f"{values} do not go together: {error}") from None
-        return self.profile.model_copy(update={"methods": {**self.profile.methods, self.run: block}})
 
-    def train_and_score(self, trial: optuna.Trial, profile: Profile, model: Path, tracked: tracking.Run) -> np.ndarray:
-        """Trains, with the model in `model`, and returns scores (prompts, objectives)."""
+    def train_and_score(
+        self, trial: optuna.Trial, config: MethodConfig, model: Path, tracked: tracking.Run
+    ) -> np.ndarray:
+        """Trains, saves the model in the folder `model`, and returns scores (prompts, objectives)."""
         import numpy as np
 
-        from attune.build import load_policy, load_scorer
-        from attune.finetune import align, validation_prompts, validation_scores
+        from attune.finetune import validation_prompts, validation_scores
 
-        def report(batch: int, score: float) -> None:
-            tell(trial, {batch: score})
-
-        align(self.run, self.uses, profile, tracked, model, report=report, previews=0)
-        policy = load_policy(profile)
-        policy.load(str(model))
-        scorer = together([load_scorer(name, profile) for name in self.search.objectives])
-        prompts, scores = validation_prompts(self.search.prompts), []
-        paired = self.search.pruner == "wilcoxon"
+        plan, search = self.plan, self.plan.search
+        train(plan, config, tracked, model, lambda batch, score: report_or_prune(trial, {batch: score}))
+        policy, scorer = load_trained(plan, model)
+        prompts, scores = validation_prompts(plan.prepared, search.prompts), []
+        paired = search.pruner == "wilcoxon"
         chunk = quarter(len(prompts)) if paired else len(prompts)
         for start in range(0, len(prompts), chunk):
-            part = validation_scores(
-                policy, profile.generate.sampling, profile.seed, scorer, prompts[start : start + chunk]
-            )
+            part = validation_scores(policy, plan.sampling, plan.seed, scorer, prompts[start : start + chunk])
             if not np.isfinite(part).all():
                 raise RuntimeError("a scorer gave something that is not a number")
             scores.append(part)
-            patiently(trial.set_user_attr, "prompts", start + len(part))
+            retry_on_outage(trial.set_user_attr, "prompts", start + len(part))
             if paired:
-                tell(trial, dict(enumerate(part[:, 0].tolist(), start + 1)))
+                report_or_prune(trial, dict(enumerate(part[:, 0].tolist(), start + 1)))
         found = np.concatenate(scores)
-        kept = dict(zip(self.search.objectives, found.T.round(6).tolist(), strict=True))
-        patiently(trial.set_user_attr, "scores", kept)
+        by_objective = dict(zip(search.objectives, found.T.round(6).tolist(), strict=True))
+        retry_on_outage(trial.set_user_attr, "scores", by_objective)
         return found
 
 
-def tell(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
-    """Reports values by step, then ends the trial if the pruner says so."""
+def train(
+    plan: SweepPlan, config: MethodConfig, run: tracking.Run, folder: Path, on_score: Callable[[int, float], None]
+) -> None:
+    """Trains with these settings and saves the model; `on_score` gets (batch, score) of each validation."""
+    from attune.finetune import finetune
+
+    method = plan.training.method.model_copy(update={"settings": config.model_dump(mode="json")})
+    training = plan.training.model_copy(update={"method": method, "scorers": plan.scorers})
+    finetune(training, run, folder, on_score=on_score, samples=0)
+
+
+def load_trained(plan: SweepPlan, folder: Path) -> tuple[Policy, Callable[..., Tensor]]:
+    """The trained policy, and the objectives as one scorer."""
+    from attune.build import load_policy, load_scorer
+
+    policy = load_policy(plan.training.model)
+    policy.load(str(folder))
+    return policy, stack_scorers([load_scorer(plan.objectives[name]) for name in plan.search.objectives])
+
+
+def report_or_prune(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
+    """Reports values by step, then raises TrialPruned if the pruner stops the trial."""
     for step, value in reports.items():
-        patiently(trial.report, value, step)
-    if patiently(trial.should_prune):
+        retry_on_outage(trial.report, value, step)
+    if retry_on_outage(trial.should_prune):
         raise optuna.TrialPruned
 
 
-def together(scorers: Sequence[Reward]) -> Callable[..., Tensor]:
-    """Scorers as one, whose scores are (images, scorers): images are painted once for all of them."""
+def stack_scorers(scorers: Sequence[Reward]) -> Callable[..., Tensor]:
+    """Scorers as one with scores (images, scorers), so that images are sampled once for all of them."""
     import torch
 
     return lambda pixels, prompts: torch.stack([scorer(pixels, prompts).cpu() for scorer in scorers], dim=1)
 
 
-def interval(search: Config, batches: int) -> int:
-    """Batches between the held-out scores of a training of so many."""
+def validation_interval(search: Config, batches: int) -> int:
+    """Batches between the validation scores of a training with so many batches."""
     return search.every or quarter(batches)
 
 
@@ -156,7 +168,7 @@ def quarter(n: int) -> int:
 
 
 def keep_if_best(model: Path, best: Path, facts: dict[str, Any]) -> None:
-    """Moves a trial's model to `best` if its score is the highest of this host's so far, beside its facts."""
+    """Moves a trial's model to `best`, with its facts, if its score is the highest of this host so far."""
     with FileLock(best.with_suffix(".lock")):
         note = best / "trial.json"
         if note.exists() and json.loads(note.read_text())["score"] >= facts["score"]:

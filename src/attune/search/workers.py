@@ -1,7 +1,7 @@
-"""The workers: processes that take trials of a study, and what becomes of a trial whose process dies.
+"""The workers: processes that run trials of a study, and the retry of a trial whose process was killed.
 
-A dead process tells nobody. The host's own are known by process id and time of birth; those of another host by a sign
-of life that every running trial gives each minute. A lost trial is told FAIL, and waits to be done once more.
+A killed process of this host is recognized by process id and start time, at once; one of another host by the trial's
+heartbeat. Its trial becomes FAIL and is enqueued once more. Why not Optuna's own heartbeat and retry: ADR 8.
 """
 
 from __future__ import annotations
@@ -23,117 +23,126 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from attune.search.study import RETRY_OF, Plan, SearchError, ask, create, done, exclusive, is_wanted, join, patiently
-from attune.tracking.labels import HOST, lives
+from attune.search.study import (
+    HEARTBEAT,
+    RETRY_OF,
+    SearchError,
+    StudySpec,
+    claim_trial,
+    finished,
+    has_budget,
+    open_study,
+    retry_on_outage,
+    study_lock,
+)
+from attune.tracking.labels import HOST, is_alive
 
 LOG = logging.getLogger("attune.search")
-BEAT_SECONDS = 60.0
-SILENT_SECONDS = 600.0  # then a trial of another host counts as dead
+HEARTBEAT_SECONDS = 60.0
+GRACE_SECONDS = 600.0  # without a heartbeat, after which a trial of another host counts as killed
 POLL_SECONDS = 2.0
-FUTILE = 3  # workers that may end between trials, for no good reason, before the search is given up
-# what a trial may come to by its settings (RuntimeError: out of memory, not finite); all else is a mistake
-OF_THE_TRIAL = (RuntimeError, ArithmeticError, MemoryError)
+MAX_CRASHES = 3  # of workers outside of a trial, before the search is given up
+# Errors that a trial's settings can cause (RuntimeError: out of memory, not finite); others would meet every trial.
+TRIAL_ERRORS = (RuntimeError, ArithmeticError, MemoryError)
 
 Objective = Callable[[optuna.Trial], Sequence[float]]
 """Values of a trial, one per objective; may raise TrialPruned. Sent to the workers, so it must be picklable."""
 
 
-def run(
-    plan: Plan,
+def run_workers(
+    spec: StudySpec,
     objective: Objective,
-    slots: Sequence[str | None],
+    gpus: Sequence[str | None],
     *,
     deadline: float = float("inf"),
-    bury: Callable[[], None] = lambda: None,
+    mark_killed: Callable[[], None] = lambda: None,
 ) -> optuna.Study:
-    """Works on a study with one process per slot until no trial is wanted, or the deadline has passed.
+    """Works on a study with one process per entry of `gpus` until the budget is used up or the deadline has passed.
 
     Args:
-        slots: the GPU of each worker, as in CUDA_VISIBLE_DEVICES; None = whatever there is.
+        gpus: CUDA_VISIBLE_DEVICES of each worker; None leaves it as it is.
         deadline: time.time() after which no trial starts.
-        bury: called after trials were lost, for whoever else keeps a record of them.
+        mark_killed: called after trials of killed processes were found, to mark them in the tracking store.
 
     Raises:
-        SearchError: a worker met a mistake that would meet every trial.
+        SearchError: a worker met an error that would meet every trial.
     """
-    study, futile, begun = create(plan), 0, time.time()
-    bar = tqdm(total=plan.trials, desc=plan.study, unit="trial")
+    study, crashes, start = open_study(spec), 0, time.time()
+    bar = tqdm(total=spec.n_trials, desc=spec.name, unit="trial")
     os.environ.setdefault("TQDM_DISABLE", "1")  # in the workers: bars of several processes overwrite each other
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     errors = context.SimpleQueue()
     workers: dict[int, Any] = {}
     try:
         while True:
-            lost = _reaped(plan, study, bury)
-            codes = _codes_of_the_ended(workers)
+            killed = _reap(spec, study, mark_killed)
+            codes = [workers.pop(slot).exitcode for slot, process in list(workers.items()) if not process.is_alive()]
             if not errors.empty():
                 raise SearchError(errors.get())
-            futile += 0 if lost else sum(code != 0 for code in codes)
-            if futile > FUTILE:
+            crashes += 0 if killed else sum(code != 0 for code in codes)
+            if crashes > MAX_CRASHES:
                 raise SearchError(f"workers end before they have done anything, with exit codes {codes}")
-            trials = patiently(study.get_trials, deepcopy=False)
-            _show(bar, plan, trials)
-            if time.time() < deadline and is_wanted(plan, trials):
-                for slot in set(range(len(slots))) - workers.keys():
-                    values = (plan, objective, slots[slot], (begun, deadline), errors)
-                    workers[slot] = context.Process(target=work, args=values, name=f"worker {slot}")
+            trials = retry_on_outage(study.get_trials, deepcopy=False)
+            _update_bar(bar, spec, trials)
+            if time.time() < deadline and has_budget(spec, trials):
+                for slot in set(range(len(gpus))) - workers.keys():
+                    args = (spec, objective, gpus[slot], start, deadline, errors)
+                    workers[slot] = context.Process(target=work, args=args, name=f"worker {slot}")
                     workers[slot].start()
             elif not workers:
                 return study
             wait([worker.sentinel for worker in workers.values()], timeout=POLL_SECONDS)
     finally:
         bar.close()
-        _stop(workers.values())
-        _reaped(plan, study, bury)
+        _terminate(workers.values())
+        _reap(spec, study, mark_killed)
 
 
-def _show(bar: tqdm, plan: Plan, trials: Sequence[FrozenTrial]) -> None:
-    """Moves the bar to how many trials are done, with the best score so far beside it."""
-    over = done(trials)
-    if over == bar.n:
+def _update_bar(bar: tqdm, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
+    """Moves the bar to the number of finished trials, and shows the best score beside it."""
+    ended = finished(trials)
+    if ended == bar.n:
         return
-    full = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
-    bar.set_postfix({f"best {plan.objectives[0]}": f"{max(full):.4g}"} if full else {}, refresh=False)
-    bar.update(over - bar.n)
+    scores = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
+    bar.set_postfix({f"best {spec.objectives[0]}": f"{max(scores):.4g}"} if scores else {}, refresh=False)
+    bar.update(ended - bar.n)
 
 
-def _reaped(plan: Plan, study: optuna.Study, bury: Callable[[], None]) -> list[int]:
-    lost = patiently(reap, plan, study)
-    if lost:
-        LOG.warning("trials that died with their process: %s", ", ".join(map(str, lost)))
-        bury()
-    return lost
+def _reap(spec: StudySpec, study: optuna.Study, mark_killed: Callable[[], None]) -> list[int]:
+    killed = retry_on_outage(reap, spec, study)
+    if killed:
+        LOG.warning("trials whose process was killed: %s", ", ".join(map(str, killed)))
+        mark_killed()
+    return killed
 
 
-def _codes_of_the_ended(workers: dict[int, Any]) -> list[int]:
-    """Takes the processes that are over out of `workers`; their exit codes."""
-    ended = [slot for slot, worker in workers.items() if not worker.is_alive()]
-    return [workers.pop(slot).exitcode for slot in ended]
-
-
-def _stop(workers: Iterable[Any]) -> None:
+def _terminate(workers: Iterable[Any]) -> None:
     for worker in workers:
         worker.terminate()
     for worker in workers:
         worker.join()
 
 
-def work(plan: Plan, objective: Objective, gpu: str | None, session: tuple[float, float], errors: Any) -> None:
-    """What a worker process does: one trial after the other, while any is wanted.
+def work(
+    spec: StudySpec, objective: Objective, gpu: str | None, session_start: float, deadline: float, errors: Any
+) -> None:
+    """The main function of a worker process: one trial after the other, while there is budget.
 
     Args:
-        session: time.time() at its start, and after which no trial starts.
+        deadline: time.time() after which no trial starts.
+        errors: gets a line about an error that would meet every trial.
     """
-    begun, deadline = session
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
-        study = patiently(join, plan)
-        while time.time() < deadline and (trial := patiently(ask, plan, study, claim(), begun)):
-            attempt(study, trial, objective)
-            gc.collect()  # what a failed trial's traceback held on to
+        study = retry_on_outage(open_study, spec)
+        while time.time() < deadline and (
+            trial := retry_on_outage(claim_trial, spec, study, ownership(), session_start)
+        ):
+            run_trial(study, trial, objective)
+            gc.collect()  # the traceback of a failed trial may hold tensors
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
@@ -141,78 +150,76 @@ def work(plan: Plan, objective: Objective, gpu: str | None, session: tuple[float
         raise
 
 
-def _follow(parent: Any) -> None:
-    """Dies with the process that started this one: nobody would take care of what it does."""
+def _exit_with(parent: Any) -> None:
+    """Ends this process when its parent ends, for no other process would reap its trials."""
     parent.join()
     os._exit(1)
 
 
-def attempt(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> None:
-    """Runs a trial and tells the study how it ended; one that is interrupted stays RUNNING, to be reaped.
+def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> None:
+    """Runs a trial and tells the study how it ended. An interrupted trial stays RUNNING until `reap` finds it.
 
-    A trial that another host has taken for dead is done again there, and dropped here.
+    A trial that another host has taken for killed is retried there, and its result here is dropped.
 
     Raises:
-        Exception: a mistake that is not of this trial alone, after the trial was told FAIL.
+        Exception: one that would meet every trial; this one is told FAIL before.
     """
-    begun, values = time.time(), None
+    start, values, attrs, fatal = time.time(), None, {}, None
     try:
-        with beating(trial):
+        with heartbeat(trial):
             values, state = objective(trial), TrialState.COMPLETE
     except optuna.TrialPruned:
         state = TrialState.PRUNED
     except UpdateFinishedTrialError:
-        LOG.warning("trial %d: another host took it for dead; it is dropped here", trial.number)
+        LOG.warning("trial %d: another host took it for killed; it is dropped here", trial.number)
         return
     except Exception as error:
-        state = TrialState.FAIL
-        _note(trial, "error", f"{type(error).__name__}: {error}"[:500])
+        state, attrs["error"] = TrialState.FAIL, f"{type(error).__name__}: {error}"[:500]
+        fatal = None if isinstance(error, TRIAL_ERRORS) else error
         LOG.warning("trial %d failed: %s: %s", trial.number, type(error).__name__, error)
-        if not isinstance(error, OF_THE_TRIAL):
-            patiently(study.tell, trial, state=state, skip_if_finished=True)
-            raise
-    _note(trial, "seconds", round(time.time() - begun, 1))
-    patiently(study.tell, trial, values, state=state, skip_if_finished=True)
+    attrs["seconds"] = round(time.time() - start, 1)
+    with suppress(UpdateFinishedTrialError):  # another host took the trial for killed
+        for key, value in attrs.items():
+            retry_on_outage(trial.set_user_attr, key, value)
+    retry_on_outage(study.tell, trial, values, state=state, skip_if_finished=True)
+    if fatal is not None:
+        raise fatal
 
 
-def _note(trial: optuna.Trial, key: str, value: Any) -> None:
-    with suppress(UpdateFinishedTrialError):  # reaped by a host that heard nothing of it
-        patiently(trial.set_user_attr, key, value)
-
-
-def claim() -> dict[str, Any]:
-    """By what a trial's process is known, here and elsewhere."""
+def ownership() -> dict[str, Any]:
+    """User attributes by which `is_dead` recognizes this process; `owner` is set last, so it is never there alone."""
     me = psutil.Process()
-    return {"host": HOST, "pid": me.pid, "born": me.create_time(), "seen": time.time()}
+    return {HEARTBEAT: time.time(), "owner": {"host": HOST, "pid": me.pid, "born": me.create_time()}}
 
 
 @contextmanager
-def beating(trial: optuna.Trial) -> Iterator[None]:
-    """Gives a sign of life each minute for as long as the body runs."""
-    over = threading.Event()
+def heartbeat(trial: optuna.Trial) -> Iterator[None]:
+    """Updates the trial's heartbeat each minute while the body runs."""
+    ended = threading.Event()
 
     def beat() -> None:
-        while not over.wait(BEAT_SECONDS):
-            with suppress(Exception):  # the trial may just have ended; a storage that is away now may be back later
-                trial.set_user_attr("seen", time.time())
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with suppress(Exception):  # the trial may just have ended; a storage that is away may be back next time
+                trial.set_user_attr(HEARTBEAT, time.time())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 
-def reap(plan: Plan, study: optuna.Study) -> list[int]:
-    """Tells FAIL to trials whose process has died, has them done once more, and returns their numbers."""
-    with exclusive(plan):
+def reap(spec: StudySpec, study: optuna.Study) -> list[int]:
+    """Tells FAIL to trials whose process was killed, enqueues each once more, and returns their numbers."""
+    with study_lock(spec):
         trials = study.get_trials(deepcopy=False)
         retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
         dead = [trial for trial in trials if trial.state == TrialState.RUNNING and is_dead(trial)]
         for trial in dead:
-            if trial.number not in retried and RETRY_OF not in trial.user_attrs:  # first of all, lest it be forgotten
+            # enqueued before it is told FAIL: if this process is killed in between, the next one still finds the trial
+            if trial.number not in retried and RETRY_OF not in trial.user_attrs:
                 params = trial.system_attrs.get("fixed_params", {}) | trial.params
                 study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number})
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
@@ -220,13 +227,13 @@ def reap(plan: Plan, study: optuna.Study) -> list[int]:
 
 
 def is_dead(trial: FrozenTrial) -> bool:
-    """Whether the process of a running trial is gone.
+    """Whether the process of a running trial has ended.
 
-    One without a claim is: claims are made under the lock that whoever asks this holds.
+    A trial without an owner is dead: the owner is set under the lock that the caller holds now.
     """
-    known = trial.user_attrs
-    if "seen" not in known:
+    owner = trial.user_attrs.get("owner")
+    if owner is None:
         return True
-    if known["host"] != HOST:
-        return time.time() - known["seen"] > SILENT_SECONDS
-    return not lives(known["pid"], known["born"])
+    if owner["host"] != HOST:
+        return time.time() - trial.user_attrs[HEARTBEAT] > GRACE_SECONDS
+    return not is_alive(owner["pid"], owner["born"])

@@ -25,16 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from attune.clip.model import (
-    TextFeatures,
-    full_precision,
-    image_size,
-    load_model,
-    load_tokenizer,
-    normalise,
-    rounded_crop,
-)
-from attune.hub import build_with, misfit, read_json, read_tensors
+from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer
+from attune.clip.pixels import normalise, rounded_crop
+from attune.hub import build_with, fetch_folder, misfit, parse, read_json, read_tensors
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
 WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
@@ -192,44 +185,38 @@ def _bicubic(images: Tensor, shape: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------- files
 
 
-def from_clip(
-    path: str, revision: str | None = None, tokenizer: CLIPTokenizer | None = None
-) -> tuple[StepAwareCLIP, CLIPTokenizer]:
-    """A trainable model that scores exactly as the CLIP (PickScore) it starts from; folder or Hub id."""
-    clip = load_model(path, revision)
+def from_clip(source: str, tokenizer: CLIPTokenizer | None = None) -> tuple[StepAwareCLIP, CLIPTokenizer]:
+    """A trainable model that scores exactly as the CLIP (PickScore) it starts from."""
+    clip = load_model(source)
     model = StepAwareCLIP(clip.config)
     missing, unexpected = model.model.load_state_dict(clip.state_dict(), strict=False)
     foreign = [name for name in missing if not any(part in name for part in _ADALN)]
     if foreign or unexpected:
-        raise ValueError(f"{path} does not fit its configuration: {misfit(foreign, unexpected)}")
-    return model, tokenizer or load_tokenizer(path, revision)
+        raise ValueError(f"{source} does not fit its configuration: {misfit(foreign, unexpected)}")
+    return model, tokenizer or load_tokenizer(source)
 
 
 def load(
-    path: str | Path,
-    clip: str | None = None,
-    revision: str | None = None,
-    tokenizer: CLIPTokenizer | None = None,
+    path: str | Path, clip: str | None = None, tokenizer: CLIPTokenizer | None = None
 ) -> tuple[StepAwareCLIP, CLIPTokenizer]:
     """A saved model and its tokenizer.
 
     Args:
         path: a folder written by `save`, or one file in the released layout (`.bin` or `.safetensors`).
-        clip: folder or Hub id whose configuration a single file lacks; ignored for a folder.
-        revision: Hub commit of `clip`.
+        clip: where the configuration is that a single file lacks; ignored for a folder.
         tokenizer: if not the one beside the configuration.
 
     Raises:
         ValueError: tensors are missing or unexpected, the file holds more than tensors, or it comes without `clip`.
     """
     path = Path(path)
-    source, revision, file = (str(path), None, path / WEIGHTS) if path.is_dir() else (clip, revision, path)
+    source, file = (str(path), path / WEIGHTS) if path.is_dir() else (clip, path)
     if source is None:
         raise ValueError(f"{path} is no folder; a single file needs the CLIP that it fits")
-    config = CLIPConfig.from_pretrained(source, revision=revision)
+    config = CLIPConfig.from_pretrained(fetch_folder(parse(source), [CONFIG]))
     tensors = {name: value.float() for name, value in released_tensors(read_tensors(file)).items()}
     model = build_with(lambda: StepAwareCLIP(config), tensors, file)
-    return model.eval(), tokenizer or load_tokenizer(source, revision)
+    return model.eval(), tokenizer or load_tokenizer(source)
 
 
 def released_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

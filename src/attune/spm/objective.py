@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 from attune.clip.model import image_size, load_tokenizer, tokenise
 from attune.config.settings import PreferenceConfig as Config
 from attune.distributed import Shard
-from attune.hub import find_file
+from attune.hub import fetch_file, parse
 from attune.interfaces import Conditioning, Metrics
 from attune.spm.model import StepAwareCLIP, from_clip, load, training_pixels
 from attune.spm.noising import one_step_latents
@@ -71,10 +71,10 @@ class NoisedPairs:
 
 def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
     """The model that training starts from: the plain CLIP made step-aware, or trained step-aware weights."""
-    tokenizer = load_tokenizer(config.tokenizer, config.tokenizer_revision) if config.tokenizer else None
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if config.weights is None:
-        return from_clip(config.clip, config.revision, tokenizer)
-    return load(find_file(config.weights, config.weights_revision), config.clip, config.revision, tokenizer)
+        return from_clip(config.clip, tokenizer)
+    return load(fetch_file(parse(config.weights)), config.clip, tokenizer)
 
 
 # ---------------------------------------------------------------- pure functions

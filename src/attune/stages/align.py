@@ -1,30 +1,38 @@
-"""Stage align@<run>: fine-tunes an adapter, or the whole denoiser, with one method."""
+"""Stage align@<run>: the model of a run: trained with its method, or a note of what it is where nothing is trained."""
 
 from __future__ import annotations
 
-import argparse
-
-from attune.paths import MODELS, REPORTS, project_root
-from attune.stages.common import is_first, launch, remember_run, stage
-from attune.stages.history import write_history
+from attune.config.plan import RunPlan
+from attune.paths import Paths, project_root
+from attune.stages.common import is_main_process, launch, planned, remember_run, stage
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", required=True, help="a file of attune/methods")
-    parser.add_argument("--run", help="what the result is called, and its block of settings; the method, if left out")
-    given = parser.parse_args()
-    name = given.run or given.method
-    launch("attune.stages.align")
-    with stage(f"align@{name}", "model", f"methods.{name}", method=name, uses=given.method) as (profile, run):
-        from attune.finetune import align
+    plan = planned(RunPlan, "align")
+    if plan.method is not None:
+        launch("attune.stages.align")
+    paths = Paths(plan.profile)
+    settings = {"model": plan.model.model_dump(), "seed": plan.seed}
+    tags = {"method": plan.run, "uses": plan.method.name if plan.method else "none"}
+    if plan.method is not None:
+        settings["methods"] = {plan.run: dict(plan.method.settings)}
+    with stage(f"align@{plan.run}", plan, settings, **tags) as run:
+        from attune.stages.history import write_history
+        from attune.stages.run_json import write_run_json
 
-        history, facts = align(name, given.method, profile, run, MODELS / name, checkpoints=project_root())
-        if not is_first():
+        if plan.method is None:
+            history, facts = [], {}
+        else:
+            from attune.finetune import finetune
+
+            history, facts = finetune(plan, run, paths.model(plan.run), checkpoints=project_root())
+        if not is_main_process():
             return
-        write_history(REPORTS / "train" / name, history, facts)
-        remember_run(name, run.run_id)
-        run.artifact(MODELS / name)
+        write_run_json(plan, paths.model(plan.run))
+        write_history(paths.training(plan.run), history, facts)
+        if plan.method is not None:
+            remember_run(plan.run, run.run_id)
+            run.artifact(paths.model(plan.run))
 
 
 if __name__ == "__main__":

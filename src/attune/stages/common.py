@@ -1,47 +1,58 @@
-"""What every stage shares: checked parameters, an MLflow run, and for the trainings, several processes."""
+"""What every stage shares: its plan, its MLflow run, and for trainings several processes."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from attune import tracking
-from attune.config.check import load
-from attune.config.profile import Params, Profile
-from attune.config.schema import ConfigError
-from attune.paths import RUNS
+from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
+from attune.files import write_atomically
+from attune.paths import TIMES, TRACKED_RUNS, project_root
 
-BASE = "base"
+P = TypeVar("P", bound=StagePlan)
 
 
 @contextmanager
-def stage(name: str, *sections: str, **tags: str) -> Iterator[tuple[Profile, tracking.Run]]:
-    """Opens a stage: reads params.yaml, sets threads, and starts its run.
+def stage(name: str, plan: StagePlan, settings: Mapping[str, Any], **tags: str) -> Iterator[tracking.Run]:
+    """Opens a stage: sets CPU threads before torch is imported, starts its tracking run, and notes how long it took.
 
     Args:
-        sections: the parts of the profile this stage depends on, as in dvc.yaml; logged as its parameters.
-        tags: what its run is to be found by, besides the profile.
-
-    Mistakes in params.yaml end the process with one message and no traceback, before torch is imported.
+        name: say `align@spo`.
+        settings: what is logged as the run's parameters, every default filled in.
+        tags: what the run is to be found by, besides the profile.
     """
-    params, profile = _checked_params()
+    session = read(Session, "session")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("OMP_NUM_THREADS", str(profile.threads))
-    values = {section: _lookup(profile.model_dump(), section) for section in ("seed", *sections)}
-    with tracking.run(name, values, tags={"profile": params.profile, **tags}, uri=params.tracking) as run:
-        yield profile, run
+    os.environ.setdefault("OMP_NUM_THREADS", str(session.threads))
+    began = time.monotonic()
+    with tracking.run(name, settings, tags={"profile": plan.profile, **tags}, uri=session.tracking) as run:
+        yield run
+    if is_main_process():
+        note_seconds(name, time.monotonic() - began)
+
+
+def planned(kind: type[P], stage: str) -> P:
+    """The plan of a stage, or of the run it works for; one line and no traceback if there is none."""
+    try:
+        return read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
+    except PlanError as error:
+        sys.exit(str(error))
 
 
 def launch(module: str) -> None:
     """Becomes several processes that train together, where the environment asks for them (docs/several_gpus.md).
 
     ATTUNE_PROCESSES=2 starts so many on this machine; ATTUNE_LAUNCH is any launcher's command line, which is given
-    `-m <module> <arguments>`. Does nothing in a process that a launcher has started, which RANK tells.
+    `-m <module>`. Does nothing in a process that a launcher has started, which RANK tells. The run is passed on in the
+    environment, as DVC does: torchrun would take `--run` for an abbreviation of its own `--run-path`.
     """
     env = os.environ
     processes, launcher = env.get("ATTUNE_PROCESSES", ""), shlex.split(env.get("ATTUNE_LAUNCH", ""))
@@ -53,11 +64,15 @@ def launch(module: str) -> None:
         sys.exit(f"ATTUNE_PROCESSES: a number of processes is wanted, not {processes!r}")
     if not launcher:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    _, profile = _checked_params()
-    env.setdefault("OMP_NUM_THREADS", str(profile.threads))
-    env["ATTUNE_LAUNCHED"] = "1"
     try:
-        os.execvp(launcher[0], [*launcher, "-m", module, *sys.argv[1:]])
+        env.setdefault("OMP_NUM_THREADS", str(read(Session, "session").threads))
+    except PlanError as error:
+        sys.exit(str(error))
+    env["ATTUNE_LAUNCHED"] = "1"
+    if "--run" in sys.argv:
+        env["DVC_STAGE"] = f"align@{run_of_stage()}"
+    try:
+        os.execvp(launcher[0], [*launcher, "-m", module])
     except OSError as error:
         sys.exit(f"ATTUNE_LAUNCH: {launcher[0]}: {error.strerror}")
 
@@ -65,26 +80,23 @@ def launch(module: str) -> None:
 _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTUNE_PROCESSES is the way instead"
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes; the only one, unless several train together."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _checked_params() -> tuple[Params, Profile]:
-    try:
-        return load()
-    except ConfigError as error:
-        sys.exit(f"params.yaml: {error}")
-
-
 def remember_run(name: str, run_id: str | None) -> None:
-    """Notes which tracking run trained a method, so that evaluation can put its scores on the same row."""
+    """Notes which tracking run trained a model, so that evaluation can put its scores on the same row."""
     if run_id:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        (RUNS / name).write_text(run_id + "\n")
+        TRACKED_RUNS.mkdir(parents=True, exist_ok=True)
+        (TRACKED_RUNS / name).write_text(run_id + "\n")
 
 
-def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
-    for part in dotted.split("."):
-        values = values[part]
-    return values
+def note_seconds(stage: str, seconds: float) -> None:
+    """Notes how long a stage took, for the next plan's table; nothing depends on it."""
+    file = project_root() / TIMES
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    write_atomically(file, json.dumps({**known, stage: round(seconds, 1)}).encode())

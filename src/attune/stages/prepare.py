@@ -5,53 +5,61 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
-from pathlib import Path
 
 from attune.config import plugins
-from attune.config.profile import Profile
-from attune.paths import PREPARED, REPORTS
-from attune.stages.common import stage
-
-QUARANTINE = Path("data/quarantine.csv")
+from attune.config.plan import PreparePlan, Session, read
+from attune.files import write_atomically
+from attune.paths import Paths
+from attune.stages.common import planned, stage
 
 
 def main() -> None:
-    with stage("prepare", "model", "sampling", "data", "scorers") as (profile, run):
-        counts = prepare(profile)
-        REPORTS.mkdir(exist_ok=True)
-        (REPORTS / "data.json").write_text(json.dumps(counts, indent=2) + "\n")
+    plan = planned(PreparePlan, "prepare")
+    paths = Paths(plan.profile)
+    data = {"source": plan.source.name, **plan.source.settings}
+    settings = {
+        "model": plan.model.model_dump(),
+        "sampling": plan.sampling.model_dump(),
+        "data": data,
+        "seed": plan.seed,
+    }
+    with stage("prepare", plan, settings) as run:
+        counts = prepare(plan)
+        text = json.dumps(counts, indent=2) + "\n"
+        # models/<profile>/data is what runs that need nothing but the data come `after`: what they are made from
+        for file in (paths.reports / "data.json", paths.model("data") / "data.json"):
+            write_atomically(file, text.encode())
         run.summary(counts)
-        run.dataset(PREPARED / "pairs.parquet", "preference pairs", int(counts["pairs"]))
+        run.dataset(paths.prepared / "pairs.parquet", "preference pairs", int(counts["pairs"]))
 
 
-def prepare(profile: Profile) -> dict[str, float]:
-    """Asks the source for rows, painting with the base model if it wants that, and writes data/prepared.
+def prepare(plan: PreparePlan) -> dict[str, float]:
+    """Asks the source for rows, generating images with the base model if it wants that, and writes them prepared.
 
-    Data that is not there, or too bad, ends the process with one message; the source looks before a model loads.
+    Data that is not there, too bad or too little ends the process with one message; the source looks before a model
+    is loaded.
     """
     from attune.build import load_policy, load_scorer
+    from attune.data.ingest.ingest import Rules
+    from attune.data.ingest.write import write_prepared
     from attune.data.quarantine import Quarantine, TooManyBadRows
-    from attune.data.rows import Rules
-    from attune.data.sources import Quota, SourceError
-    from attune.data.writing import write_prepared
+    from attune.data.rows import Quota, SourceError
     from attune.diffusion.generate import generate_images
 
-    source = plugins.load("sources", profile.data["source"])
-    config = source.Config.model_validate({k: v for k, v in profile.data.items() if k != "source"})
+    paths, source, config = Paths(plan.profile), plugins.load("sources", plan.source.name), plan.source.config
     decided = config.model_dump()
-    held_out = decided.get("held_out_pairs")
-    quota = Quota({"train": decided.get("pairs"), "validation": held_out, "test": held_out})
-    rules = Rules(quota, **{key: decided[key] for key in ("min_side", "max_bad_share") if key in decided})
-    policy = cache(lambda: load_policy(profile))
+    limits = {key: decided[key] for key in ("min_side", "max_bad_share") if key in decided}
+    rules = Rules(Quota.of(config), **limits, wanted=read(Session, "session").wanted)
+    policy = cache(lambda: load_policy(plan.model))
 
-    def painter(prompts, ordinals, title):
-        return generate_images(policy(), prompts, ordinals, profile.sampling, profile.seed, title)
+    def generate(prompts, ordinals, desc):
+        return generate_images(policy(), prompts, ordinals, plan.sampling, plan.seed, desc)
 
     try:
-        with Quarantine(QUARANTINE, profile.data["source"]) as quarantine:
-            rows = source.read(config, profile.seed, painter, quota)
-            scorers = {name: load_scorer(name, profile) for name in config.score_with}
-            return write_prepared(PREPARED, rows, policy().backbone, scorers, quarantine, rules)
+        with Quarantine(paths.quarantine, plan.source.name) as quarantine:
+            rows = source.read(config, plan.seed, generate, rules.quota)
+            scorers = {name: load_scorer(scorer) for name, scorer in plan.score_with.items()}
+            return write_prepared(paths.prepared, rows, policy().backbone, scorers, quarantine, rules)
     except (SourceError, TooManyBadRows) as error:
         sys.exit(str(error))
 

@@ -17,7 +17,7 @@ def main() -> None:
     waiting = {uid: error for uid, error in done.items() if error is not None}
     log.info("%d runs sent, %d wait", len(done) - len(waiting), len(waiting))
     for uid, error in waiting.items():
-        log.warning("%s still waits: %s", uid, tracking.told(error))
+        log.warning("%s still waits: %s", uid, tracking.redact(error))
     sys.exit(1 if waiting else 0)
 
 

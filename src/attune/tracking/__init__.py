@@ -1,8 +1,8 @@
-"""Tracking: what a stage, a sweep or a trial did, as an MLflow run; a view that no work ever waits for.
+"""Tracking: a stage, a sweep or a trial as an MLflow run. It is a view: no work waits for the store.
 
-What a run logs goes to a spool on disk (`spool.py`), and from there by a thread (`sender.py`) to the store
-(`store.py`). A store that is away gets it later, each point once and at its time: docs/tracking.md. Truth is git,
-dvc.lock and reports/. This package alone imports mlflow.
+What a run logs goes to an outbox on disk (`outbox.py`), and from there by a thread (`sender.py`) to the store
+(`store.py`). A store that is away gets it later, each point once and with its own time: docs/tracking.md. The record of
+a project is git, dvc.lock and reports/. This package alone imports mlflow.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, Concatenate, ParamSpec
 import numpy as np
 
 from attune.files import digest
+from attune.tracking import outbox as outboxes
 from attune.tracking import sender as senders
-from attune.tracking import spool as spools
 from attune.tracking import store as stores
-from attune.tracking.labels import Tree, columns, flatten, own_tags, pipeline, plain, told
+from attune.tracking.labels import Tree, default_tags, flatten, pipeline_run, redact, sanitize_key, table_columns
 
-__all__ = ["OFF", "Run", "bury", "columns", "flatten", "replay", "run", "sweep", "told", "trial"]
+__all__ = ["OFF", "Run", "flatten", "mark_killed", "redact", "replay", "run", "sweep", "table_columns", "trial"]
 
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
 WAKE_POINTS, TAG_CHARS, THUMBNAIL = 200, 5000, (256, 256)
@@ -36,17 +36,17 @@ P = ParamSpec("P")
 def run(
     stage: str, params: Tree, *, tags: Tree, uri: str | None = "default", root: Path | None = None
 ) -> Iterator[Run]:
-    """Track the with-body as one run: FINISHED, FAILED on an exception, KILLED when told to stop.
+    """Track the with-body as one run: FINISHED, FAILED on an exception, KILLED on an interrupt.
 
     The Run's methods never raise on account of tracking.
 
     Args:
         stage: the run's name where DVC gives none ($DVC_STAGE).
-        params: resolved parameters, nested; logged as `columns` names them.
-        tags: profile, method and whatever else the run is to be found by; they override our own.
+        params: resolved parameters, nested; logged as `table_columns` names them.
+        tags: profile, method and others; they override the default tags.
         uri: "default" is $MLFLOW_TRACKING_URI or else `<root>/mlflow.db`; None or ATTUNE_TRACKING=off is no
             tracking; anything else is MLflow's (`http://...`, `sqlite:///...`). Of several ranks, only 0 tracks.
-        root: folder of store, artifacts, spools and lock; None is $DVC_ROOT or the cwd.
+        root: folder of store, artifacts, outboxes and lock; None is $DVC_ROOT or the cwd.
     """
     with _tracked(stage, params, {"kind": "stage", **tags}, uri, root) as tracked:
         yield tracked
@@ -76,35 +76,35 @@ def sweep(
 def trial(
     name: str, params: Tree, *, tags: Tree, parent: str | None, uri: str | None = "default", root: Path | None = None
 ) -> Iterator[Run]:
-    """Track one trial of a sweep: FINISHED, FAILED on an exception, KILLED when told to stop.
+    """Track one trial of a sweep: FINISHED, FAILED on an exception, KILLED on an interrupt.
 
-    MLflow has no state for a pruned trial, and one that was stopped because others did better has not failed: an
-    exception of a class named TrialPruned ends it FINISHED, with the tag `trial.state` = pruned. It passes on.
+    MLflow has no state for a pruned trial, which has not failed either: an exception of a class named TrialPruned ends
+    the run FINISHED, with the tag `trial.state` = pruned, and is raised again.
     `trial.state` is complete, pruned, failed or killed.
 
     Args:
-        parent: `run_id` of the sweep's run, of whatever process.
+        parent: `run_id` of the sweep's run, which another process may own.
     """
-    with _tracked(name, params, {"kind": "trial", "tuned": "true", **tags}, uri, root, above=parent) as tracked:
+    with _tracked(name, params, {"kind": "trial", "tuned": "true", **tags}, uri, root, parent=parent) as tracked:
         yield tracked
 
 
-def bury(uri: str | None = "default", root: Path | None = None) -> None:
-    """Ends the runs of processes of this host that died without a word: KILLED, with all that they had logged."""
+def mark_killed(uri: str | None = "default", root: Path | None = None) -> None:
+    """Ends the runs of killed processes of this host as KILLED, and sends all that they had logged."""
     if not _is_on(uri):
         return
     where = _root(root)
     try:
         stores.prepare()
-        store = stores.connect(stores.chosen(uri), where)
-        senders.send_left(store, stores.chosen(uri), files=False)
-        stores.bury(store)
+        store = stores.connect(stores.resolve_uri(uri), where)
+        senders.send_orphaned(store, stores.resolve_uri(uri), files=False)
+        stores.mark_killed(store)
     except Exception as error:
-        LOG.warning("%s: %s", senders.AWAY, told(error))
+        LOG.warning("%s: %s", senders.AWAY, redact(error))
 
 
 def replay(root: Path | None = None) -> dict[str, Exception | None]:
-    """Sends what stores that were away have not got yet; uid of each run -> None, or why it still waits."""
+    """Sends the outboxes of processes that have ended; uid of each run -> None, or the error that keeps it."""
     return senders.replay(_root(root))
 
 
@@ -112,7 +112,7 @@ def replay(root: Path | None = None) -> dict[str, Exception | None]:
 def _tracked(name: str, params: Tree, tags: Tree, uri: str | None, root: Path | None, **place: Any) -> Iterator[Run]:
     tracked, end = Run(), {"status": "FAILED"}
     if _is_on(uri):
-        tracked._open(name, params, tags, stores.chosen(uri), root, place)
+        tracked._open(name, params, tags, stores.resolve_uri(uri), root, place)
     try:
         yield tracked
         end = {"status": "FINISHED", "state": "complete"}
@@ -137,45 +137,45 @@ def _root(root: Path | None) -> Path:
 
 
 def _safe(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
-    """Lets a method of Run do nothing while tracking is off, and fail without harm: that item alone is lost."""
+    """Makes a method of Run do nothing while tracking is off, and turns its errors into warnings."""
 
     @wraps(method)
     def attempt(self: Run, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._spool is None and method.__name__ != "_open":
+        if self._outbox is None and method.__name__ != "_open":
             return
         try:
             method(self, *args, **kwargs)
         except Exception as error:
-            fault = OFF if self._spool is None else f"{method.__name__}: left something out"
+            fault = OFF if self._outbox is None else f"{method.__name__}: left something out"
             if fault not in self._warned:
-                LOG.warning("%s: %s", fault, told(error))
+                LOG.warning("%s: %s", fault, redact(error))
             self._warned.add(fault)
 
     return attempt
 
 
 class Run:
-    """One run; does nothing while tracking is off. Its methods write to disk and return: none waits for a store."""
+    """One run; does nothing while tracking is off. Its methods write to disk and never wait for the store."""
 
     def __init__(self) -> None:
-        self._spool: spools.Spool | None = None
+        self._outbox: outboxes.Outbox | None = None
         self._sender: senders.Sender | None = None
         self._step = self._points = 0
         self._warned: set[str] = set()
 
     @property
     def run_id(self) -> str | None:
-        """The store's id, or what stands for it as long as the store is away (`note` and `parent` take both).
+        """The store's id, or our uid while the store has not answered yet; `note` and `parent` take both.
 
-        None if nothing is tracked.
+        None if tracking is off.
         """
-        return self._spool and (self._spool.run_id or self._spool.uid)
+        return self._outbox and (self._outbox.run_id or self._outbox.uid)
 
     @_safe
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a point at `step` to each curve; NaN and inf go to the curve `nonfinite`."""
         self._step, points = _whole(step), _points(metrics)
-        self._spool.append("log", step=self._step, metrics=points)
+        self._outbox.append("log", step=self._step, metrics=points)
         self._points += len(points)
         if self._points >= WAKE_POINTS:
             self._points = 0
@@ -187,75 +187,76 @@ class Run:
 
     @_safe
     def note(self, run_id: str | None, metrics: Mapping[str, float]) -> None:
-        """Write scores on another run too, for a training run's row to show them; None: on no run."""
+        """Log scores on another run, so that a training's row shows them; None: on no run."""
         if run_id is not None:
-            self._spool.append("note", run=run_id, step=self._step, metrics=_points(metrics))
+            self._outbox.append("note", run=run_id, step=self._step, metrics=_points(metrics))
 
     @_safe
     def image(self, key: str, image: Any, step: int) -> None:
         """Log a PIL image or an array (H, W, 3), uint8 or floats in [0, 1]; the UI shows a step slider.
 
-        The files are named as MLflow's `log_image` does, which would give them another name each time they are sent.
+        The files are named as MLflow's `log_image` names them. That function would choose another name each time they
+        are sent.
         """
         picture = _picture(image)
-        stem = plain(key).replace("/", "~")
-        stem += f"+step+{int(step)}+timestamp+{spools.now_ms()}+{self._spool.uid.removeprefix(spools.UID)}"
+        stem = sanitize_key(key).replace("/", "~")
+        stem += f"+step+{int(step)}+timestamp+{outboxes.now_ms()}+{self._outbox.uid.removeprefix(outboxes.UID)}"
         small = picture.copy()
         small.thumbnail(THUMBNAIL)
         for part, name in ((picture, f"{stem}.png"), (small, f"{stem}+compressed.webp")):
-            path, place = self._spool.room(name)
+            path, place = self._outbox.reserve(name)
             part.save(path)
-            self._spool.append("artifact", file=place, to="images")
-        self._spool.append("tags", tags={"mlflow.loggedImages": "True"})
+            self._outbox.append("artifact", file=place, to="images")
+        self._outbox.append("tags", tags={"mlflow.loggedImages": "True"})
 
     @_safe
     def dataset(self, path: str | Path, name: str, rows: int, context: str = "training") -> None:
         """Record a file or folder as input, with a digest of its content; context: training or eval."""
         source, profile = json.dumps({"uri": str(path)}), json.dumps({"num_rows": int(rows)})
         about = {"name": name, "digest": digest(Path(path)), "source": source, "profile": profile}
-        self._spool.append("dataset", context=context, **about)
+        self._outbox.append("dataset", context=context, **about)
 
     @_safe
     def artifact(self, path: str | Path) -> None:
         """Copy a file or folder to the run's artifacts."""
-        self._spool.append("artifact", file=self._spool.keep(Path(path)))
+        self._outbox.append("artifact", file=self._outbox.copy_in(Path(path)))
 
     @_safe
     def _open(self, name: str, params: Tree, tags: Tree, uri: str, root: Path | None, place: Tree) -> None:
-        """Begins the spool and its sender, which gets a while to find the store before the body starts."""
+        """Creates the outbox and starts its sender, with a few seconds to find the store before the body starts."""
         stores.prepare()
         root = _root(root)
-        known = own_tags(name, params) | {key: str(value) for key, value in tags.items()}
+        known = default_tags(name, params) | {key: str(value) for key, value in tags.items()}
         is_stage = known["kind"] == "stage"
-        above = pipeline(known) if is_stage else place.get("above")
-        spool = spools.create(root)
+        parent = pipeline_run(known) if is_stage else place.get("parent")
+        outbox = outboxes.create(root)
         about = {"name": known["dvc.stage"] if is_stage else name, "resume": place.get("resume")}
         about["tags"] = {key: text[:TAG_CHARS] for key, text in known.items()}
-        spool.append("open", uid=spool.uid, uri=uri, **about)
-        spool.append("params", params=columns(params))
-        if above:
-            spool.append("parent", above=above)
-        self._spool, self._sender = spool, senders.Sender(spool, uri, root)
+        outbox.append("open", uid=outbox.uid, uri=uri, **about)
+        outbox.append("params", params=table_columns(params))
+        if parent:
+            outbox.append("parent", parent=parent)
+        self._outbox, self._sender = outbox, senders.Sender(outbox, uri, root)
         self._sender.start()
         self._sender.attempted.wait(senders.START_SECONDS)
 
     @_safe
     def _end(self, kind: str, status: str, state: str | None = None) -> None:
         if kind == "trial" and state:
-            self._spool.append("tags", tags={"trial.state": state})
-        self._spool.append("end", status=status, kind=kind)
+            self._outbox.append("tags", tags={"trial.state": state})
+        self._outbox.append("end", status=status, kind=kind)
         self._sender.finish()
 
 
 def _whole(step: int) -> int:
-    """A step that every database can hold; one that it cannot would be tried again for ever."""
+    """The step as an integer of 64 bits; a database fails on a larger one, and the record would be sent for ever."""
     if not -(2**63) <= int(step) < 2**63:
         raise ValueError(f"step {step} does not fit into 64 bits")
     return int(step)
 
 
 def _points(metrics: Mapping[str, float]) -> dict[str, float]:
-    values = {plain(key): float(value) for key, value in metrics.items()}
+    values = {sanitize_key(key): float(value) for key, value in metrics.items()}
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
     if len(finite) < len(values):  # MLflow would show inf as 1.8e308
         finite["nonfinite"] = len(values) - len(finite)
@@ -263,7 +264,7 @@ def _points(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _picture(image: Any) -> Any:
-    """A PIL image; floats are clipped, not stretched over the range, which would hide burnt pixels."""
+    """A PIL image; floats are clipped to [0, 1] and not rescaled, which would hide overexposed pixels."""
     from PIL import Image
 
     if not isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""What a run is called and found by: its tags, its pipeline, and the columns it fills in the UI's table."""
+"""Names of a run: its tags, the pipeline it belongs to, and its columns in the UI's table."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ import psutil
 from attune.files import values_sha
 
 HOST = socket.gethostname()
-CODE = (":/src", ":/params.yaml", ":/dvc.yaml")  # what git.dirty is about: every repro changes dvc.lock
+CODE = (":/src", ":/params.yaml", ":/params", ":/dvc.yaml")  # of git.dirty; every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
-USER = re.compile(r"//\S*@")  # greedy, as a password may hold "@" and "/"
+USER = re.compile(r"//\S*@")  # greedy, as a password may contain "@" and "/"
 PASSWORD = re.compile(r"(password=)('[^']*'|[^&\s'\"]*)", re.IGNORECASE)
 Tree = Mapping[str, Any]
 
 
-def own_tags(stage: str, params: Tree) -> dict[str, str]:
+def default_tags(stage: str, params: Tree) -> dict[str, str]:
     """Tags of a run: what ran, on which code and parameters, as which process of which host."""
     commit, changes = _git("rev-parse", "--verify", "HEAD"), _git("status", "--porcelain", "--", *CODE)
     env = os.environ.get
-    tuned = "true" if any(map(BLOCK.match, flatten(params))) else None  # a row that is to be compared by its settings
+    tuned = (
+        "true" if any(map(BLOCK.match, flatten(params))) else None
+    )  # the run has a method's settings, so it is a row of the shared view
     known = {"tuned": tuned, "kind": "stage", "dvc.stage": env("DVC_STAGE", stage), "dvc.exp": env("DVC_EXP_NAME")}
     known |= {"git.commit": commit, "git.dirty": {None: None, "": "false"}.get(changes, "true")}
     known |= {"params.sha": values_sha(params), "mlflow.user": env("USER"), **process()}
@@ -37,20 +39,20 @@ def own_tags(stage: str, params: Tree) -> dict[str, str]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def told(error: BaseException) -> str:
-    """An error as a line for the log, without the user and password of the addresses that it quotes."""
+def redact(error: BaseException) -> str:
+    """An error as a line for the log, with user and password hidden in the addresses that it quotes."""
     hidden = USER.sub("//***@", f"{type(error).__name__}: {error}")
     return PASSWORD.sub(r"\1***", hidden)[:300]
 
 
 def process() -> dict[str, str]:
-    """Tags that tell whether the process of a run is alive still."""
+    """Tags by which another process can check whether the process of a run is alive."""
     me = psutil.Process()
     return {"host": HOST, "pid": str(me.pid), "pid.created": str(me.create_time())}
 
 
-def lives(pid: int, born: float) -> bool:
-    """Whether the process of this host with that id, born at `born` (s since the epoch), is still at work."""
+def is_alive(pid: int, born: float) -> bool:
+    """Whether the process of this host with that id, born at `born` (s since the epoch), is still running."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         same = abs(process.create_time() - born) <= 2  # s: ids are used again, clocks get adjusted
@@ -58,28 +60,28 @@ def lives(pid: int, born: float) -> bool:
     return False
 
 
-def pipeline(tags: Mapping[str, str]) -> dict[str, Any] | None:
+def pipeline_run(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """Identity, name, start (ms) and tags of the run that groups the stages of one `dvc repro`; None outside of DVC."""
     name = os.environ.get("DVC_EXP_NAME")
-    identity = plain(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _repro()
+    identity = sanitize_key(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _dvc_process()
     if identity is None:
         return None
     shared = {key: tags[key] for key in tags.keys() & {"git.commit", "git.dirty", "profile", "dvc.exp"}}
     tags = shared | {"kind": "pipeline", "pipeline.id": identity}
     name = name or time.strftime("repro %Y-%m-%d %H:%M:%S")
-    began = int(psutil.Process().create_time() * 1000)  # it is older than the run of its first stage
+    began = int(psutil.Process().create_time() * 1000)  # before the run of its first stage, which is the child
     return {"id": identity, "name": name, "start": began, "tags": tags}
 
 
-def columns(params: Tree) -> dict[str, str]:
+def table_columns(params: Tree) -> dict[str, str]:
     """Nested parameters as columns of the table: flat, and `beta` for `methods.<run>.beta` of every run.
 
-    Where two methods' settings are in one tree, their names stay long.
+    Where two methods' settings are in one tree, the full keys are kept.
     """
     flat = flatten(params)
     short = {key: BLOCK.sub("", key, count=1) if BLOCK.match(key) else key for key in flat}
     names = list(short.values())
-    return {plain(short[key] if names.count(short[key]) == 1 else key): text for key, text in flat.items()}
+    return {sanitize_key(short[key] if names.count(short[key]) == 1 else key): text for key, text in flat.items()}
 
 
 def flatten(params: Tree, prefix: str = "") -> dict[str, str]:
@@ -94,13 +96,13 @@ def flatten(params: Tree, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def plain(text: str) -> str:
-    """A name that MLflow accepts for metrics, params and images."""
+def sanitize_key(text: str) -> str:
+    """The text with all that MLflow does not accept in names of metrics, params and images replaced."""
     return os.path.normpath(re.sub(r"[^\w\-./ ]", "_", text, flags=re.ASCII)).lstrip("/.")[:250] or "_"
 
 
-def _repro() -> str | None:
-    """Identity of the dvc process that runs this one: host, pid, time of birth in s; None without one."""
+def _dvc_process() -> str | None:
+    """Identity of the dvc process that runs this one: host, pid, start in s; None without one."""
     with suppress(psutil.Error):
         for ancestor in psutil.Process().parents():
             if _is_dvc(ancestor):
@@ -109,7 +111,7 @@ def _repro() -> str | None:
 
 
 def _is_dvc(process: psutil.Process) -> bool:
-    """Whether this is dvc; not, if it has ended since its child looked for it."""
+    """Whether a process is dvc; False if it has ended meanwhile."""
     try:
         words = [Path(word).name for word in process.as_dict(["cmdline"], ad_value=[])["cmdline"][:3]]
     except psutil.NoSuchProcess:
@@ -118,7 +120,7 @@ def _is_dvc(process: psutil.Process) -> bool:
 
 
 def _git(*words: str) -> str | None:
-    """What git says about the cwd, an experiment's own checkout; None without git or a repository."""
+    """Git's output in the cwd, which in a DVC experiment is its own checkout; None without git or a repository."""
     command = ["git", "--no-optional-locks", *words]
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()

@@ -1,7 +1,7 @@
-"""The model registry: which adapter is the champion, with what is needed to challenge it.
+"""The model registry: which adapter is the champion, and the score table that a new one is compared with.
 
-Unlike runs, a registration is asked for by name and must tell when it fails: everything in here raises, RegistryError
-where the store is away or refuses.
+Unlike the logging of runs, a registration is an explicit request and must not fail in silence: all functions raise,
+RegistryError where the store is away or refuses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from attune.tracking import store as stores
-from attune.tracking.labels import told
+from attune.tracking.labels import redact
 
 P, R = ParamSpec("P"), TypeVar("R")
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -23,11 +23,11 @@ LIBRARIES = ("diffusers", "transformers", "torch", "peft", "safetensors", "accel
 
 
 class RegistryError(RuntimeError):
-    """The registry could not be asked, or said no."""
+    """The registry is away, or refuses the request."""
 
 
-def _plainly(ask: Callable[P, R]) -> Callable[P, R]:
-    """Lets a function raise RegistryError, in a line, where MLflow raises its own."""
+def _raises_registry_error(ask: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function raise RegistryError, in one line, where MLflow raises its own error."""
 
     @wraps(ask)
     def asked(*args: P.args, **options: P.kwargs) -> R:
@@ -37,7 +37,7 @@ def _plainly(ask: Callable[P, R]) -> Callable[P, R]:
         try:
             return ask(*args, **options)
         except MlflowException as error:
-            raise RegistryError(told(error)) from error
+            raise RegistryError(redact(error)) from error
 
     return asked
 
@@ -51,8 +51,8 @@ class Version:
     tags: Mapping[str, str]
 
 
-@_plainly
-def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
+@_raises_registry_error
+def get_by_alias(name: str, alias: str, uri: str, root: Path) -> Version | None:
     """The version that holds an alias; None if none does."""
     from mlflow.exceptions import MlflowException
 
@@ -65,13 +65,13 @@ def holder(name: str, alias: str, uri: str, root: Path) -> Version | None:
     return Version(str(found.version), found.run_id, found.tags)
 
 
-@_plainly
-def scores_of(model: Version, folder: Path, uri: str, root: Path) -> Path:
+@_raises_registry_error
+def download_scores(model: Version, folder: Path, uri: str, root: Path) -> Path:
     """Fetches a version's score table into a folder."""
     return Path(_client(uri, root).download_artifacts(model.run_id, model.tags["scores"], str(folder)))
 
 
-@_plainly
+@_raises_registry_error
 def register(
     name: str, adapter: Path, base_model: str, scores: Path, tags: Mapping[str, str], place: tuple[str, Path]
 ) -> Version:
@@ -85,7 +85,7 @@ def register(
     import mlflow
 
     client, tags = _client(*place), {**tags, "scores": scores.name}
-    store = stores.connect(stores.chosen(place[0]), place[1])
+    store = stores.connect(stores.resolve_uri(place[0]), place[1])
     base = str(Path(base_model).resolve()) if Path(base_model).exists() else base_model
     run = client.create_run(store.experiment, run_name=f"{name}/{tags['run']}", tags={"kind": "model", **tags})
     try:
@@ -107,27 +107,27 @@ def register(
     return Version(number, run.info.run_id, tags)
 
 
-@_plainly
-def appoint(name: str, alias: str, number: str, uri: str, root: Path) -> None:
-    """Gives a version an alias and takes it from any other; the champion is no challenger."""
+@_raises_registry_error
+def set_alias(name: str, alias: str, number: str, uri: str, root: Path) -> None:
+    """Moves an alias to a version. A challenger that becomes the champion loses its old alias."""
     client = _client(uri, root)
     client.set_registered_model_alias(name, alias, number)
-    rival = holder(name, CHALLENGER, uri, root)
+    rival = get_by_alias(name, CHALLENGER, uri, root)
     if alias == CHAMPION and rival is not None and rival.number == number:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 
-@_plainly
+@_raises_registry_error
 def load(name: str, uri: str, root: Path) -> Any:
     """The champion as `mlflow.diffusers.load_model` gives it, its `load_pipeline()` is a diffusers pipeline.
 
-    Its base is pinned to the commit it was trained on, where MLflow pins what was newest when it was registered.
+    The base model is pinned to the commit that the adapter was trained on; MLflow pins the newest one at registration.
 
     Raises: LookupError, where there is none.
     """
     import mlflow
 
-    if (found := holder(name, CHAMPION, uri, root)) is None:
+    if (found := get_by_alias(name, CHAMPION, uri, root)) is None:
         raise LookupError(f"no version of {name} holds the alias {CHAMPION}")
     with _fluent(_client(uri, root).tracking_uri):
         model = mlflow.diffusers.load_model(f"models:/{name}@{CHAMPION}")
@@ -136,7 +136,7 @@ def load(name: str, uri: str, root: Path) -> Any:
 
 @contextmanager
 def _fluent(uri: str) -> Iterator[None]:
-    """MLflow's global store, for what only its fluent functions can do."""
+    """Sets MLflow's global store, which its fluent functions use, for the with-body."""
     import mlflow
 
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
@@ -151,8 +151,8 @@ def _fluent(uri: str) -> Iterator[None]:
 
 def _client(uri: str, root: Path) -> Any:
     stores.prepare()
-    stores.connect(stores.chosen(uri), root)
+    stores.connect(stores.resolve_uri(uri), root)
     from mlflow import MlflowClient
 
-    place = stores.absolute(stores.chosen(uri), root)
+    place = stores.absolute(stores.resolve_uri(uri), root)
     return MlflowClient(tracking_uri=place, registry_uri=place)

@@ -1,4 +1,4 @@
-"""Sending spools to the store: one's own while it is written, by a thread, and those that others left behind."""
+"""Sends outboxes to the store: this process's own from a thread, and those that ended processes left behind."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attune.tracking import spool as spools
+from attune.tracking import outbox as outboxes
 from attune.tracking import store as stores
-from attune.tracking.labels import told
-from attune.tracking.spool import Spool
+from attune.tracking.labels import redact
+from attune.tracking.outbox import Outbox
 from attune.tracking.store import Pending, Store
 
 Warn = Callable[[str, str, Exception], None]
 LOG = logging.getLogger("attune.tracking")
 AWAY = "the store is away; the run goes on, and what it logs is kept and sent later"
-LEFT = "the store has not got all of this run; the next run sends the rest, or `make replay`"
+INCOMPLETE = "the store has not got all of this run; the next run sends the rest, or `make replay`"
 FLUSH_SECONDS = 5.0
 RETRY_SECONDS = (2.0, 30.0)  # first and longest pause before a store that is away is asked again
-START_SECONDS = 10.0  # how long a run waits for its store at its start...
-DRAIN_SECONDS = 60.0  # ...and at its end, from the last sign that it takes what it is sent; an answer has 10 s
+START_SECONDS = 10.0  # how long a run waits for its store at its start
+DRAIN_SECONDS = 60.0  # and at its end, without any progress; a single answer may take 10 s
 
 
 class Sender(threading.Thread):
-    """Sends one spool while its run goes on, and removes it when the store has all of it.
+    """Sends one outbox while its run goes on, and removes it when the store has all of it.
 
-    A daemon: a store that hangs must not keep a process from ending. The spool then stays for the next sender.
+    A daemon thread, so that a store that hangs does not keep the process from ending. The outbox then stays for the
+    next sender.
     """
 
-    def __init__(self, spool: Spool, uri: str, root: Path):
-        super().__init__(name=f"tracking {spool.uid}", daemon=True)
-        self.spool, self.uri, self.root = spool, uri, root
+    def __init__(self, outbox: Outbox, uri: str, root: Path):
+        super().__init__(name=f"tracking {outbox.uid}", daemon=True)
+        self.outbox, self.uri, self.root = outbox, uri, root
         self.attempted, self._wake, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._store: Store | None = None
-        self._carrier: threading.Thread | None = None
+        self._orphan_sender: threading.Thread | None = None
         self._warned: set[str] = set()
         self._progress, self._pause = time.monotonic(), RETRY_SECONDS[0]
 
     def run(self) -> None:
         while True:
-            ending = self._ending.is_set()  # asked before sending: so all there is has been seen
+            ending = self._ending.is_set()  # read before sending, so that this round sends the last record too
             known = self._store is not None
-            there = self._attempt(ending) or (
-                known and self._attempt(ending)
-            )  # stale connections and lost runs need a new start
+            there = self._attempt(ending)
+            if known and not there:  # a stale connection, or a run that the store has lost, needs a new start
+                there = self._attempt(ending)
             self.attempted.set()
-            if not self.spool.waits:
+            if not self.outbox.waits:
                 return
             if ending:
-                self.spool.close()
+                self.outbox.close()
                 return
             if there:
                 self._wake.wait(FLUSH_SECONDS)
@@ -62,52 +63,53 @@ class Sender(threading.Thread):
                 self._pause = min(2 * self._pause, RETRY_SECONDS[1])
 
     def wake(self) -> None:
-        """Something that should not wait has been logged."""
+        """Sends now, without waiting for the next flush."""
         self._wake.set()
 
     def finish(self) -> None:
-        """Sends what is left, for as long as the store takes it."""
+        """Sends the rest, for as long as the store accepts it."""
         self._progress = time.monotonic()
         self._ending.set()
         self._wake.set()
-        while (self.is_alive() or self._is_carrying()) and time.monotonic() - self._progress < DRAIN_SECONDS:
+        while (self.is_alive() or self._is_uploading()) and time.monotonic() - self._progress < DRAIN_SECONDS:
             self.join(0.2)
-        if self.spool.waits:
-            self._warn_once("left", LEFT)
+        if self.outbox.waits:
+            self._warn_once("incomplete", INCOMPLETE)
 
     def _attempt(self, ending: bool) -> bool:
-        """Sends what there is; whether the store took it. Artifacts that failed are tried again at the end."""
+        """Sends all records so far; whether that worked. Artifacts that failed are tried again at the end."""
         try:
             if self._store is None:
                 store = stores.connect(self.uri, self.root)
-                with suppress(Pending):  # goes on with a run that is among those left
-                    _reopen(store, self.spool)
+                with suppress(Pending):  # the run to go on with is itself in an orphaned outbox
+                    _reopen(store, self.outbox)
                 self.attempted.set()
-                send_left(store, self.uri, files=False)
-                _reopen(store, self.spool)
+                send_orphaned(store, self.uri, files=False)
+                _reopen(store, self.outbox)
                 self._store, self._pause = store, RETRY_SECONDS[0]
-            for _ in send(self._store, self.spool, self._warn):
+            for _ in send(self._store, self.outbox, self._warn):
                 self._progress = time.monotonic()
-            self._carry()
-            for _ in send_files(self._store, self.spool, self._warn, again=ending):
+            self._upload_orphans()
+            for _ in send_files(self._store, self.outbox, self._warn, again=ending):
                 self._progress = time.monotonic()
         except Exception as error:
             self._store = None
-            self._warn_once("away", "%s: %s", AWAY, told(error))
+            self._warn_once("away", "%s: %s", AWAY, redact(error))
             return False
         return True
 
-    def _carry(self) -> None:
-        """Sends the artifacts that others left behind, once, beside our own points: one may take minutes."""
-        if self._carrier is None:
-            self._carrier = threading.Thread(target=_send_left_quietly, args=(self._store, self.uri), daemon=True)
-            self._carrier.start()
+    def _upload_orphans(self) -> None:
+        """Sends the artifacts of orphaned outboxes, once, in another thread: a single one may take minutes."""
+        if self._orphan_sender is None:
+            args = (self._store, self.uri)
+            self._orphan_sender = threading.Thread(target=_send_orphaned_quietly, args=args, daemon=True)
+            self._orphan_sender.start()
 
-    def _is_carrying(self) -> bool:
-        return self._carrier is not None and self._carrier.is_alive()
+    def _is_uploading(self) -> bool:
+        return self._orphan_sender is not None and self._orphan_sender.is_alive()
 
     def _warn(self, fault: str, what: str, error: Exception) -> None:
-        self._warn_once(fault, "%s: %s", what, told(error))
+        self._warn_once(fault, "%s: %s", what, redact(error))
 
     def _warn_once(self, key: str, text: str, *args: Any) -> None:
         if key not in self._warned:
@@ -115,119 +117,118 @@ class Sender(threading.Thread):
             LOG.warning(text, *args)
 
 
-def send(store: Store, spool: Spool, warn: Warn) -> Iterator[None]:
-    """Sends a spool's records in order, points in batches, a yield after each; artifacts are `send_files`'.
+def send(store: Store, outbox: Outbox, warn: Warn) -> Iterator[None]:
+    """Sends an outbox's records in order, points in batches, a yield after each; artifacts are `send_files`'.
 
     Args:
-        warn: called with a kind of fault, what came of it, and the error. Where the content is at fault, that item
-            alone is lost.
+        warn: called with a kind of fault, its consequence, and the error. A record that the store refuses is left out.
 
     Raises:
-        Exception: the store's, which is away.
+        Exception: the store's, where it is away.
     """
-    for batch, offset in _batches(spool):
+    for batch, offset in _batches(outbox):
         op = batch[-1].get("op")
         if op != "artifact":
-            _send_batch(store, spool, batch, warn)
-        spool.mark(offset, op)
+            _send_batch(store, outbox, batch, warn)
+        outbox.mark(offset, op)
         yield
 
 
-def send_files(store: Store, spool: Spool, warn: Warn, *, again: bool) -> Iterator[None]:
-    """Sends the artifacts that the store lacks, a yield after each, and removes a spool that has ended and owes none.
+def send_files(store: Store, outbox: Outbox, warn: Warn, *, again: bool) -> Iterator[None]:
+    """Sends the artifacts that the store lacks, a yield after each, and removes an outbox that is sent.
 
-    What holds artifacts may be full, or denied to us, while the store answers: such a one waits.
+    The store may answer while its artifact storage is full or refuses access: that artifact then stays pending.
 
     Args:
-        again: whether to try those too that this process has tried before.
+        again: whether to include those that this process has failed to send before.
 
     Raises:
-        Exception: the store's, which is away or has lost the run.
+        Exception: the store's, where it is away or has lost the run.
     """
-    for start in [start for start in spool.owed if again or start not in spool.failed]:
-        record = spool.at(start)
+    for start in [start for start in outbox.pending_artifacts if again or start not in outbox.failed]:
+        record = outbox.at(start)
         try:
-            _send_batch(store, spool, [record], warn)
+            _send_batch(store, outbox, [record], warn)
         except Exception as error:
-            if stores.is_refusal(error) or not stores.answers(store):
+            if stores.is_refusal(error) or not stores.is_reachable(store):
                 raise
-            spool.failed[start] = error
+            outbox.failed[start] = error
             warn("waiting", f"{Path(record['file']).name} cannot be stored and is kept, the rest goes on", error)
             continue
-        spool.settle(start)
+        outbox.mark_sent(start)
         yield
-    if spool.ended and not spool.owed:
-        spool.remove()
+    if outbox.ended and not outbox.pending_artifacts:
+        outbox.remove()
 
 
-def send_left(store: Store, uri: str, *, files: bool) -> dict[str, Exception | None]:
+def send_orphaned(store: Store, uri: str, *, files: bool) -> dict[str, Exception | None]:
     """Sends what ended or killed processes left behind for this store, oldest first; artifacts only with `files`.
 
-    What goes wrong with one does not keep the others, as long as the store answers.
+    An error with one does not stop the others, as long as the store answers.
 
     Returns:
         uid -> None, or why it could not be sent.
     """
     done: dict[str, Exception | None] = {}
-    for spool in spools.left(store.root):
-        opening = spool.opening()
+    for outbox in outboxes.orphaned(store.root):
+        opening = outbox.opening()
         try:
             if not opening:  # its process died before it wrote one whole line
-                spool.remove()
+                outbox.remove()
             elif opening["uri"] == uri:
-                done[spool.uid] = _send_one(store, spool, files)
+                done[outbox.uid] = _send_one(store, outbox, files)
         except Exception as error:
-            if not stores.answers(store):
+            if not stores.is_reachable(store):
                 raise
-            done[spool.uid] = error
+            done[outbox.uid] = error
         finally:
-            if spool.folder.exists():
-                spool.close()
+            if outbox.folder.exists():
+                outbox.close()
     return done
 
 
 def replay(root: Path) -> dict[str, Exception | None]:
-    """Sends all that is left in a root to the stores it was meant for; uid -> None, or why it stays."""
+    """Sends all orphaned outboxes of a root to their stores; uid -> None, or why it stays."""
     stores.prepare()
     done: dict[str, Exception | None] = {}
-    meant: dict[str, list[str]] = {}
-    for spool in spools.left(root):
-        meant.setdefault(spool.opening().get("uri", stores.DEFAULT), []).append(spool.uid)
-        spool.close()
-    for uri, uids in meant.items():
+    by_uri: dict[str, list[str]] = {}
+    for outbox in outboxes.orphaned(root):
+        by_uri.setdefault(outbox.opening().get("uri", stores.DEFAULT), []).append(outbox.uid)
+        outbox.close()
+    for uri, uids in by_uri.items():
         try:
-            done |= send_left(stores.connect(uri, root), uri, files=True)
+            done |= send_orphaned(stores.connect(uri, root), uri, files=True)
         except Exception as error:
-            done |= {uid: error for uid in uids if spools.waiting(root, uid)}
+            done |= {uid: error for uid in uids if outboxes.is_waiting(root, uid)}
     return done
 
 
-def _reopen(store: Store, spool: Spool) -> None:
-    """Finds or creates the spool's run; a store that has lost it since gets all of it again."""
-    spool.begin(stores.open_run(store, spool.opening()))
+def _reopen(store: Store, outbox: Outbox) -> None:
+    """Finds or creates the outbox's run. Where the store has lost the run, all records are sent again."""
+    outbox.begin(stores.open_run(store, outbox.opening()))
 
 
-def _send_one(store: Store, spool: Spool, files: bool) -> Exception | None:
-    """Sends a spool that another process has left; why an artifact of it waits, or None."""
-    _reopen(store, spool)
-    for _ in send(store, spool, _tell):
+def _send_one(store: Store, outbox: Outbox, files: bool) -> Exception | None:
+    """Sends an orphaned outbox; the error of an artifact that stays pending, or None."""
+    _reopen(store, outbox)
+    for _ in send(store, outbox, _warn_replay):
         pass
-    if files or not spool.owed:
-        for _ in send_files(store, spool, _tell, again=True):
+    if files or not outbox.pending_artifacts:
+        for _ in send_files(store, outbox, _warn_replay, again=True):
             pass
-    return next(iter(spool.failed.values()), None)
+    return next(iter(outbox.failed.values()), None)
 
 
-def _send_left_quietly(store: Store, uri: str) -> None:
-    with suppress(Exception):  # a store that is away: the run's own sender says so
-        send_left(store, uri, files=True)
+def _send_orphaned_quietly(store: Store, uri: str) -> None:
+    with suppress(Exception):  # where the store is away, the run's own sender warns
+        send_orphaned(store, uri, files=True)
 
 
-def _batches(spool: Spool) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
+def _batches(outbox: Outbox) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
     """Records one by one, but points of one run together up to MLflow's limit; each with the offset behind it."""
     logs: list[Mapping[str, Any]] = []
-    points, end = 0, spool.offset
-    for record, offset in spool.records():
+    points, end = 0, outbox.offset
+    for record, offset in outbox.records():
         is_log = record.get("op") == "log"
         if logs and (not is_log or points + len(record["metrics"]) > stores.POINTS):
             yield logs, end
@@ -242,22 +243,22 @@ def _batches(spool: Spool) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
         yield logs, end
 
 
-def _send_batch(store: Store, spool: Spool, batch: list[Mapping[str, Any]], warn: Warn) -> None:
+def _send_batch(store: Store, outbox: Outbox, batch: list[Mapping[str, Any]], warn: Warn) -> None:
     try:
         if len(batch) > 1:
-            stores.send_points(store, spool.run_id, batch)
+            stores.send_points(store, outbox.run_id, batch)
         else:
-            stores.deliver(store, spool.run_id, batch[0], spool.folder)
+            stores.deliver(store, outbox.run_id, batch[0], outbox.folder)
     except Exception as error:
         if not stores.is_refusal(error):
             raise
-        if stores.is_deleted(store, spool.run_id) or len(batch) == 1:
+        if stores.is_deleted(store, outbox.run_id) or len(batch) == 1:
             op = str(batch[0].get("op"))
             warn(op, f"{op}: left something out", error)
             return
-        for record in batch:  # one bad point must not cost its neighbours
-            _send_batch(store, spool, [record], warn)
+        for record in batch:  # so that a bad point costs no other point
+            _send_batch(store, outbox, [record], warn)
 
 
-def _tell(fault: str, what: str, error: Exception) -> None:
-    LOG.warning("replay: %s: %s", what, told(error))
+def _warn_replay(fault: str, what: str, error: Exception) -> None:
+    LOG.warning("replay: %s: %s", what, redact(error))

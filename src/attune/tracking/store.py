@@ -1,7 +1,7 @@
-"""The tracking store: MLflow, told what the spools hold. Everything in here may fail, and may be done again.
+"""The tracking store: MLflow, which gets the records of the outboxes. Every call may fail, and may be repeated.
 
-Sent twice is stored once: runs are found by our own uid before they are created, a database knows a point by its key,
-time, step and value, files overwrite themselves, and tags, parameters and data sets are sets.
+A record that is sent twice is stored once: runs are found by our own uid before they are created, a database identifies
+a point by key, time, step and value, files are overwritten, and tags, parameters and data sets are sets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from attune.tracking import spool as spools
-from attune.tracking.labels import HOST, lives
+from attune.tracking import outbox as outboxes
+from attune.tracking.labels import HOST, is_alive
 
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
@@ -31,7 +31,7 @@ VIEW = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
 VIEW |= {"orderByKey": "attributes.run_name", "orderByAsc": True}  # sorted by start, children are folded away
 TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
 DEFAULT = "sqlite:///mlflow.db"
-# Unless told otherwise MLflow phones home, and retries for minutes before it admits that a server is away.
+# MLflow's defaults send telemetry, and retry for minutes before a call to a server that is away fails.
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
 ENVIRONMENT |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
@@ -40,20 +40,20 @@ STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed"}  # of 
 
 
 class Pending(Exception):
-    """What a record refers to has not reached the store yet."""
+    """A record refers to a run that has not reached the store yet."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. `client` and ids are explicit throughout: no MLFLOW_RUN_ID or active run can hijack a run."""
+    """An open store. Client and ids are passed explicitly, so MLFLOW_RUN_ID or an active run has no effect."""
 
     client: Any  # mlflow.MlflowClient
     experiment: str
     root: Path
 
 
-def chosen(uri: str) -> str:
-    """The store meant by "default": $MLFLOW_TRACKING_URI, or a database in the root."""
+def resolve_uri(uri: str) -> str:
+    """The URI, with "default" replaced by $MLFLOW_TRACKING_URI or a database in the root."""
     return os.environ.get("MLFLOW_TRACKING_URI", DEFAULT) if uri == "default" else uri
 
 
@@ -68,7 +68,8 @@ def prepare() -> None:
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     from mlflow.store.artifact import http_artifact_repo as over_http
 
-    # MLflow has one time-out for points and for gigabytes. The environment is everybody's, this name only artifacts'.
+    # MLflow has one time-out for points and for artifacts of gigabytes, set by the environment. This replaces the
+    # function that only the transfer of artifacts calls.
     if not isinstance(over_http.http_request, partial):
         over_http.http_request = partial(over_http.http_request, timeout=ARTIFACT_SECONDS)
 
@@ -82,7 +83,7 @@ def connect(uri: str, root: Path) -> Store:
     """Opens the store, creates what is missing, and ends the runs of dead processes."""
     from mlflow import MlflowClient
 
-    # One lock around all of it: processes that create one store at once break it for good.
+    # Under a lock: processes that create the same store at once leave it broken.
     with FileLock(root / ".mlflow-init.lock", timeout=120):
         place = absolute(uri, root)
         if place.startswith("sqlite:///"):
@@ -91,31 +92,31 @@ def connect(uri: str, root: Path) -> Store:
         client = MlflowClient(tracking_uri=place)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
-            # A server knows where its artifacts go; else MLflow would take the creator's cwd.
+            # A server has its own artifact location; for a database MLflow would use the creator's cwd.
             location = None if place.startswith("http") else str(root / "mlruns")
             store = Store(client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TAGS), root)
         else:
             store = Store(client, found.experiment_id, root)
             for key in [key for key, text in TAGS.items() if found.tags.get(key) != text]:
                 client.set_experiment_tag(store.experiment, key, TAGS[key])
-        bury(store)
+        mark_killed(store)
     return store
 
 
-def bury(store: Store) -> None:
-    """Sets KILLED on runs left RUNNING by processes of this host that are gone, unless a spool knows better."""
+def mark_killed(store: Store) -> None:
+    """Sets KILLED on runs left RUNNING by processes of this host that are gone, except those with an outbox."""
     for found in store.client.search_runs([store.experiment], f"status = 'RUNNING' AND tags.host = '{HOST}'"):
         tags = found.data.tags
-        if spools.waiting(store.root, tags.get("attune.uid", "-")):
+        if outboxes.is_waiting(store.root, tags.get("attune.uid", "-")):
             continue
-        if lives(int(tags["pid"]), float(tags["pid.created"])):
+        if is_alive(int(tags["pid"]), float(tags["pid.created"])):
             continue
-        if store.client.get_run(found.info.run_id).info.status == "RUNNING":  # its spool may have gone out meanwhile
+        if store.client.get_run(found.info.run_id).info.status == "RUNNING":  # its outbox may have been sent meanwhile
             _end(store, found.info.run_id, "KILLED", None, tags.get("kind"))
 
 
 def open_run(store: Store, opening: Mapping[str, Any]) -> str:
-    """The run's id in the store, where it is found by its uid, gone on with, or created."""
+    """The run's id in the store: resumed, found by its uid, or created."""
     if opening.get("resume") and (known := _resumed(store, opening)):
         return known
     if found := _find(store, opening["uid"]):
@@ -126,7 +127,7 @@ def open_run(store: Store, opening: Mapping[str, Any]) -> str:
 
 
 def deliver(store: Store, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
-    """Tells the store one record of a run; what is not known here was torn, and is left out."""
+    """Sends one record of a run. A record without a known `op` was cut off by a full disk, and is skipped."""
     client = store.client
     match record.get("op"):
         case "log":
@@ -137,7 +138,7 @@ def deliver(store: Store, run_id: str, record: Mapping[str, Any], folder: Path) 
             for key, value in record["tags"].items():
                 client.set_tag(run_id, key, value)
         case "parent":
-            client.set_tag(run_id, "mlflow.parentRunId", _parent(store, record["above"]))
+            client.set_tag(run_id, "mlflow.parentRunId", _parent(store, record["parent"]))
         case "note":
             send_points(store, resolve(store, record["run"]), [record])
         case "artifact":
@@ -158,39 +159,39 @@ def send_points(store: Store, run_id: str, records: Iterable[Mapping[str, Any]])
 
 
 def resolve(store: Store, run: str) -> str:
-    """The store's id of a run that was known by its uid, or by that id.
+    """The store's id of a run, given that id or our uid.
 
     Raises:
-        Pending: it waits in a spool.
-        ValueError: nobody knows it.
+        Pending: it is still in an outbox.
+        ValueError: neither the store nor an outbox has it.
     """
-    if not run.startswith(spools.UID):
+    if not run.startswith(outboxes.UID):
         return run
     if found := _find(store, run):
         return found
-    if spools.waiting(store.root, run):
+    if outboxes.is_waiting(store.root, run):
         raise Pending(f"run {run} is not in the store yet")
     raise ValueError(f"no run {run} in the store")
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether what was given is at fault, and not the store: an unknown run, a bad value, a missing file."""
-    if isinstance(error, json.JSONDecodeError):  # something else than a tracking server has answered
+    """Whether the record is at fault and not the store: an unknown run, a bad value, a missing file."""
+    if isinstance(error, json.JSONDecodeError):  # the answer was not a tracking server's
         return False
     wrong = isinstance(error, TypeError | ValueError | LookupError | AttributeError | FileNotFoundError)
     return wrong or getattr(error, "error_code", "") in REFUSALS
 
 
 def is_deleted(store: Store, run_id: str) -> bool:
-    """Whether somebody has deleted the run in the UI: it then refuses all, whatever it is.
+    """Whether the run has been deleted in the UI: the store then refuses every record of it.
 
-    Raises: MlflowException, where the store has lost the run; it is then opened anew.
+    Raises: MlflowException, where the store has lost the run; the caller then opens it anew.
     """
     return store.client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
-def answers(store: Store) -> bool:
-    """Whether the store is there."""
+def is_reachable(store: Store) -> bool:
+    """Whether the store answers."""
     try:
         store.client.get_experiment(store.experiment)
     except Exception:
@@ -207,7 +208,7 @@ def _find(store: Store, uid: str) -> str | None:
 
 
 def _resumed(store: Store, opening: Mapping[str, Any]) -> str | None:
-    """The run to go on with, RUNNING again and ours; None if this store has none such."""
+    """The run to go on with, set RUNNING with this process as its owner; None if the store does not have it."""
     try:
         run_id = resolve(store, opening["resume"])
         store.client.update_run(run_id, status="RUNNING")
@@ -227,17 +228,17 @@ def _send_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
         store.client.log_batch(run_id, params=some, synchronous=True)
 
 
-def _parent(store: Store, above: str | Mapping[str, Any]) -> str:
-    """A sweep's run, or the run that groups the stages of one repro or experiment: that is created if need be."""
-    if isinstance(above, str):
-        return resolve(store, above)
+def _parent(store: Store, parent: str | Mapping[str, Any]) -> str:
+    """A sweep's run, or the run that groups the stages of one repro or experiment, created if it is not there."""
+    if isinstance(parent, str):
+        return resolve(store, parent)
     with FileLock(store.root / ".mlflow-init.lock", timeout=120):  # or two stages would create one each
-        where = f"tags.`pipeline.id` = '{above['id']}'"
+        where = f"tags.`pipeline.id` = '{parent['id']}'"
         found = store.client.search_runs([store.experiment], where, max_results=1)
         if not found:
-            about = {"start_time": above.get("start"), "tags": above["tags"], "run_name": above["name"]}
-            found = [store.client.create_run(store.experiment, **about)]  # older than the stage that asks for it
-            store.client.set_terminated(found[0].info.run_id)  # nobody is there to do it when the last stage ends
+            about = {"start_time": parent.get("start"), "tags": parent["tags"], "run_name": parent["name"]}
+            found = [store.client.create_run(store.experiment, **about)]  # starts before the stage that asks for it
+            store.client.set_terminated(found[0].info.run_id)  # no process knows which stage is the last one
     return found[0].info.run_id
 
 

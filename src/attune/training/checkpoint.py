@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attune.files import digest, values_sha
 
-PATIENCE = 20  # times as long as a save took pass before the next: at most a twentieth of the time goes there
+SAVE_TIME_FACTOR = 20  # a save is followed by 20 times its own duration without one: at most 1/20 of the time is spent
 
 
 class Checkpoint:
@@ -60,7 +60,7 @@ class Checkpoint:
         self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], last: bool
     ) -> None:
         """Saves at the end, and if `every_seconds` have passed since the last time; later, if saving takes long."""
-        wait = max(self.every_seconds, PATIENCE * self._took) if self.every_seconds else 0
+        wait = max(self.every_seconds, SAVE_TIME_FACTOR * self._took) if self.every_seconds else 0
         began = time.monotonic()
         if not self._writes or (not last and began - self._saved_at < wait):
             return

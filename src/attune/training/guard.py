@@ -1,4 +1,4 @@
-"""When numbers stop being numbers: say where it began."""
+"""Losses and gradients that are NaN or infinite: the error, and the module in which it began."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from attune.interfaces import Objective
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss, gradient or validation score became NaN or infinite."""
 
 
-def first_bad_module(objective: Objective, minibatch: Any) -> str:
-    """Repeats the loss with hooks and names the first module with a non-finite weight or output."""
-    trained = getattr(objective, "policy", None) or objective
-    root: nn.Module = trained.module
-    root = root.module if isinstance(root, DistributedDataParallel) else root
+def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) -> str:
+    """Names the first weight of `module` that is not finite, else the first module in it with such an output.
+
+    Outputs are those of one more evaluation of the loss of `minibatch`. It runs uncompiled, because compiled code
+    ignores hooks that were added after it was compiled.
+    """
+    root: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     for name, weight in root.named_parameters():
         if not torch.isfinite(weight).all():
             return f"weight {name} is not finite"

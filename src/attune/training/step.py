@@ -1,4 +1,4 @@
-"""One optimizer step: the mean gradient of a group of minibatches, clipped; and what it is done with."""
+"""One optimizer step: the gradient of a group of minibatches, clipped, and the move along it."""
 
 from __future__ import annotations
 
@@ -8,132 +8,150 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor, nn
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor
 
 from attune.config.settings import TrainingConfig
 from attune.distributed import Shard
-from attune.interfaces import Objective
-from attune.training.guard import NonFiniteError, first_bad_module
+from attune.interfaces import Objective, Trainable
+from attune.training.guard import NonFiniteError, locate_nonfinite
 
-# The first process may be long at a held-out score or a preview; of one that is gone the launcher knows at once.
-PATIENCE = timedelta(hours=2)
-
-
-class Trained(Protocol):
-    """What is trained: `module` is called (and replaced by its distributed wrapper), `parameters()` move.
-
-    `shard` may be missing, where one process trains.
-    """
-
-    module: nn.Module
-    shard: Shard
-
-    def parameters(self) -> list[Tensor]: ...
+# How long a process waits for the others. The main process may compute a validation score or sample images for as
+# long as this while they wait. It does not delay the news of a process that has died: the launcher reports that.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
-class Update:
-    """The optimizer of what is trained, and all that belongs to its steps.
+class TrainStep:
+    """The optimizer of a `Trainable`, and everything that an optimizer step needs.
 
-    Several processes (`trained.shard`) take a step together: each computes the loss of its rows of every minibatch,
-    weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
+    Several processes (`trainable.shard`) make a step together: each computes the loss of its own rows of every
+    minibatch, weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
 
     float16 has no gradients below 6e-8, so where the network computes in it the loss is scaled up before the
-    backward pass and gradients down after it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2). Not by
-    accelerate's autocast: networks are already loaded in their precision, and adapters stay in float32.
+    backward pass and gradients down after it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2). Accelerate's
+    autocast is not used: networks are loaded in their precision already, and adapters stay in float32.
     """
 
-    def __init__(self, trained: Trained, config: TrainingConfig):
-        self.config, self.trained, self.parameters = config, trained, trained.parameters()
-        self.shard = getattr(trained, "shard", Shard())
+    def __init__(self, trainable: Trainable, config: TrainingConfig):
+        self.config, self.trainable, self.parameters = config, trainable, trainable.parameters()
+        self.shard = trainable.shard
         if config.compile:
-            compile_in_place(trained)
-        self.accelerator = joined(self.shard)
+            compile_in_place(trainable)
+        self.accelerator = init_distributed(self.shard)
         optimizer = build_optimizer(self.parameters, config)
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
-            trained.module, self.optimizer = self.accelerator.prepare(trained.module, optimizer)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trained))
+            trainable.module, self.optimizer = self.accelerator.prepare(trainable.module, optimizer)
+        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trainable))
 
     def __call__(self, objective: Objective, group: Sequence[Any], step: int, lr: float) -> dict[str, float]:
-        """Steps at rate `lr`; returns the mean metrics of the group, grad_norm before clipping, and lr.
+        """Makes one step at rate `lr`; returns the group's mean metrics, grad_norm before clipping, and lr.
 
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite.
         """
-        rows, norm = self.gradient(objective, group, step)
-        while not math.isfinite(norm):
+        metrics, grad_norm = self.gradient(objective, group, step)
+        while not math.isfinite(grad_norm):
             if self.scaler.get_scale() <= 1:  # 1 also where nothing is scaled
-                raise NonFiniteError(f"grad_norm is {norm} at step {step}: {self.whats_wrong(objective, group[-1])}")
-            self.scaler.update()  # halves the scale; the same group again, so that no data is lost
+                where = self.locate_nonfinite(objective, group[-1])
+                raise NonFiniteError(f"grad_norm is {grad_norm} at step {step}: {where}")
+            self.scaler.update()  # halves the scale; then the same group again, so that no data is lost
             self.optimizer.zero_grad()
-            rows, norm = self.gradient(objective, group, step)
+            metrics, grad_norm = self.gradient(objective, group, step)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {**means, "grad_norm": norm, "lr": lr}
+        return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
-    def gradient(self, objective: Objective, group: Sequence[Any], step: int) -> tuple[list[dict[str, float]], float]:
-        """Leaves the clipped mean gradient on the parameters; returns each minibatch's metrics and the true norm."""
-        rows = []
-        for i, minibatch in enumerate(group):
-            last = i + 1 == len(group)  # gradients add up in each process by itself, and are exchanged with the last
-            with nullcontext() if last else self.accelerator.no_sync(self.trained.module):
-                loss, whole, metrics = self.loss(objective, minibatch)
-                if not math.isfinite(whole):
-                    raise NonFiniteError(f"loss is {whole} at step {step}: {self.whats_wrong(objective, minibatch)}")
-                self.accelerator.backward(self.scaler.scale(loss / len(group)))
-                rows.append(metrics)
+    def gradient(self, objective: Objective, group: Sequence[Any], step: int) -> tuple[dict[str, float], float]:
+        """Leaves the clipped mean gradient over the group's rows on the parameters.
+
+        Returns: the means of the metrics over the group's rows, and the norm before clipping.
+        """
+        weights, rows = minibatch_weights(group), []
+        for i, (minibatch, weight) in enumerate(zip(group, weights, strict=True)):
+            last = i + 1 == len(group)  # processes exchange gradients once, with the last minibatch
+            with nullcontext() if last else self.accelerator.no_sync(self.trainable.module):
+                loss, global_loss, metrics = self.loss(objective, minibatch)
+                if not math.isfinite(global_loss):
+                    where = self.locate_nonfinite(objective, minibatch)
+                    raise NonFiniteError(f"loss is {global_loss} at step {step}: {where}")
+                self.accelerator.backward(self.scaler.scale(loss * weight / len(group)))
+                rows.append({name: weight * value for name, value in metrics.items()})
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
-        return rows, float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, grad_norm
 
     def loss(self, objective: Objective, minibatch: Any) -> tuple[Tensor, float, dict[str, float]]:
-        """The loss of our rows, weighted for the mean over processes; that of the whole minibatch; its metrics."""
-        n = len(minibatch) if self.shard.world_size > 1 else 1
-        ours = self.shard.count(n)
-        with self.rows_of(minibatch) as rows:
+        """The loss of this process's rows, weighted for the mean over processes; the loss and metrics of all rows."""
+        n = len(minibatch) if self.shard.world_size > 1 else 1  # of one process all rows are its own: no weighting
+        n_local = self.shard.count(n)
+        with self.local_rows(minibatch) as rows:
             loss, metrics = objective.loss(rows)
         values = [v.item() if isinstance(v, Tensor) else float(v) for v in (loss, *metrics.values())]
-        whole, *means = (total / n for total in self.shard.all_reduce_sum([ours * value for value in values]))
-        return loss * (ours * self.shard.world_size / n), whole, dict(zip(metrics, means, strict=True))
+        global_loss, *means = (total / n for total in self.shard.all_reduce_sum([n_local * v for v in values]))
+        return loss * (n_local * self.shard.world_size / n), global_loss, dict(zip(metrics, means, strict=True))
 
     @contextmanager
-    def rows_of(self, minibatch: Any) -> Iterator[Any]:
-        """Our rows of a minibatch; inside, what is trained knows whether they count."""
+    def local_rows(self, minibatch: Any) -> Iterator[Any]:
+        """This process's rows of a minibatch. Inside, `trainable.shard.padding` says whether they count."""
         if self.shard.world_size == 1:
             yield minibatch
             return
         n = len(minibatch)
-        self.trained.shard = replace(self.shard, padding=self.shard.count(n) == 0)
+        self.trainable.shard = replace(self.shard, padding=self.shard.count(n) == 0)
         try:
             yield minibatch[self.shard.rows(n)]
         finally:
-            self.trained.shard = self.shard
+            self.trainable.shard = self.shard
 
-    def whats_wrong(self, objective: Objective, minibatch: Any) -> str:
-        """Where numbers first stop being finite, and in which process."""
-        with self.rows_of(minibatch) as rows:
-            found = self.shard.all_gather_object(first_bad_module(objective, rows))
+    def locate_nonfinite(self, objective: Objective, minibatch: Any) -> str:
+        """Where numbers first stop being finite, in each of the processes."""
+        with self.local_rows(minibatch) as rows:
+            found = self.shard.all_gather_object(locate_nonfinite(objective, self.trainable.module, rows))
         return found[0] if len(found) == 1 else "; ".join(f"process {i}: {what}" for i, what in enumerate(found))
 
 
-def joined(shard: Shard) -> Accelerator:
-    """The processes of a training, met.
+def minibatch_weights(group: Sequence[Any]) -> list[float]:
+    """How often each minibatch counts in the group's mean, so that every row counts alike; the weights' mean is 1.
+
+    They differ where an online method's last minibatch of a rollout is shorter than the others.
+    """
+    sizes = [len(minibatch) for minibatch in group]
+    return [n * len(group) / sum(sizes) for n in sizes]
+
+
+def init_distributed(shard: Shard) -> Accelerator:
+    """Joins the processes of a training.
+
+    Everything that changes numbers is passed here, because accelerate takes what is not passed from environment
+    variables, which `accelerate launch` sets from the user's defaults: ACCELERATE_MIXED_PRECISION,
+    ACCELERATE_DYNAMO_BACKEND, and ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which would win over the argument
+    `gradient_accumulation_steps` but not over the plugin.
 
     Raises:
-        RuntimeError: they are not as many as were started, or are to hold pieces of the weights.
+        RuntimeError: they are not as many as were started, or accelerate is configured to split the weights.
     """
-    # no buffer ever changes here; and a rollout, where processes need not keep step, must not wait to send one
+    # no buffer ever changes here; and in a rollout, where processes need not keep step, none must wait to send one
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping, patience])
+    accelerator = Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+    )
     if accelerator.num_processes != shard.world_size:
         raise RuntimeError(
             f"{shard.world_size} processes were started to train together, but accelerate knows of "
@@ -178,16 +196,16 @@ def build_optimizer(parameters: list[Tensor], config: TrainingConfig) -> torch.o
     return torch.optim.AdamW(parameters, **options)
 
 
-def compile_in_place(trained: Trained) -> None:
-    """torch.compile; names of modules and weights stay what they are, adapters can still be switched.
+def compile_in_place(trainable: Trainable) -> None:
+    """torch.compile, which leaves the names of modules and weights as they are; adapters can still be switched.
 
-    A frozen copy that serves as reference is compiled too, lest it differ from the policy by rounding alone.
+    A frozen copy that serves as reference is compiled too. Otherwise it would differ from the policy by rounding.
     """
-    for module in filter(None, (trained.module, getattr(trained, "reference_model", None))):
+    for module in filter(None, (trainable.module, trainable.reference_model)):
         module.compile()
 
 
-def computes_in_half(trained: Trained) -> bool:
+def computes_in_half(trainable: Trainable) -> bool:
     """Whether gradients pass through float16."""
-    frozen = any(weight.dtype == torch.float16 for weight in trained.module.parameters())
-    return frozen or getattr(trained, "autocast", None) == torch.float16
+    frozen = any(weight.dtype == torch.float16 for weight in trainable.module.parameters())
+    return frozen or trainable.autocast == torch.float16

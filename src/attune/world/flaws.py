@@ -1,6 +1,6 @@
 """The flaws of web-scale data: damaged images and wrong captions.
 
-The base model learns from them, which is what alignment later has to undo.
+The base model is trained on them, so that alignment has something to improve.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def damage_one(image: np.ndarray, kind: str, strength: float, rng: np.random.Gen
 
 
 def wrong_captions(scenes: Sequence[Scene], rng: np.random.Generator, share: float) -> list[Scene]:
-    """The scenes with one attribute of a share of them changed: what a careless labeller would write."""
+    """The scenes with one attribute of a share of them changed, as careless captions have it."""
     wrong = rng.random(len(scenes)) < share
     return [misread(scene, rng) if w else scene for scene, w in zip(scenes, wrong, strict=True)]
 

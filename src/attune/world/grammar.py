@@ -7,7 +7,7 @@ Three kinds of prompt:
 
 Splits hold out *combinations*: with d = (shape - colour) mod 6, every test prompt has an object with d = 0 (red
 circles, green squares, ...) and no other prompt has one; every validation prompt has one with d = 1, and no
-training prompt has. So a method that only learned its training prompts by heart gains nothing on the others.
+training prompt has. So a method that only memorised its training prompts gains nothing on the others.
 """
 
 from __future__ import annotations

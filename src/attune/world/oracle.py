@@ -1,11 +1,10 @@
-"""The oracle: what the simulated human of the embedded world truly thinks of an image, in [0, 1].
+"""The oracle: the score in [0, 1] that the simulated human of the embedded world gives an image, free of noise.
 
     score = sqrt(faithfulness * appeal)
 
-Faithfulness asks whether the picture shows what the prompt says: background, colours, shapes, and size, count
-or relation. Appeal asks whether it is a good picture whatever it shows: sharp edges, calm surfaces, pure
-colours. Both are read off the pixels alone; the oracle never sees a scene's true parameters, so it judges
-generated images as it judges rendered ones. numpy and scipy only, deterministic.
+Faithfulness: whether the image shows what the prompt says: background, colours, shapes, and size, count or
+relation. Appeal: whether it is a good image whatever it shows: sharp edges, calm surfaces, pure colours. Both are
+measured on the pixels alone, so generated images are judged as rendered ones are. numpy and scipy only, deterministic.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ def _shape_posterior(mask: np.ndarray, centre: np.ndarray, area: int) -> np.ndar
 
 
 def _faithfulness(scene: Scene, membership: np.ndarray, blobs: list[_Blob]) -> dict[str, float]:
-    """Sub-scores of faithfulness, each in [0.02, 1]: a picture is never worth exactly nothing."""
+    """Sub-scores of faithfulness, each in [0.02, 1]: above 0, or one of them would hide all others in the product."""
     found = _assign(scene, blobs)
     colours = [PALETTE_NAMES.index(c) for c in scene.colours]
     right = sum(membership[..., c].sum() for c in set(colours))
@@ -145,7 +144,7 @@ def _faithfulness(scene: Scene, membership: np.ndarray, blobs: list[_Blob]) -> d
 
 
 def _assign(scene: Scene, blobs: list[_Blob]) -> list[_Blob | None]:
-    """The blob that plays each requested object: of its colour if there is one, else the largest left."""
+    """The blob taken for each requested object: of its colour if there is one, else the largest left."""
     n = scene.count
     left, found = list(blobs), []
     for colour in (scene.colours * n)[:n] if scene.kind == "count" else scene.colours:
@@ -161,14 +160,14 @@ def _assign(scene: Scene, blobs: list[_Blob]) -> list[_Blob | None]:
 
 
 def _background(scene: Scene, membership: np.ndarray) -> float:
-    """Shard of the non-object pixels that wear the requested background."""
+    """Share of the non-object pixels that have the requested background colour, in [0, 1]."""
     groups = membership[..., len(COLOURS) :]
     outside = 1 - membership[..., : len(COLOURS)].sum(-1)
     solid = outside > 0.5
     if not solid.any():
         return 0.0
     wanted = groups[..., list(BACKGROUNDS).index(scene.background)][solid]
-    # one-pixel borders between object and background wear neither colour: a tenth is forgiven
+    # one-pixel borders between object and background have neither colour, so a share of 0.85 counts as all
     return float(min(1.0, wanted.mean() / 0.85))
 
 

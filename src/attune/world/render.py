@@ -49,7 +49,7 @@ def shape_distance(shape: int, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> n
 
 
 def render(scenes: Sequence[Scene], rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Paints each scene once, with the placement the prompt leaves open drawn from `rng`.
+    """Draws each scene once, with the placement the prompt leaves open drawn from `rng`.
 
     Returns: float32 (B, size, size, 3) in [0, 1].
     """

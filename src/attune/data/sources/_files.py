@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from attune.data.sources import Bad, Prompt, SourceError
+from attune.data.rows import BadRow, Pair, Prompt, Row, SourceError
+from attune.hub import NOTATION, HubError, fetch_file, list_files, parse
+
+SMALL_BYTES = 2_000_000  # of tables and lists, about 20,000 rows: read in less than a second
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class DataFile:
     fetch: Callable[[], Path]
 
 
-def data_files(path: str, revision: str | None, endings: Sequence[str]) -> list[DataFile]:
+def data_files(path: str, endings: Sequence[str]) -> list[DataFile]:
     """The files with those endings, by name: of a file, a folder or a pattern here, else of a Hub data set.
 
     Raises:
@@ -34,41 +36,48 @@ def data_files(path: str, revision: str | None, endings: Sequence[str]) -> list[
         found = _local(sorted(file for file in here.rglob("*") if file.is_file()), here)
     elif here.exists():
         found = _local([here], here.parent)
-    elif any(sign in path for sign in "*?["):
-        root = Path(here.anchor or ".")
-        found = _local(sorted(root.glob(str(here.relative_to(here.anchor) if here.anchor else here))), root)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        found = _on_hub(path, revision)
+    elif _is_pattern(path):
+        found = _local(_glob(path), Path(here.anchor or "."))
     else:
-        raise SourceError(f"data.path: {path} is neither a file or folder here nor the owner/name of a Hub data set")
+        found = _on_hub(path)
     matching = [file for file in found if file.name.endswith(tuple(endings))]
     if not matching:
         raise SourceError(f"data.path: {path} holds no {' or '.join(endings)} file")
     return matching
 
 
+def local_paths(path: str) -> list[Path]:
+    """What `data_files` finds here: a file, a folder, or the files of a pattern; [] for a Hub data set."""
+    if Path(path).exists():
+        return [Path(path)]
+    return _glob(path) if _is_pattern(path) else []
+
+
+def _is_pattern(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
+def _glob(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+
+
 def _local(files: Sequence[Path], root: Path) -> list[DataFile]:
     return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, lambda f=f: f) for f in files]
 
 
-def _on_hub(repository: str, revision: str | None) -> list[DataFile]:
-    if revision is None:
-        raise SourceError(
-            f"data.revision: no {repository} here, and to read it from the Hub the commit must be named: what "
-            "`main` holds can change"
-        )
-    from huggingface_hub import HfApi, hf_hub_download
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
-
+def _on_hub(path: str) -> list[DataFile]:
     try:
-        tree = HfApi().list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
-        files = [entry for entry in tree if hasattr(entry, "size")]
-    except Exception as error:  # no such repository, no access, no network: the message says which
-        raise SourceError(f"data.path: {repository} at {revision}: {error}") from error
+        source = parse(path)
+        sizes = list_files(source, "dataset") if source.commit else {}
+    except (HubError, ValueError) as error:
+        raise SourceError(f"data.path: {error}") from error
+    if source.commit is None:
+        raise SourceError(f"data.path: {path} is neither here nor a data set on the Hub, {NOTATION}")
+    whole = replace(source, inner="")
     return [
-        DataFile(f.path, f.size, lambda name=f.path: fetch(name)) for f in sorted(files, key=lambda entry: entry.path)
+        DataFile(name, size, lambda name=name: fetch_file(whole / name, repo_type="dataset"))
+        for name, size in sorted(sizes.items())
     ]
 
 
@@ -107,7 +116,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a .csv with a header or a .jsonl, line by line; a line that is no object is a `Bad`.
+    """(line, row) of a .csv with a header or a .jsonl, line by line; a line that is no object is a `BadRow`.
 
     Raises:
         SourceError: the file is no CSV.
@@ -123,10 +132,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row = _parsed(line)
-                yield number, row if isinstance(row, dict) else Bad("malformed_row", path.name, number)
+                yield number, row if isinstance(row, dict) else BadRow("malformed_row", path.name, number)
 
 
-def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | Bad]:
+def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | BadRow]:
     """The prompts of a list: .txt, one per line and blank lines skipped; .json or .jsonl, strings or objects
     with `prompt` or `caption`. `split` gives the split of each.
 
@@ -147,6 +156,27 @@ def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | Bad
     return (_listed(row, split, file.name, number) for number, row in enumerate(rows))
 
 
+def listed_test_prompts(test_list: str | None) -> Iterable[Prompt | BadRow]:
+    """The prompts of `data.test_list`, all of the test split; none without it.
+
+    Raises:
+        SourceError: the file is not there or not a list.
+    """
+    return prompt_list(test_list, lambda prompt: "test") if test_list else ()
+
+
+def prompt_texts(rows: Iterable[Row]) -> Iterator[str]:
+    """The prompts of rows, those without one left out; a prompt of several rows comes several times."""
+    texts = (row.prompt for row in rows if isinstance(row, Prompt | Pair))
+    return (text for text in texts if isinstance(text, str) and text.strip())
+
+
+def are_small(*paths: str | Path | None) -> bool:
+    """Whether these tables and lists are read in less than a second. Files that are not there weigh nothing."""
+    files = (Path(path) for path in paths if path is not None)
+    return sum(file.stat().st_size for file in files if file.is_file()) <= SMALL_BYTES
+
+
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
@@ -154,8 +184,8 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def _listed(row: Any, split: Callable[[str], str], file: str, number: int) -> Prompt | Bad:
+def _listed(row: Any, split: Callable[[str], str], file: str, number: int) -> Prompt | BadRow:
     text = row.get("prompt", row.get("caption")) if isinstance(row, dict) else row
     if not isinstance(text, str):
-        return Bad("malformed_row", file, number)
+        return BadRow("malformed_row", file, number)
     return Prompt(text.strip(), split(text), file, number)

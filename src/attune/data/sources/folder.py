@@ -17,8 +17,12 @@ from typing import Any
 from pydantic import Field
 
 from attune.config.settings import PairFilesConfig
-from attune.data.sources import Bad, Painter, Pair, Prompt, Quota, SourceError, hashed_split
-from attune.data.sources._files import prompt_list, read_json, read_rows
+from attune.data.rows import ImageGenerator, Pair, Quota, Row, SourceError
+from attune.data.sources._files import listed_test_prompts, prompt_texts, read_json, read_rows
+from attune.data.splits import count_rows, hashed_split
+
+HAS_PAIRS = True
+FREE_PROMPTS = True
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -27,17 +31,35 @@ class Config(PairFilesConfig):
     path: str = Field("data/raw/pairs", description="folder with chosen/ and rejected/")
 
 
-def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Pair | Bad]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """A pair for each name; one that is in a single folder has lost its other image.
 
     Raises:
         SourceError: one of the two folders is not there, or the captions are not a mapping.
     """
+    return _rows(config)
+
+
+def needs_files(config: Config) -> list[Path]:
+    """The folder whole: images and captions of any name may be used."""
+    return [Path(path) for path in (config.path, config.test_list) if path is not None]
+
+
+def split_sizes(config: Config) -> dict[str, int]:
+    """All of them, by the names of the files."""
+    return count_rows(_rows(config), Quota.of(config))
+
+
+def listed_prompts(config: Config) -> Iterator[str]:
+    """All prompts."""
+    return prompt_texts(_rows(config))
+
+
+def _rows(config: Config) -> Iterator[Row]:
     root = Path(config.path)
     sides = [_images(root / side) for side in ("chosen", "rejected")]
     captions = _captions(root)
-    listed = prompt_list(config.test_list, lambda prompt: "test") if config.test_list else ()
-    return chain(listed, _pairs(*sides, captions, config))
+    return chain(listed_test_prompts(config.test_list), _pairs(*sides, captions, config))
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -20,15 +20,20 @@ from typing import Any
 from pydantic import Field
 
 from attune.config.settings import PairFilesConfig
-from attune.data.sources import Bad, Painter, Pair, Prompt, Quota, SourceError, as_float, hashed_split, ranked_pairs
-from attune.data.sources._files import inside, prompt_list, read_json
+from attune.data.rows import BadRow, ImageGenerator, Pair, Prompt, Quota, Row, SourceError
+from attune.data.sources._files import inside, listed_test_prompts, prompt_texts, read_json
+from attune.data.sources._labels import as_float, ranked_pairs
+from attune.data.splits import count_rows, hashed_split
+
+HAS_PAIRS = True
+FREE_PROMPTS = True
 
 
 class Config(PairFilesConfig):
     path: str = Field("data/raw/hpdv2", description="folder with train.json and, where there, test.json")
 
 
-def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Pair | Bad]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """All pairs of the ranked images, test.json first.
 
     Raises:
@@ -36,9 +41,8 @@ def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Pr
     """
     root = Path(config.path)
     train = _index(root / "train.json")
-    test = _index(root / "test.json") if (root / "test.json").exists() else []
+    test = _test_index(root)
     test_share = 0 if test else config.test_share
-    listed = prompt_list(config.test_list, lambda prompt: "test") if config.test_list else ()
     of_test = (pair for row, entry in enumerate(test) for pair in _pairs(entry, "test", row, root, "test.json"))
     of_train = (
         pair
@@ -47,8 +51,39 @@ def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Pr
             entry, hashed_split(_prompt(entry), config.validation_share, test_share), row, root, "train.json"
         )
     )
-    held_out = (Prompt(_prompt(entry), "test", "test.json", row) for row, entry in enumerate(test))
-    return chain(listed, held_out, quota.until_full(of_test, "test"), quota.until_full(of_train, "train"))
+    return chain(
+        listed_test_prompts(config.test_list),
+        _test_prompts(test),
+        quota.take_until_full(of_test, "test"),
+        quota.take_until_full(of_train, "train"),
+    )
+
+
+def needs_files(config: Config) -> list[Path]:
+    """The folder whole."""
+    return [Path(path) for path in (config.path, config.test_list) if path is not None]
+
+
+def split_sizes(config: Config) -> dict[str, int] | None:
+    """The test prompts, where there is a test.json; train.json is too large to be read for a count."""
+    test = _test_index(Path(config.path))
+    if not test:
+        return None
+    counts = count_rows(chain(listed_test_prompts(config.test_list), _test_prompts(test)), Quota())
+    return {"prompts/test": counts["prompts/test"]}
+
+
+def listed_prompts(config: Config) -> Iterator[str] | None:
+    """The prompts of `test_list`; those of the data set are known only when it is read."""
+    return prompt_texts(listed_test_prompts(config.test_list)) if config.test_list else None
+
+
+def _test_index(root: Path) -> list[Any]:
+    return _index(root / "test.json") if (root / "test.json").exists() else []
+
+
+def _test_prompts(test: list[Any]) -> Iterator[Prompt]:
+    return (Prompt(_prompt(entry), "test", "test.json", row) for row, entry in enumerate(test))
 
 
 def _index(path: Path) -> list[Any]:
@@ -63,14 +98,14 @@ def _prompt(entry: Any) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
 
-def _pairs(entry: Any, split: str, row: int, root: Path, file: str) -> Iterator[Pair | Bad]:
+def _pairs(entry: Any, split: str, row: int, root: Path, file: str) -> Iterator[Pair | BadRow]:
     prompt, ranks, names = _prompt(entry), None, None
     if isinstance(entry, Mapping):
         names = entry.get("image_path", entry.get("file_path"))
         chosen = entry.get("human_preference")
         ranks = [-c for c in chosen] if _numbers(chosen) else entry.get("rank")
     if not (_numbers(ranks) and isinstance(names, list) and len(names) == len(ranks) > 1):
-        yield Bad("malformed_row", file, row, prompt)
+        yield BadRow("malformed_row", file, row, prompt)
         return
     images = [_find(root, file.removesuffix(".json"), name) for name in names]
     for i, j, label_0 in ranked_pairs(ranks):
@@ -82,5 +117,5 @@ def _numbers(values: Any) -> bool:
 
 
 def _find(root: Path, folder: str, name: Any) -> Path | None:
-    places = [inside(root / folder, name), inside(root, name)]
-    return next((place for place in places if place and place.is_file()), None)
+    candidates = [inside(root / folder, name), inside(root, name)]
+    return next((path for path in candidates if path and path.is_file()), None)

@@ -28,11 +28,16 @@ import pyarrow.parquet
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import Commit, PairFilesConfig
-from attune.data.sources import Bad, Painter, Pair, Prompt, Quota, SourceError, as_float, hashed_split
-from attune.data.sources._files import DataFile, data_files, prompt_list
+from attune.config.settings import Location, PairFilesConfig
+from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
+from attune.data.sources._files import DataFile, data_files, listed_test_prompts, local_paths, prompt_texts
+from attune.data.sources._labels import as_float
+from attune.data.splits import hashed_split
 
 logger = logging.getLogger(__name__)
+
+HAS_PAIRS = True
+FREE_PROMPTS = True
 
 NEEDED = ("caption", "jpg_0", "jpg_1", "label_0")
 OPTIONAL = ("label_1", "has_label", "are_different")
@@ -43,26 +48,40 @@ GB = 1_000_000_000
 
 
 class Config(PairFilesConfig):
-    path: str = Field(description="a folder, file or pattern of shards here, or a Hub data set")
-    revision: Commit | None = Field(None, description="Hub commit; required for a Hub data set")
+    path: Location = Field(description="a folder, file or pattern of shards here, or a Hub data set, owner/name@commit")
     max_gb: Float | None = Field(None, gt=0, description="of shards to read or download, 10^9 bytes; null = no limit")
 
 
-def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Pair | Bad]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """The pairs of the shards, read one after the other.
 
     Raises:
         SourceError: there are no shards, or a parquet shard lacks a column.
     """
-    shards = by_split(data_files(config.path, config.revision, (".parquet", ".tar")))
+    shards = by_split(data_files(config.path, (".parquet", ".tar")))
     first = shards[0][1]
     if config.max_gb is not None and first.size > config.max_gb * GB:
         raise SourceError(f"data.max_gb: {config.max_gb} is less than {first.name} alone, {first.size / GB:.3g} GB")
     if first.name.endswith(".parquet"):
         with suppress(pyarrow.ArrowInvalid):  # unreadable shards are counted later
             _columns(pyarrow.parquet.read_schema(first.fetch()).names, first.name)
-    listed = prompt_list(config.test_list, lambda prompt: "test") if config.test_list else ()
-    return chain(listed, _pairs(shards, config, quota))
+    return chain(listed_test_prompts(config.test_list), _pairs(shards, config, quota))
+
+
+def needs_files(config: Config) -> list[Path]:
+    """The shards that are here; none of a Hub data set, which its commit pins."""
+    listed = [] if config.test_list is None else [Path(config.test_list)]
+    return [*local_paths(config.path), *listed]
+
+
+def split_sizes(config: Config) -> None:
+    """Unknown: the prompts are in the shards, and their splits can depend on them."""
+    return None
+
+
+def listed_prompts(config: Config) -> Iterator[str] | None:
+    """The prompts of `test_list`; those of the data set are known only when it is read."""
+    return prompt_texts(listed_test_prompts(config.test_list)) if config.test_list else None
 
 
 def by_split(shards: Sequence[DataFile]) -> list[tuple[str | None, DataFile]]:
@@ -85,17 +104,17 @@ def own_split(name: str) -> str:
     return ""
 
 
-def _pairs(shards: Sequence[tuple[str | None, DataFile]], config: Config, quota: Quota) -> Iterator[Pair | Bad]:
+def _pairs(shards: Sequence[tuple[str | None, DataFile]], config: Config, quota: Quota) -> Iterator[Pair | BadRow]:
     spent = 0
     for split, shard in shards:
-        if not quota.open(split or "train"):
+        if not quota.wants_more(split or "train"):
             continue
         spent += shard.size
         if config.max_gb is not None and spent > config.max_gb * GB:
             logger.warning("data.max_gb: %s reached before %s", config.max_gb, shard.name)
             return
-        rows = (row if isinstance(row, Bad) else _pair(*row, split, shard.name, config) for row in _rows(shard))
-        yield from quota.until_full(rows, split or "train")
+        rows = (row if isinstance(row, BadRow) else _pair(*row, split, shard.name, config) for row in _rows(shard))
+        yield from quota.take_until_full(rows, split or "train")
 
 
 def _pair(key: int | str, row: Mapping[str, Any], split: str | None, file: str, config: Config) -> Pair:
@@ -114,14 +133,14 @@ def _bytes(value: Any) -> bytes | None:
     return value.get("bytes") if isinstance(value, Mapping) else value
 
 
-def _rows(shard: DataFile) -> Iterator[tuple[int | str, Mapping[str, Any]] | Bad]:
+def _rows(shard: DataFile) -> Iterator[tuple[int | str, Mapping[str, Any]] | BadRow]:
     """(row, its columns); a shard that breaks off is one bad row, for what came before it is good."""
     path = shard.fetch()
     rows = _parquet(path, shard.name) if shard.name.endswith(".parquet") else _tar(path, shard.name)
     try:
         yield from rows
     except (pyarrow.ArrowInvalid, tarfile.TarError, OSError):
-        yield Bad("unreadable_file", shard.name)
+        yield BadRow("unreadable_file", shard.name)
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -139,7 +158,7 @@ def _columns(names: Sequence[str], file: str) -> list[str]:
     return [column for column in (*NEEDED, *OPTIONAL) if column in names]
 
 
-def _tar(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]] | Bad]:
+def _tar(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]] | BadRow]:
     with tarfile.open(path, "r|") as tar:  # read once from front to back
         named = ((*_key_and_column(member.name), member) for member in tar if member.isreg())
         for key, members in groupby(named, lambda item: item[0]):
@@ -154,15 +173,15 @@ def _key_and_column(name: str) -> tuple[str, str]:
     return f"{folder}/{key}" if folder else key, "caption" if column == "original_prompt" else column
 
 
-def _sample(key: str, columns: Mapping[str, bytes], file: str) -> tuple[str, Mapping[str, Any]] | Bad:
+def _sample(key: str, columns: Mapping[str, bytes], file: str) -> tuple[str, Mapping[str, Any]] | BadRow:
     if "caption" not in columns or "label_0" not in columns:
-        return Bad("malformed_row", file, key)
+        return BadRow("malformed_row", file, key)
     row: dict[str, Any] = {name: columns.get(name) for name in ("jpg_0", "jpg_1")}
     try:
         row["caption"] = columns["caption"].decode()
         row |= {name: _value(columns[name].decode()) for name in ("label_0", *OPTIONAL) if name in columns}
     except ValueError:  # not UTF-8, or not a number
-        return Bad("malformed_row", file, key)
+        return BadRow("malformed_row", file, key)
     return key, row
 
 

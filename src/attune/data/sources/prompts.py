@@ -1,4 +1,4 @@
-"""Data source `prompts`: prompt lists and no pairs, for methods that paint their own.
+"""Data source `prompts`: prompt lists and no pairs, for methods that generate their own images.
 
 A list is a .txt with a prompt per line, or a .json or .jsonl of strings or of objects with `prompt` or `caption`.
 Validation and test prompts have lists of their own or are taken from `path` by hash.
@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 from pydantic import Field
 
 from attune.config.schema import Float
 from attune.config.settings import SourceConfig
-from attune.data.sources import Bad, Painter, Prompt, Quota, hashed_split
-from attune.data.sources._files import prompt_list
+from attune.data.rows import BadRow, ImageGenerator, Prompt, Quota
+from attune.data.sources._files import are_small, prompt_list, prompt_texts
+from attune.data.splits import count_rows, hashed_split
+
+HAS_PAIRS = False
+FREE_PROMPTS = True
 
 
 class Config(SourceConfig):
@@ -27,12 +32,35 @@ class Config(SourceConfig):
     max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
 
 
-def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Bad]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Prompt | BadRow]:
     """The prompts of all lists.
 
     Raises:
         SourceError: a list is not there or no list.
     """
+    return _rows(config)
+
+
+def needs_files(config: Config) -> list[Path]:
+    """The lists."""
+    return [Path(path) for path in _lists(config)]
+
+
+def split_sizes(config: Config) -> dict[str, int] | None:
+    """All of them, of lists that are read in less than a second."""
+    return count_rows(_rows(config), Quota()) if are_small(*_lists(config)) else None
+
+
+def listed_prompts(config: Config) -> Iterator[str] | None:
+    """All prompts of lists that are read in less than a second."""
+    return prompt_texts(_rows(config)) if are_small(*_lists(config)) else None
+
+
+def _lists(config: Config) -> list[str]:
+    return [path for path in (config.test_list, config.validation_list, config.path) if path]
+
+
+def _rows(config: Config) -> Iterator[Prompt | BadRow]:
     shares = [
         0.0 if config.validation_list else config.validation_share,
         0.0 if config.test_list else config.test_share,

@@ -1,4 +1,4 @@
-"""Data source `world`: prompts of the embedded grammar, pairs painted by the base model, choices by a simulated human.
+"""Data source `world`: prompts of the embedded grammar, images of the base model, choices of a simulated human.
 
 The human's choices follow Bradley-Terry on the oracle's score (Bradley and Terry 1952), so labels are as
 noisy as people are; the noise-free scores are kept beside them as `utility_0` and `utility_1`.
@@ -7,16 +7,22 @@ noisy as people are; the noise-free scores are kept beside them as `utility_0` a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator
 
 from attune.config.schema import Float
 from attune.config.settings import SourceConfig
-from attune.data.sources import Painter, Pair, Prompt, Quota, SourceError
-from attune.world import oracle
+from attune.data.rows import ImageGenerator, Pair, Prompt, Quota, SourceError
 from attune.world.grammar import KINDS, all_scenes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+HAS_PAIRS = True
+FREE_PROMPTS = False
 
 
 class Config(SourceConfig):
@@ -35,25 +41,26 @@ class Config(SourceConfig):
         return value
 
 
-def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Prompt | Pair]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Prompt | Pair]:
     """Prompts of all three splits, then labelled pairs for training and validation.
 
     Raises:
         SourceError: the grammar has fewer prompts than wanted.
     """
+    import numpy as np
+    import pandas as pd
+
+    from attune.world import oracle
+
     rng = np.random.default_rng(seed)
-    wanted = {
-        "train": config.train_prompts,
-        "validation": config.validation_prompts,
-        "test": config.test_prompts,
-    }
-    prompts = pd.concat([draw_prompts(split, n, rng) for split, n in wanted.items()], ignore_index=True)
+    sizes = _prompts_per_split(config).items()
+    prompts = pd.concat([draw_prompts(split, n, rng) for split, n in sizes], ignore_index=True)
     in_pairs = pd.concat(
         [prompts[prompts.split == "train"].head(config.pair_prompts), prompts[prompts.split == "validation"]]
     )
     yield from (Prompt(row.prompt, row.split, "world", row.Index) for row in prompts.itertuples())
     repeated = in_pairs.prompt.repeat(config.images_per_prompt).tolist()
-    images = paint(repeated, list(range(config.images_per_prompt)) * len(in_pairs), "preference pairs")
+    images = generate_images(repeated, list(range(config.images_per_prompt)) * len(in_pairs), "preference pairs")
     utility = oracle.scores(images.astype(np.float32) / 255, repeated).reshape(len(in_pairs), -1)
     pairs = label_pairs(in_pairs.prompt.tolist(), utility, config.temperature, rng)
     splits = dict(zip(in_pairs.prompt, in_pairs.split, strict=True))
@@ -71,16 +78,51 @@ def read(config: Config, seed: int, paint: Painter, quota: Quota) -> Iterator[Pr
         )
 
 
+def needs_files(config: Config) -> list[Path]:
+    """None: the data are generated."""
+    return []
+
+
+def split_sizes(config: Config) -> dict[str, int]:
+    """All of them, exactly but for two generated images that come out the same.
+
+    Raises:
+        SourceError: the grammar has fewer prompts than wanted.
+    """
+    prompts = _prompts_per_split(config)
+    for split, n in prompts.items():
+        _check_grammar_has(n, split, sum(scene.split == split for scene in all_scenes()))
+    pairs_per_prompt = config.images_per_prompt * (config.images_per_prompt - 1) // 2
+    pairs = {"train": config.pair_prompts, "validation": config.validation_prompts, "test": 0}
+    sizes = {f"prompts/{split}": n for split, n in prompts.items()}
+    return sizes | {f"pairs/{split}": n * pairs_per_prompt for split, n in pairs.items()}
+
+
+def listed_prompts(config: Config) -> None:
+    """None: they are drawn from the grammar, so there is nothing to check."""
+    return None
+
+
+def _prompts_per_split(config: Config) -> dict[str, int]:
+    return {"train": config.train_prompts, "validation": config.validation_prompts, "test": config.test_prompts}
+
+
+def _check_grammar_has(n: int, split: str, available: int) -> None:
+    if n > available:
+        raise SourceError(f"data.{split}_prompts: {n} wanted, the grammar has {available}")
+
+
 def draw_prompts(split: str, n: int, rng: np.random.Generator) -> pd.DataFrame:
     """n distinct prompts of a split, kinds in turn so that every head of the table is balanced too.
 
     Raises:
         SourceError: the grammar has fewer prompts in that split.
     """
+    import pandas as pd
+
     pools = [[s.prompt for s in all_scenes() if s.split == split and s.kind == kind] for kind in KINDS]
     pools = [list(rng.permutation(pool)) for pool in pools]
-    if n > sum(map(len, pools)):
-        raise SourceError(f"data.{split}_prompts: {n} wanted, the grammar has {sum(map(len, pools))}")
+    _check_grammar_has(n, split, sum(map(len, pools)))
     drawn: list[str] = []
     while len(drawn) < n:
         drawn += [str(pool.pop()) for pool in pools if pool]
@@ -89,6 +131,9 @@ def draw_prompts(split: str, n: int, rng: np.random.Generator) -> pd.DataFrame:
 
 def label_pairs(prompts: list[str], utility: np.ndarray, temperature: float, rng: np.random.Generator) -> pd.DataFrame:
     """All pairs of each prompt's m images, (P, m) utilities, with a noisy choice each."""
+    import numpy as np
+    import pandas as pd
+
     m = utility.shape[1]
     first, second = np.triu_indices(m, k=1)
     rows = np.repeat(np.arange(len(prompts)), len(first))

@@ -1,7 +1,7 @@
 """A small document, written once and rendered twice: Markdown for the repository, HTML for the browser.
 
-Every text a block holds is treated as untrusted: prompts and names come from data sets and configuration
-files, and both formats can carry links, scripts and broken tables. The renderers escape; nobody else has to.
+The text of a block is never trusted: prompts and names come from data sets and configuration files, and both
+formats can carry links, scripts and broken tables. The renderers escape it, so whoever builds a block must not.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Picture:
     png: bytes
 
 
-Block = Heading | Paragraph | Items | Table | Picture
+DocumentBlock = Heading | Paragraph | Items | Table | Picture
 
 
 # C0 and C1 controls, and the bidirectional overrides that make text read differently from what it is
@@ -98,13 +98,13 @@ def _cell(cell: Cell | str) -> Cell:
     return cell if isinstance(cell, Cell) else Cell(cell)
 
 
-def render_markdown(title: str, blocks: Sequence[Block]) -> str:
+def render_markdown(title: str, blocks: Sequence[DocumentBlock]) -> str:
     """The document as GitHub Markdown; pictures are links to their files."""
     parts = [f"# {escape_markdown(title)}", *(_markdown(block) for block in blocks)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: DocumentBlock) -> str:
     match block:
         case Heading(text):
             return f"## {escape_markdown(text)}"
@@ -120,13 +120,13 @@ def _markdown(block: Block) -> str:
             return f"![{escape_markdown(title)}]({quote(path)})"
 
 
-def render_html(title: str, blocks: Sequence[Block]) -> str:
+def render_html(title: str, blocks: Sequence[DocumentBlock]) -> str:
     """The document as one self-contained page: no script, no network, figures embedded."""
     body = "\n".join(_html(block) for block in blocks)
     return _PAGE.format(title=escape_html(title), style=_STYLE, body=body)
 
 
-def _html(block: Block) -> str:
+def _html(block: DocumentBlock) -> str:
     match block:
         case Heading(text):
             return f"<h2>{escape_html(text)}</h2>"

@@ -1,10 +1,10 @@
-"""The report's figures: every function returns a picture (PIL, RGB) and leaves matplotlib's globals alone."""
+"""The report's figures: every function returns a picture (PIL, RGB) and changes no global state of matplotlib."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from attune.evaluation.protocol import Protocol
 from attune.evaluation.report.document import one_line
 from attune.evaluation.report.grid import INK, SOFT, image_grid
+from attune.evaluation.report.tables import not_held_out
+from attune.evaluation.summary import ALPHA, ComparisonEntry, Summary
 
 __all__ = ["accuracy_by_t_plot", "image_grid", "score_difference_plot", "training_curves", "win_rate_plot"]
 
@@ -25,23 +26,24 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DPI = 200
 _DASHES = (0, (4, 3))
 _LN2 = float(np.log(2))
+Value = Literal["win_rate", "difference"]
 
 
-def win_rate_plot(summary: Mapping[str, Any]) -> Image.Image:
+def win_rate_plot(summary: Summary) -> Image.Image:
     """Forest plot: each method's win rate against the base with its interval, one panel per scorer.
 
     A filled dot is significant after Holm correction; the dashed line is a coin toss.
     """
-    return _forest(summary, "win_rate", "ci95", f"win rate against {summary['base']}")
+    return _forest(summary, "win_rate", f"win rate against {summary.base}")
 
 
-def score_difference_plot(summary: Mapping[str, Any]) -> Image.Image:
+def score_difference_plot(summary: Summary) -> Image.Image:
     """Forest plot: each method's mean paired difference to the base, in the scorer's units."""
-    return _forest(summary, "difference", "difference_ci95", f"mean difference to {summary['base']}")
+    return _forest(summary, "difference", f"mean difference to {summary.base}")
 
 
 def accuracy_by_t_plot(metrics: Mapping[str, Mapping[str, Sequence[Any]]]) -> Image.Image:
-    """Pair accuracy of preference models against the timestep of the noise they judge through.
+    """Pair accuracy of preference models against the timestep of the noise in the images.
 
     Args:
         metrics: model (e.g. "step-aware", "untimed") -> {"t": timesteps, "accuracy": shares in [0, 1], and
@@ -92,7 +94,7 @@ def training_curves(frames: Mapping[str, pd.DataFrame]) -> Image.Image:
 
 
 def _curve(axes: Axes, frame: pd.DataFrame, metric: str, colour: str) -> None:
-    """The raw values, faint, under their running mean."""
+    """One metric of one method: the raw values, faint, under their running mean."""
     _tidy(axes)
     if metric not in frame or frame[metric].isna().all():
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=SOFT, size=8)
@@ -102,7 +104,7 @@ def _curve(axes: Axes, frame: pd.DataFrame, metric: str, colour: str) -> None:
     smooth = values[metric].rolling(max(1, len(values) // 15), center=True, min_periods=1).mean()
     axes.plot(values["step"], values[metric], color=colour, lw=0.8, alpha=0.3)
     axes.plot(values["step"], smooth, color=colour, lw=2)
-    # a preference loss starts at ln 2, where policy == reference: a start elsewhere is a bug, a stay is not
+    # a preference loss is exactly ln 2 while policy == reference; the line shows whether training left it
     level = {"margin": 0.0, "loss": _LN2 if abs(values[metric].iloc[0] - _LN2) < 0.01 else None}.get(metric)
     if level is not None:
         _rule(axes, level, "ln 2" if metric == "loss" else "")
@@ -115,40 +117,39 @@ def _rule(axes: Axes, level: float, text: str) -> None:
     axes.annotate(text, (1, level), xycoords=place, ha="right", va="bottom", color=SOFT, size=8)
 
 
-def _forest(summary: Mapping[str, Any], value: str, interval: str, label: str) -> Image.Image:
-    methods = {name: entry for name, entry in summary["methods"].items() if name != summary["base"]}
+def _forest(summary: Summary, value: Value, label: str) -> Image.Image:
+    methods, scorers = summary.tuned, summary.scorers
     if not methods:
         raise ValueError("a forest plot needs at least one method besides the base")
-    scorers = summary["scorers"]
     figure = Figure(figsize=(1.2 + 2.9 * len(scorers), 1.15 + 0.42 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(scorers), squeeze=False, sharey=True, sharex=value == "win_rate")[0]
     for axes, scorer in zip(panels, scorers, strict=True):
         _tidy(axes).grid(axis="y", visible=False)
         axes.axvline(0.5 if value == "win_rate" else 0.0, color=SOFT, lw=1, ls=_DASHES, zorder=1)
         for y, method in enumerate(methods.values()):
-            note = " (trained)" if scorer in method["trained_on"] else ""
-            _forest_row(axes, y, method["vs_base"][scorer], (value, interval), note)
+            _forest_row(axes, y, method.vs_base[scorer], value, not_held_out(method, scorer))
         axes.set_title(_plain(scorer), loc="left", size=10.5, color=INK)
         axes.margins(x=0.12)
     if value == "win_rate":
         panels[0].xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     panels[0].set_yticks(range(len(methods)), [_plain(name) for name in methods])
     panels[0].set_ylim(len(methods) - 0.4, -0.6)
-    protocol = Protocol.from_dict(summary["protocol"]).sha
-    note = f"{_plain(label)}, 95 % bootstrap interval; filled: p < 0.05 after Holm; protocol {protocol}"
+    sha = summary.protocol.sha
+    note = f"{_plain(label)}, 95 % bootstrap interval; filled: p < {ALPHA} after Holm; protocol {sha}"
     figure.supxlabel(note, size=9, color=SOFT)
     return _render(figure)
 
 
-def _forest_row(axes: Axes, y: int, entry: Mapping[str, Any], keys: tuple[str, str], note: str) -> None:
+def _forest_row(axes: Axes, y: int, entry: ComparisonEntry, shown: Value, note: str) -> None:
     """One interval with its dot and its number; grey and hollow unless significant."""
-    value, (low, high) = entry[keys[0]], entry[keys[1]]
-    significant = entry["p_holm"] < 0.05
-    colour = (COLOURS[0] if entry["difference"] > 0 else COLOURS[1]) if significant else SOFT
+    is_share = shown == "win_rate"
+    value, (low, high) = (entry.win_rate, entry.ci95) if is_share else (entry.difference, entry.difference_ci95)
+    significant = entry.p_holm < ALPHA
+    colour = (COLOURS[0] if entry.difference > 0 else COLOURS[1]) if significant else SOFT
     axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="round", zorder=2)
     axes.plot(value, y, "o", ms=7, mfc=colour if significant else "white", mec=colour, mew=1.6, zorder=3)
-    text = (f"{100 * value:.1f} %" if keys[0] == "win_rate" else f"{value:+.3g}") + note
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # keeps the dashed line out of the number
+    text = (f"{100 * value:.1f} %" if is_share else f"{value:+.3g}") + note
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or the dashed line runs through the number
     offset = {"xytext": (0, 7), "textcoords": "offset points"}
     axes.annotate(text, (value, y), **offset, ha="center", size=8, color=colour, bbox=box)
 

@@ -1,4 +1,4 @@
-"""Pictures side by side: the same prompt and the same noise, one column per method."""
+"""A grid of images: one row per prompt, one column per method, each image from the same noise."""
 
 from __future__ import annotations
 

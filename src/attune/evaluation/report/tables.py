@@ -2,130 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 from attune.evaluation.report.document import Cell, Table
-from attune.evaluation.summary import verdict
-
-Entry = Mapping[str, Any]  # one scorer of `vs_base` or of a pair
+from attune.evaluation.summary import ComparisonEntry, MethodSummary, Summary
 
 
-def overview(summary: Mapping[str, Any]) -> Table:
+def overview(summary: Summary) -> Table:
     """Methods by scorers: mean, difference to the base, marks."""
     rows = []
-    for name, method in summary["methods"].items():
-        cells = (_overview_cell(summary, method, scorer) for scorer in summary["scorers"])
-        rows.append((name, *cells))
-    return Table(("method", *summary["scorers"]), tuple(rows))
+    for name, method in summary.methods.items():
+        rows.append((name, *(_overview_cell(summary, method, scorer) for scorer in summary.scorers)))
+    return Table(("method", *summary.scorers), tuple(rows))
 
 
-def _overview_cell(summary: Mapping[str, Any], method: Mapping[str, Any], scorer: str) -> Cell:
+def _overview_cell(summary: Summary, method: MethodSummary, scorer: str) -> Cell:
     digits = decimals(summary, scorer)
-    text = f"{method['scores'][scorer]['mean']:.{digits}f}"
-    if scorer not in method["vs_base"]:
+    text = f"{method.scores[scorer].mean:.{digits}f}"
+    if scorer not in method.vs_base:
         return Cell(text)
-    entry = method["vs_base"][scorer]
-    trained = " (trained)" if scorer in method["trained_on"] else ""
-    return Cell(f"{text} ({entry['difference']:+.{digits}f}){_stars(entry['p_holm'])}{trained}", _tone(entry))
+    entry = method.vs_base[scorer]
+    difference = f"({entry.difference:+.{digits}f}){_stars(entry)}"
+    return Cell(f"{text} {difference}{not_held_out(method, scorer)}", _tone(entry))
 
 
-def scorer_table(summary: Mapping[str, Any], scorer: str) -> Table:
+def scorer_table(summary: Summary, scorer: str) -> Table:
     """Everything about one scorer."""
     digits = decimals(summary, scorer)
     rows = []
-    for name, method in summary["methods"].items():
-        centre = [f"{method['scores'][scorer][key]:.{digits}f}" for key in ("mean", "median")]
-        entry = method["vs_base"].get(scorer)
-        trained = " (trained)" if scorer in method.get("trained_on", ()) else ""
-        rows.append((name + trained, *centre, *(_evidence(entry, digits) if entry else [""] * 6)))
+    for name, method in summary.methods.items():
+        location, entry = method.scores[scorer], method.vs_base.get(scorer)
+        middle = (f"{location.mean:.{digits}f}", f"{location.median:.{digits}f}")
+        rows.append((name + not_held_out(method, scorer), *middle, *(_evidence(entry, digits) if entry else [""] * 6)))
     header = ("method", "mean", "median", "difference", "95 % CI", "win rate", "95 % CI", "p (Holm)", "MDE")
     return Table(header, tuple(rows))
 
 
-def _evidence(entry: Entry, digits: int) -> list[Cell | str]:
-    low, high = entry["difference_ci95"]
-    mde = entry["minimum_detectable_effect"]
+def _evidence(entry: ComparisonEntry, digits: int) -> list[Cell | str]:
+    low, high = entry.difference_ci95
+    mde = entry.minimum_detectable_effect
     return [
-        Cell(f"{entry['difference']:+.{digits}f}{_stars(entry['p_holm'])}", _tone(entry)),
+        Cell(f"{entry.difference:+.{digits}f}{_stars(entry)}", _tone(entry)),
         f"{low:+.{digits}f} to {high:+.{digits}f}",
-        percent(entry["win_rate"]),
-        f"{100 * entry['ci95'][0]:.1f} to {percent(entry['ci95'][1])}",
-        p_text(entry["p_holm"]).removeprefix("p ").removeprefix("= "),
-        "" if mde is None else f"{mde:.{digits}f}",
+        percent(entry.win_rate),
+        f"{100 * entry.ci95[0]:.1f} to {percent(entry.ci95[1])}",
+        p_text(entry.p_holm).removeprefix("p ").removeprefix("= "),
+        f"{mde:.{digits}f}" if math.isfinite(mde) else "",
     ]
 
 
-def parts_table(summary: Mapping[str, Any], parts: Sequence[str]) -> Table:
+def parts_table(summary: Summary, parts: Sequence[str]) -> Table:
     """Methods by parts of scorers: what a gain is made of. No marks: no claim rests on these."""
     rows = []
-    for name, method in summary["methods"].items():
+    for name, method in summary.methods.items():
         row = [name]
         for part in parts:
-            digits, entry = decimals(summary, part), method["vs_base"].get(part)
-            difference = f" ({entry['difference']:+.{digits}f})" if entry else ""
-            row.append(f"{method['scores'][part]['mean']:.{digits}f}{difference}")
+            digits, entry = decimals(summary, part), method.vs_base.get(part)
+            difference = f" ({entry.difference:+.{digits}f})" if entry else ""
+            row.append(f"{method.scores[part].mean:.{digits}f}{difference}")
         rows.append(tuple(row))
     return Table(("method", *parts), tuple(rows))
 
 
-def pairs_table(summary: Mapping[str, Any]) -> Table:
+def pairs_table(summary: Summary) -> Table:
     """Each two methods on each scorer."""
     rows = []
-    for pair in summary["pairs"]:
+    for pair in summary.pairs:
         cells = []
-        for scorer in summary["scorers"]:
-            entry, digits = pair["scores"][scorer], decimals(summary, scorer)
-            text = f"{entry['difference']:+.{digits}f}{_stars(entry['p_holm'])}, {percent(entry['win_rate'])}"
+        for scorer in summary.scorers:
+            entry, digits = pair.scores[scorer], decimals(summary, scorer)
+            text = f"{entry.difference:+.{digits}f}{_stars(entry)}, {percent(entry.win_rate)}"
             cells.append(Cell(text, _tone(entry)))
-        rows.append((f"{pair['method']} against {pair['other']}", *cells))
-    return Table(("difference, win rate", *summary["scorers"]), tuple(rows))
+        rows.append((f"{pair.method} against {pair.other}", *cells))
+    return Table(("difference, win rate", *summary.scorers), tuple(rows))
 
 
-def hacking_table(summary: Mapping[str, Any]) -> Table:
-    """One row per method; the columns are whatever was measured."""
-    groups = ("diversity", "indices", "drift")
-    measured = {
-        name: {key: value for group in groups for key, value in method.get(group, {}).items()}
-        for name, method in summary["methods"].items()
-    }
+def hacking_table(summary: Summary) -> Table:
+    """One row per method; the columns are what was measured, and `selected by` where a scorer selected."""
+    measured = {}
+    for name, method in summary.methods.items():
+        found = method.diagnostics
+        measured[name] = {**(found.diversity or {}), **(found.indices or {}), **(found.drift or {})}
     keys = list(dict.fromkeys(key for values in measured.values() for key in values))
+    selected = any(method.selected_by for method in summary.methods.values())
     rows = []
-    for name, method in summary["methods"].items():
-        gains = method.get("gap") or {}
-        cells = [_signed(gains.get(key)) for key in ("trained", "heldout", "gap")]
-        trained_on = ", ".join(method.get("trained_on", ())) or "-"
-        values = [measured[name].get(key) for key in keys]
-        rows.append((name, trained_on, *cells, *("-" if v is None else f"{v:#.3g}" for v in values)))
-    header = ("method", "trained on", "gain, trained", "gain, held out", "gap")
+    for name, method in summary.methods.items():
+        scorers = [", ".join(method.trained_on) or "-", *([", ".join(method.selected_by) or "-"] if selected else [])]
+        gap = method.gap
+        gains = (gap.trained, gap.heldout, gap.gap) if gap else (math.nan,) * 3
+        values = [measured[name].get(key, math.nan) for key in keys]
+        rows.append((name, *scorers, *(_or_dash(v, "+.2f") for v in gains), *(_or_dash(v, "#.3g") for v in values)))
+    header = ("method", "trained on", *(["selected by"] if selected else []), "gain, trained", "gain, held out", "gap")
     return Table((*header, *(key.replace("_", " ") for key in keys)), tuple(rows))
 
 
-def extremes_table(summary: Mapping[str, Any]) -> Table:
+def extremes_table(summary: Summary) -> Table:
     """Prompts that gained and lost most on the first scorer."""
-    digits = decimals(summary, summary["scorers"][0])
+    digits = decimals(summary, summary.headline)
     rows = tuple(
-        (name, Cell(f"{row['difference']:+.{digits}f}", tone), row["prompt"])
-        for name, method in summary["methods"].items()
-        if name != summary["base"]
-        for tone, side in (("good", "gained"), ("bad", "lost"))
-        for row in method["extremes"][side]
+        (name, Cell(f"{row.difference:+.{digits}f}", tone), row.prompt)
+        for name, method in summary.tuned.items()
+        for tone, side in (("good", method.extremes.gained), ("bad", method.extremes.lost))
+        for row in side
     )
     return Table(("method", "difference", "prompt"), rows, prose=True)
 
 
-def decimals(summary: Mapping[str, Any], scorer: str) -> int:
+def decimals(summary: Summary, scorer: str) -> int:
     """Enough to show differences of a thousandth of the score's size."""
-    size = abs(summary["methods"][summary["base"]]["scores"][scorer]["mean"])
+    size = abs(summary.methods[summary.base].scores[scorer].mean)
     return 4 if size < 2 else 3 if size < 200 else 1
 
 
-def _tone(entry: Entry) -> str:
-    return {"better": "good", "worse": "bad"}.get(verdict(entry), "")
+def not_held_out(method: MethodSummary, scorer: str, trained: str = "trained") -> str:
+    """The mark of a scorer that is no independent evidence for a method; empty where it is.
 
-
-def _stars(p: float) -> str:
-    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+    Args:
+        trained: the word for a scorer the method was trained on.
+    """
+    marks = [trained] * (scorer in method.trained_on) + ["selected by"] * (scorer in method.selected_by)
+    return f" ({', '.join(marks)})" if marks else ""
 
 
 def p_text(p: float) -> str:
@@ -138,5 +135,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
+def _tone(entry: ComparisonEntry) -> str:
+    return {"better": "good", "worse": "bad"}.get(entry.evidence, "")
+
+
+def _stars(entry: ComparisonEntry) -> str:
+    """A star for each level that the corrected p-value is below."""
+    return "*" * sum(entry.p_holm < level for level in (0.05, 0.01, 0.001))
+
+
+def _or_dash(value: float, spec: str) -> str:
+    return format(value, spec) if math.isfinite(value) else "-"

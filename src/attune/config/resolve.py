@@ -1,0 +1,166 @@
+"""From the parameter files to checked, typed settings.
+
+`params.yaml` names the profile, `params/<profile>.yaml` holds what it decides, and an untracked `params.local.yaml` may
+override single values of it. Every block is strict, and a method, scorer or source checks its own (`Config`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from attune.config import plugins
+from attune.config.profile import Generate, Params, Profile, Run
+from attune.config.schema import ConfigError, check
+from attune.config.search import Config as SearchConfig
+from attune.config.settings import MethodConfig, Model, PreferenceConfig, Sampling, ScorerConfig, SourceConfig
+
+PARAMS, LOCAL, PROFILES = Path("params.yaml"), Path("params.local.yaml"), Path("params")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer of a profile: its name there, the plug-in it is, and that plug-in's settings."""
+
+    name: str
+    plugin: str
+    config: ScorerConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the parameter files decide, every default filled in."""
+
+    profile: str
+    runs: Mapping[str, Run]
+    tracking: str | None
+    seed: int
+    threads: int
+    allow_cpu: bool
+    model: Model
+    sampling: Sampling
+    source: str
+    data: SourceConfig
+    preference: PreferenceConfig | None
+    methods: Mapping[str, MethodConfig]  # of every run that trains, and of blocks that no run uses
+    generate: Generate
+    scorers: Mapping[str, Scorer]
+    search: Mapping[str, SearchConfig]
+
+    def method_of(self, name: str) -> str:
+        """The method that the block `methods.<name>` belongs to."""
+        return method_of(name, self.runs)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """A YAML file as plain values. ruamel, not PyYAML: DVC writes `1e-05`, which PyYAML reads as a string."""
+    try:
+        values = YAML(typ="safe").load(Path(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; run from the repository's root") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping, found {type(values).__name__}")
+    return values
+
+
+def load(root: Path | str = ".") -> Settings:
+    """Reads and checks the parameter files below `root`.
+
+    Raises:
+        ConfigError: with a line for each mistake, naming key and file.
+    """
+    root = Path(root)
+    params = check(Params, read_yaml(root / PARAMS))
+    return resolve(params, _profile_values(root, params.profile), f"params/{params.profile}.yaml:")
+
+
+def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Settings:
+    """Checks a profile's values, with the blocks of its plug-ins.
+
+    Args:
+        where: put before the keys of the profile in messages, without a dot between them.
+    """
+    profile = check(Profile, values, where)
+    plugins.find("backbones", profile.model.backbone, f"{where}model.backbone")
+    for name, run in params.runs.items():
+        if run.method is not None:
+            plugins.find("methods", run.method, f"runs.{name}.method")
+    source, data = _source(profile.data, where)
+    searched = [name for name in profile.search if method_of(name, params.runs) in plugins.available("methods")]
+    trained = [name for name, run in params.runs.items() if run.method is not None]
+    blocks = {name: {} for name in [*trained, *searched]} | dict(profile.methods)
+    methods = {
+        name: plugins.plugin_config("methods", method_of(name, params.runs), block, f"{where}methods.{name}")
+        for name, block in blocks.items()
+    }
+    preference = profile.preference and check(PreferenceConfig, profile.preference, f"{where}preference")
+    return Settings(
+        profile=params.profile,
+        runs=params.runs,
+        tracking=params.tracking,
+        **{key: getattr(profile, key) for key in ("seed", "threads", "allow_cpu", "model", "sampling", "generate")},
+        source=source,
+        data=data,
+        preference=preference or None,
+        methods=methods,
+        scorers={name: _scorer(name, block, where) for name, block in profile.scorers.items()},
+        search={name: check(SearchConfig, block, f"{where}search.{name}") for name, block in profile.search.items()},
+    )
+
+
+def method_of(name: str, runs: Mapping[str, Run]) -> str:
+    """The method a block `methods.<name>` belongs to: its run's, or of a block without a run, as its name begins."""
+    run = runs.get(name)
+    if run is not None and run.method is not None:
+        return run.method
+    methods = sorted(plugins.available("methods"), key=len)
+    return next((method for method in reversed(methods) if f"{name}_".startswith(f"{method}_")), name)
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with others put over them: mappings are merged, everything else is replaced."""
+    result = dict(values)
+    for key, change in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(change, Mapping)
+        result[key] = merged(old, change) if both else change
+    return result
+
+
+def _profile_values(root: Path, profile: str) -> dict[str, Any]:
+    """What params/<profile>.yaml says, with params.local.yaml over it."""
+    file = root / PROFILES / f"{profile}.yaml"
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in (root / PROFILES).glob("*.yaml"))) or "none"
+        raise ConfigError(f"profile: there is no {PROFILES / file.name}; there are: {known}")
+    values = read_yaml(file)
+    if not (root / LOCAL).exists():
+        return values
+    local = read_yaml(root / LOCAL)
+    if unknown := sorted(set(local) - {path.stem for path in (root / PROFILES).glob("*.yaml")}):
+        raise ConfigError(
+            f"{LOCAL}: {unknown[0]} is not a profile; this file overrides values of profiles, say "
+            f"`{profile}: {{threads: 4}}`, and DVC reads profile and runs from {PARAMS} alone"
+        )
+    return merged(values, local.get(profile) or {})
+
+
+def _source(block: Mapping[str, Any], where: str) -> tuple[str, SourceConfig]:
+    rest = {key: value for key, value in block.items() if key != "source"}
+    return block.get("source"), plugins.plugin_config("sources", block.get("source"), rest, f"{where}data")
+
+
+def _scorer(name: str, block: Mapping[str, Any], where: str) -> Scorer:
+    plugin = block.get("scorer", name)
+    if plugin not in plugins.available("rewards"):
+        known = ", ".join(plugins.available("rewards"))
+        raise ConfigError(f"{where}scorers.{name}.scorer: no scorer {plugin!r}; there are {known}")
+    rest = {key: value for key, value in block.items() if key != "scorer"}
+    return Scorer(name, plugin, plugins.plugin_config("rewards", plugin, rest, f"{where}scorers.{name}"))

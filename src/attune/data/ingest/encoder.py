@@ -1,0 +1,50 @@
+"""The latents of images: each image once, cropped to the model's square, encoded in batches, appended to a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from attune.data.arrays import ArrayFile
+from attune.data.images import resize_center_crop
+from attune.data.ingest.reader import DecodedImage, to_tensor
+from attune.interfaces import Backbone
+
+MAX_IMAGES, MAX_PIXELS = 64, 2**21  # of a batch: 64 images, but 8 of 512 px or 2 of 1024 px; an encoder needs GBs
+
+
+def images_per_batch(resolution: int) -> int:
+    """How many square images of that side, in pixels, are encoded or scored at a time."""
+    return max(1, min(MAX_IMAGES, MAX_PIXELS // resolution**2))
+
+
+class ImageEncoder:
+    """Gives every image a row of the latents file and encodes it when its batch is full."""
+
+    def __init__(self, backbone: Backbone, latents: ArrayFile):
+        self._backbone, self._latents = backbone, latents
+        self._device = next(backbone.denoiser.parameters()).device
+        self._batch_size = images_per_batch(backbone.resolution)
+        self._rows: dict[bytes, int] = {}  # by digest
+        self._pending: list[np.ndarray] = []  # squares, uint8 (side, side, 3)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._rows
+
+    def row(self, image: DecodedImage) -> int:
+        """The image's row of the latents. An image that has none yet must come with its pixels."""
+        if image.digest not in self._rows:
+            self._rows[image.digest] = len(self._rows)
+            self._pending.append(resize_center_crop(image.image, self._backbone.resolution))
+            if len(self._pending) == self._batch_size:
+                self.flush()
+        return self._rows[image.digest]
+
+    def flush(self) -> None:
+        """Writes the images of a batch that is not full; without any image at all, no rows of the right shape."""
+        if self._pending:
+            images = to_tensor(np.stack(self._pending), self._device)
+            self._latents.append(self._backbone.encode_images(images))
+            self._pending.clear()
+        elif not self._latents.rows:
+            self._latents.append(torch.zeros((0, *self._backbone.latent_shape)))

@@ -1,0 +1,94 @@
+"""Writes the prepared data: rows are checked one by one, images and prompts encoded in batches and streamed to disk.
+
+Memory holds a few batches of images and the tables, about 1 kB per pair. The folder is renamed into place when it is
+complete; a run that is interrupted starts again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from attune.data.arrays import ArrayFile
+from attune.data.ingest.encoder import ImageEncoder, images_per_batch
+from attune.data.ingest.ingest import Ingest, Rules
+from attune.data.ingest.reader import ImageReader
+from attune.data.ingest.scorer import ImageScorer
+from attune.data.quarantine import Quarantine
+from attune.data.rows import Row, SourceError
+from attune.data.splits import SPLITS, check_splits
+from attune.interfaces import Backbone, Reward
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_PER_BATCH = 64
+TEST_PROMPTS = "test_prompts.parquet"
+
+
+def write_prepared(
+    folder: Path,
+    rows: Iterable[Row],
+    backbone: Backbone,
+    scorers: Mapping[str, Reward],
+    quarantine: Quarantine,
+    rules: Rules,
+) -> dict[str, float]:
+    """Writes the folder that `PreparedData` reads; returns counts.
+
+    Raises:
+        TooManyBadRows: more than `rules.max_bad_share`.
+        SourceError: no usable row, or fewer prompts or pairs than `rules.wanted`; data prepared before stays.
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    with ArrayFile(part / "latents.npy") as latents:
+        ingest = _ingest(backbone, scorers, latents, quarantine, rules)
+        for row in tqdm(rows, desc="prepare", unit="row"):
+            ingest.add(row)
+        prompts, pairs = ingest.finish()
+    counts = ingest.counts(prompts, pairs)
+    _check_counts(counts, rules)
+    prompts.to_parquet(part / "prompts.parquet", index=False)
+    # a file of their own, so that images are not generated again when only training prompts have changed
+    prompts[prompts.split == "test"][["prompt"]].to_parquet(part / TEST_PROMPTS, index=False)
+    pairs.to_parquet(part / "pairs.parquet", index=False)
+    write_prompts(part, prompts.prompt.tolist(), backbone)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return counts
+
+
+def _ingest(
+    backbone: Backbone, scorers: Mapping[str, Reward], latents: ArrayFile, quarantine: Quarantine, rules: Rules
+) -> Ingest:
+    device = next(backbone.denoiser.parameters()).device
+    scorer = ImageScorer(scorers, images_per_batch(backbone.resolution), device)
+    return Ingest(ImageReader(rules.min_side), ImageEncoder(backbone, latents), scorer, quarantine, rules)
+
+
+def _check_counts(counts: Mapping[str, float], rules: Rules) -> None:
+    if not counts["prompts"]:
+        raise SourceError("the source has no usable row")
+    check_splits(counts, rules.wanted)
+    for split in SPLITS:
+        if not counts[f"prompts/{split}"]:
+            logger.warning("no %s prompts", split)
+
+
+def write_prompts(folder: Path, prompts: Sequence[str], backbone: Backbone) -> None:
+    """`prompt.<name>.npy` (P, ...) for each conditioning tensor."""
+    starts = range(0, len(prompts), PROMPTS_PER_BATCH)
+    with ExitStack() as stack:
+        files: dict[str, ArrayFile] = {}
+        for start in tqdm(starts, desc="encode prompts", unit="batch"):
+            cond = backbone.encode_prompts(prompts[start : start + PROMPTS_PER_BATCH])
+            for name, value in cond.tensors.items():
+                if name not in files:
+                    files[name] = stack.enter_context(ArrayFile(folder / f"prompt.{name}.npy"))
+                files[name].append(value)

@@ -1,0 +1,81 @@
+"""The prepared data on disk, and how batches are drawn from it.
+
+data/<profile>/prepared/
+    prompts.parquet     prompt, split; the prompts of a split lie together
+    pairs.parquet       prompt, image_0, image_1 (rows of the latents), label_0, split, and what the source adds;
+                        `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with
+    latents.npy         (n, C, h, w), scaled
+    prompt.<name>.npy   (P, ...) for each conditioning tensor, a row per row of prompts.parquet
+
+Arrays are mapped, not read: a batch costs its own rows, however large the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from attune.data.arrays import read_array
+from attune.data.batches import PairBatch, PromptBatch
+from attune.interfaces import Conditioning
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """One split: prompts with their encoding, and pairs that point into latents; batches go to `device`."""
+
+    prompts: Sequence[str]
+    cond: Conditioning  # a row per prompt
+    pairs: pd.DataFrame
+    latents: Tensor
+    device: torch.device | str = "cpu"
+
+    @staticmethod
+    def read(folder: Path, split: str, device: torch.device | str = "cpu", keep_ties: bool = False) -> PreparedData:
+        """Opens a split, without ties unless they are kept.
+
+        Raises:
+            FileNotFoundError: the prepare stage has not run.
+        """
+        if not (folder / "latents.npy").exists():
+            raise FileNotFoundError(f"{folder} holds no prepared data; run the prepare stage first")
+        table = pd.read_parquet(folder / "prompts.parquet")
+        pairs = pd.read_parquet(folder / "pairs.parquet")
+        pairs = pairs[pairs.split == split]
+        rows = np.flatnonzero(table.split == split)
+        here = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)
+        prompts = table.prompt[here].tolist()
+        files = {path.stem.removeprefix("prompt."): path for path in sorted(folder.glob("prompt.*.npy"))}
+        cond = Conditioning({name: read_array(path)[here] for name, path in files.items()})
+        place = {prompt: row for row, prompt in enumerate(prompts)}
+        pairs = pairs.assign(prompt_row=pairs.prompt.map(place).astype("int64"))
+        data = PreparedData(prompts, cond, pairs, read_array(folder / "latents.npy"), device)
+        return data.with_pairs(pairs, keep_ties)
+
+    def with_pairs(self, pairs: pd.DataFrame, keep_ties: bool = False) -> PreparedData:
+        """The same split with other labels. Ties are dropped unless kept: they have no chosen image."""
+        pairs = pairs[keep_ties | (pairs.label_0 != 0.5)].reset_index(drop=True)
+        return replace(self, pairs=pairs.assign(weight=1 / pairs.groupby("prompt").prompt.transform("size")))
+
+    def pair_batch(self, rows: Tensor | Sequence[int]) -> PairBatch:
+        """Those pairs as a batch."""
+        chosen = self.pairs.iloc[list(map(int, rows))]
+        return PairBatch(
+            chosen.prompt.tolist(),
+            self.cond[torch.tensor(chosen.prompt_row.to_numpy())].to(self.device),
+            self.latents[torch.tensor(chosen.image_0.to_numpy())].to(self.device),
+            self.latents[torch.tensor(chosen.image_1.to_numpy())].to(self.device),
+            torch.tensor(chosen.label_0.to_numpy(), dtype=torch.float32, device=self.device),
+            torch.tensor(chosen.weight.to_numpy(), dtype=torch.float32, device=self.device),
+        )
+
+    def prompt_batch(self, rows: Tensor | Sequence[int]) -> PromptBatch:
+        """Those prompts as a batch."""
+        rows = torch.as_tensor(rows)
+        return PromptBatch([self.prompts[int(r)] for r in rows], self.cond[rows].to(self.device))

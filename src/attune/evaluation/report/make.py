@@ -1,0 +1,107 @@
+"""The report from the files of finished stages: summary.json, report.md, report.html and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from attune.evaluation.diagnostics import diagnostics
+from attune.evaluation.images import read_images
+from attune.evaluation.protocol import read_comparable
+from attune.evaluation.report import figures
+from attune.evaluation.report.document import Picture
+from attune.evaluation.report.render import to_html, to_markdown
+from attune.evaluation.summarise import summarise
+from attune.evaluation.summary import Summary
+from attune.files import write_atomically
+
+GRID_PROMPTS = 10
+
+
+def make_report(
+    runs: Sequence[str],
+    reports: Path,
+    generated: Path,
+    *,
+    trained_on: Mapping[str, Sequence[str]],
+    selected_by: Mapping[str, Sequence[str]],
+    seed: int,
+) -> Summary:
+    """Compares runs under one protocol, and writes summary.json, report.md, report.html and figures/ into `reports`.
+
+    Args:
+        runs: names, the base first.
+        reports: folder with scores/<run>.parquet; and, where there are any, features/<run>.npy, train/<run>.csv and
+            train/preference.json.
+        generated: folder of the runs' folders of images.
+        trained_on: run -> scorers it optimised, itself or where it started.
+        selected_by: run -> scorers that early stopping or a search chose it by.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the runs cannot be compared, see `protocol.read_comparable` and `summarise`.
+    """
+    base = runs[0]
+    tables, protocol = read_comparable({name: reports / "scores" / f"{name}.parquet" for name in runs})
+    summary = summarise(
+        tables,
+        protocol,
+        base=base,
+        trained_on=trained_on,
+        selected_by=selected_by,
+        diagnostics=diagnostics(tables, generated, reports / "features", base),
+        seed=seed,
+    )
+    drawn = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
+    if summary.tuned:
+        drawn["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))
+        drawn["difference"] = ("Score difference to base", figures.score_difference_plot(summary))
+    drawn |= _training_figures(runs, reports / "train")
+    write_report(reports, summary, _save(drawn, reports / "figures"))
+    return summary
+
+
+def write_report(directory: str | Path, summary: Summary, pictures: Sequence[Picture] = ()) -> None:
+    """Writes summary.json, report.md and report.html into `directory`, each atomically."""
+    files = {
+        "summary.json": summary.to_json(),
+        "report.md": to_markdown(summary, pictures),
+        "report.html": to_html(summary, pictures),
+    }
+    for name, text in files.items():
+        write_atomically(Path(directory) / name, text.encode())
+
+
+def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated: Path) -> Image.Image:
+    """A few prompts, evenly spread over the table, with each run's image and its headline score."""
+    base = tables[summary.base]
+    rows = np.linspace(0, len(base) - 1, GRID_PROMPTS).astype(int)
+    shown = {name: read_images(generated / name, table["file"].iloc[rows]) for name, table in tables.items()}
+    scores = {name: table[summary.headline].iloc[rows].tolist() for name, table in tables.items()}
+    return figures.image_grid(shown, base["prompt"].iloc[rows].tolist(), scores)
+
+
+def _training_figures(runs: Sequence[str], train: Path) -> dict[str, tuple[str, Image.Image]]:
+    """What the trainings here logged, if there were any: the runs' curves, and the preference model's accuracy."""
+    drawn = {}
+    if curves := {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}:
+        drawn["curves"] = ("Training curves", figures.training_curves(curves))
+    preference = train / "preference.json"
+    if preference.exists() and (accuracy := json.loads(preference.read_text())["accuracy_by_t"]):
+        drawn["accuracy_by_t"] = ("Preference accuracy by timestep", figures.accuracy_by_t_plot(accuracy))
+    return drawn
+
+
+def _save(drawn: Mapping[str, tuple[str, Image.Image]], folder: Path) -> list[Picture]:
+    """Writes name -> (title, picture) as <name>.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, (title, picture) in drawn.items():
+        picture.save(folder / f"{name}.png")
+        pictures.append(Picture(title, f"{folder.name}/{name}.png", (folder / f"{name}.png").read_bytes()))
+    return pictures

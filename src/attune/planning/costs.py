@@ -1,0 +1,176 @@
+"""What each stage will do and roughly cost, as rows of a table; what cannot be known beforehand is "unknown".
+
+Memory is counted, not measured: weights, and for what trains gradients and the optimizer's state. Activations come on
+top and depend on batch size, resolution and gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+from attune.config import plugins
+from attune.config.resolve import Settings
+from attune.config.settings import MethodConfig, TrainingConfig
+from attune.data.rows import SourceError
+from attune.hub import count_parameters
+from attune.planning.make import needs
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+UNKNOWN = "unknown"
+GB = 1e9
+STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
+BYTES_PER_PAIR = 2000  # of the tables, with scores
+BYTES_PER_LATENT = 16  # four channels of float32, one for 64 pixels
+BYTES_PER_PIXEL = 1.5  # of a PNG of a photograph
+PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage of the table; every cell is text."""
+
+    stage: str
+    does: str
+    sees: str = ""
+    gpu: str = ""  # memory on the GPU; on the host, if there is none
+    host: str = ""  # memory on the host
+    disk: str = ""
+    download: str = ""
+    time: str = UNKNOWN
+
+
+class Facts(Protocol):
+    """How large a base model is; each file of attune/backbones has one, `facts(model)`."""
+
+    denoiser: int  # numbers of weights
+    text_encoders: int
+    autoencoder: int
+    resolution: int  # pixels
+
+
+def facts(s: Settings) -> Facts:
+    """Of a base model here as its files say, without loading it; else what published ones of its kind have."""
+    return plugins.load("backbones", s.model.backbone).facts(s.model)
+
+
+def rows(
+    s: Settings, downloads: Mapping[str, float | None], seconds: Mapping[str, float], rows_here: Mapping[str, int]
+):
+    """The table, stage by stage.
+
+    Args:
+        downloads: stage -> bytes to download, None if unknown.
+        seconds: stage -> how long it took the last time on this machine, doing the same.
+        rows_here: training `pairs` and `prompts` that are prepared already, if they are.
+    """
+    for row in _rows(s, facts(s), known_rows(s) | dict(rows_here)):
+        stage = row.stage
+        took = f"{_duration(seconds[stage])} (last time)" if stage in seconds else UNKNOWN
+        yield replace(row, download=_size(downloads.get(stage, 0)), time=took)
+
+
+def known_rows(s: Settings) -> dict[str, int]:
+    """Training `prompts` and `pairs`, as far as they are known before any work; a limit on pairs counts as reached."""
+    try:
+        known = plugins.load("sources", s.source).split_sizes(s.data) or {}
+    except SourceError:  # the problems say what is wrong with the data
+        known = {}
+    found = {kind: known[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in known}
+    limit = getattr(s.data, "pairs", None)
+    return found if "pairs" in found or limit is None else {**found, "pairs": limit}
+
+
+def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row]:
+    frozen, pairs, prompts = _frozen(s, weights), sizes.get("pairs"), sizes.get("prompts")
+    pixels, images = weights.resolution**2, s.generate.prompts * s.generate.images_per_prompt
+    found = f"source {s.source}: {_many(prompts)} training prompts, {_many(pairs)} pairs"
+    latents = None if pairs is None else 2 * pairs * pixels / 64 * BYTES_PER_LATENT  # no image in two pairs, at most
+    tables = (pairs or 0) * BYTES_PER_PAIR
+    yield Row("prepare", found, gpu=_size(frozen), host=_size(frozen + tables), disk=_size(latents))
+    yield _preference(s, weights, pairs)
+    for name, run in s.runs.items():
+        yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
+    for name in s.runs:
+        host, disk = _size(frozen + images * pixels * 6), _size(images * pixels * BYTES_PER_PIXEL)
+        yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), host=host, disk=disk)
+    for name in s.runs:
+        yield Row(f"evaluate@{name}", f"{images:,} images by {', '.join(s.scorers)}")
+    yield Row("report", f"{len(s.runs)} runs compared")
+
+
+def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
+    config = s.preference
+    if config is None or not any(needs(run.method, "preference_model") for run in s.runs.values()):
+        return Row("train_preference", "nothing: no run needs the preference model")
+    clip = Path(config.clip)
+    own = count_parameters(clip) if clip.is_dir() else PREFERENCE_WEIGHTS
+    frozen = _frozen(s, weights)
+    does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
+    gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
+    return Row("train_preference", does, sees, _size(gpu), _size(own * 4 + frozen), _size(disk))
+
+
+def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
+    config, method = s.methods[name], s.runs[name].method
+    kind = plugins.load("methods", method).Method.consumes
+    does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
+    disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
+    gpu, host = _training_memory(config, s, weights), _frozen(s, weights)
+    return Row(f"align@{name}", does, sees, _size(gpu), _size(host), _size(disk))
+
+
+def _training(config: TrainingConfig, kind: str) -> str:
+    steps = f", a step each {config.accumulation} minibatches" if config.accumulation > 1 else ""
+    return f"{config.batches:,} batches of {config.batch_size} {kind}{steps}"
+
+
+def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
+    seen = config.batches * config.batch_size
+    return f"{seen:,} {kind}, " + (f"{seen / n:.3g} epochs" if n else f"epochs {UNKNOWN}")
+
+
+def _frozen(s: Settings, weights: Facts) -> float:
+    """Bytes of the base model's networks as they are loaded."""
+    half = BYTES[s.model.dtype]
+    return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
+
+
+def _training_memory(config: MethodConfig, s: Settings, weights: Facts) -> float:
+    """All networks, and for full fine-tuning the float32 weights, their gradients, moments and frozen copy."""
+    frozen = _frozen(s, weights)
+    if config.lora is not None:
+        return frozen
+    return frozen + weights.denoiser * (STATE[config.optimizer] + 4 - BYTES[s.model.dtype])
+
+
+def _size(n: float | None) -> str:
+    if n is None:
+        return UNKNOWN
+    return "" if n == 0 else f"{n / GB:.1f} GB" if n >= 0.1 * GB else f"{n / 1e6:.0f} MB"
+
+
+def _many(n: int | None) -> str:
+    return UNKNOWN if n is None else f"{n:,}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def as_text(table: list[Row]) -> str:
+    """The table with aligned columns, for a terminal."""
+    names = {"gpu": "GPU, without activations", "host": "host memory"}
+    columns = [field.name for field in fields(Row)]
+    lines = [[names.get(name, name) for name in columns]] + [[getattr(row, name) for name in columns] for row in table]
+    used = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)

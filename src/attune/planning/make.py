@@ -1,0 +1,254 @@
+"""From settings to the plans of all stages, as values; nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from attune.config import plugins
+from attune.config.plan import (
+    EvaluatePlan,
+    GeneratePlan,
+    Plugin,
+    PreferencePlan,
+    PreparePlan,
+    ReportPlan,
+    RunPlan,
+    SearchPlan,
+    Session,
+    plan_file,
+)
+from attune.config.profile import BASE, DATA, PREFERENCE
+from attune.config.resolve import Settings
+from attune.config.schema import StrictModel
+from attune.config.settings import MethodConfig, locations
+from attune.planning.code import code_digests
+from attune.planning.local_files import Digests
+
+PREVIEW_PROMPTS = 6
+
+
+def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
+    """Every plan file and what it holds."""
+    runs = {name: run_plan(name, settings, digests) for name in settings.runs}
+    plans: dict[Path, StrictModel] = {
+        plan_file("prepare"): _prepare(settings, digests),
+        plan_file("preference"): _preference(settings, digests),
+        plan_file("report"): _report(settings, runs),
+        plan_file("session"): Session(
+            profile=settings.profile,
+            tracking=settings.tracking,
+            threads=settings.threads,
+            samples=settings.generate.sampling,
+            wanted=wanted_rows(settings),
+        ),
+    }
+    for name, run in runs.items():
+        plans[plan_file("align", name)] = run
+        plans[plan_file("generate", name)] = _generate(name, settings, digests)
+        plans[plan_file("evaluate", name)] = _evaluate(name, settings, digests)
+        plans[plan_file("sweep", name)] = _search(run, settings, digests)
+    return plans
+
+
+def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
+    """The plan of a run. What it starts from is another run's model, if it comes after one."""
+    run = settings.runs[name]
+    config = settings.methods[name] if run.method is not None else None
+    asked = _asked(config)
+    modules = ["attune.stages.align", plugins.module_name("backbones", settings.model.backbone)]
+    if run.method is not None:
+        modules.append(plugins.module_name("methods", run.method))
+    if needs(run.method, "preference_model"):
+        modules.append("attune.spm.model")
+    modules += [plugins.module_name("rewards", settings.scorers[scorer].plugin) for scorer in asked]
+    return RunPlan(
+        profile=settings.profile,
+        run=name,
+        seed=settings.seed,
+        model=settings.model,
+        method=None if config is None else _plugin("methods", run.method, config),
+        released=run.released,
+        after=None if run.after in (DATA, PREFERENCE) else run.after,
+        needs_preference=needs(run.method, "preference_model"),
+        scorers={scorer: _scorer(scorer, settings) for scorer in asked},
+        trained_on=trained_on(name, settings),
+        selected_by=selected_by(name, settings),
+        files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
+        code=code_digests(modules if config else ["attune.stages.align"]),
+    )
+
+
+def trained_on(name: str, settings: Settings) -> list[str]:
+    """The scorers that a run was trained on, itself or by what it comes after: its gains there are no evidence.
+
+    Those of its method; the preference model's, which are the scorer whose CLIP it started from and the one that
+    labelled its pairs; those of the run it goes on from; and what a released model states.
+    """
+    run = settings.runs.get(name)
+    if run is None:
+        return []
+    found = list(run.trained_on)
+    if run.method is not None:
+        if run.after not in (DATA, PREFERENCE, name):
+            found += trained_on(run.after, settings)
+        found += settings.methods[name].trained_on
+        if needs(run.method, "preference_model"):
+            found += preference_trained_on(settings)
+    return list(dict.fromkeys(found))
+
+
+def preference_trained_on(settings: Settings) -> list[str]:
+    """The scorers behind the preference model: those with the weights it starts from, and the one that labels pairs."""
+    preference = settings.preference
+    if preference is None:
+        return []
+    starts = [
+        name for name, scorer in settings.scorers.items() if getattr(scorer.config, "path", None) == preference.clip
+    ]
+    return starts + ([preference.ai_feedback.scorer] if preference.ai_feedback else [])
+
+
+def selected_by(name: str, settings: Settings) -> list[str]:
+    """The scorers by which a run was selected: its early stopping, and a search of its settings."""
+    found: list[str] = []
+    config = settings.methods.get(name)
+    if config is not None and name in settings.runs and config.validation and config.validation.patience:
+        found.append(config.validation.scorer)
+    return list(dict.fromkeys(found))
+
+
+def needs(method: str | None, what: str) -> bool:
+    """Whether a method needs `preference_model` or `rewards`."""
+    return method is not None and what in plugins.load("methods", method).Method.needs
+
+
+def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
+    source = plugins.load("sources", settings.source)
+    modules = ["attune.stages.prepare", plugins.module_name("sources", settings.source)]
+    modules.append(plugins.module_name("backbones", settings.model.backbone))
+    modules += [plugins.module_name("rewards", settings.scorers[name].plugin) for name in settings.data.score_with]
+    files = [*_paths(settings.model), *source.needs_files(settings.data), *_weights(settings.data.score_with, settings)]
+    return PreparePlan(
+        profile=settings.profile,
+        seed=settings.seed,
+        model=settings.model,
+        sampling=settings.sampling,
+        source=_plugin("sources", settings.source, settings.data),
+        score_with={name: _scorer(name, settings) for name in settings.data.score_with},
+        files=digests.of(files),
+        code=code_digests(modules),
+    )
+
+
+def wanted_rows(settings: Settings) -> dict[str, int]:
+    """`prompts/<split>` and `pairs/<split>` -> the fewest that what is asked for needs, as `prepare` counts them."""
+    trained = {name: run for name, run in settings.runs.items() if run.method is not None}
+    consumed = {plugins.load("methods", run.method).Method.consumes for run in trained.values()}
+    watched = [config.validation for name, config in settings.methods.items() if name in trained]
+    validation = [each.prompts for each in watched if each] + [
+        search.prompts for name, search in settings.search.items() if name in trained
+    ]
+    pairs = "pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())
+    wanted = {
+        "prompts/train": int(bool(trained)),
+        "prompts/validation": max(validation, default=0),
+        "prompts/test": settings.generate.prompts,
+        "pairs/train": int(pairs),
+    }
+    return {name: n for name, n in wanted.items() if n}
+
+
+def _preference(settings: Settings, digests: Digests) -> PreferencePlan:
+    config = (
+        settings.preference if any(needs(run.method, "preference_model") for run in settings.runs.values()) else None
+    )
+    modules = ["attune.stages.train_preference", plugins.module_name("backbones", settings.model.backbone)]
+    return PreferencePlan(
+        profile=settings.profile,
+        seed=settings.seed,
+        model=settings.model,
+        settings=None if config is None else config.model_dump(mode="json"),
+        files=digests.of([*_paths(settings.model), *_paths(config)]) if config else {},
+        code=code_digests(modules) if config else {},
+    )
+
+
+def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
+    run = settings.runs[name]
+    modules = ["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]
+    return GeneratePlan(
+        profile=settings.profile,
+        run=name,
+        seed=settings.seed,
+        model=settings.model,
+        generate=settings.generate,
+        files=digests.of([*_paths(settings.model), *_paths(run)]),
+        code=code_digests(modules),
+    )
+
+
+def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
+    used = [plugins.module_name("rewards", scorer.plugin) for scorer in settings.scorers.values()]
+    return EvaluatePlan(
+        profile=settings.profile,
+        run=name,
+        scorers={scorer: _scorer(scorer, settings) for scorer in settings.scorers},
+        files=digests.of(_weights(settings.scorers, settings)),
+        code=code_digests(["attune.stages.evaluate", *used]),
+    )
+
+
+def _report(settings: Settings, runs: Mapping[str, RunPlan]) -> ReportPlan:
+    return ReportPlan(
+        profile=settings.profile,
+        seed=settings.seed,
+        runs=[BASE, *(name for name in runs if name != BASE)],
+        trained_on={name: run.trained_on for name, run in runs.items() if run.trained_on},
+        selected_by={name: run.selected_by for name, run in runs.items() if run.selected_by},
+        code=code_digests(["attune.stages.report"]),
+    )
+
+
+def _search(run: RunPlan, settings: Settings, digests: Digests) -> SearchPlan:
+    search = settings.search.get(run.run) if run.method else None
+    objectives = search.objectives if search else []
+    used = [plugins.module_name("rewards", settings.scorers[scorer].plugin) for scorer in objectives]
+    return SearchPlan(
+        profile=settings.profile,
+        run=run,
+        search=None if search is None else search.model_dump(mode="json"),
+        objectives={scorer: _scorer(scorer, settings) for scorer in objectives},
+        sampling=settings.generate.sampling,
+        files=digests.of(_weights(objectives, settings)),
+        code=code_digests(["attune.stages.sweep", *used]) if search else {},
+    )
+
+
+def _asked(config: MethodConfig | None) -> list[str]:
+    """The scorers that a training asks."""
+    if config is None:
+        return []
+    watched = [config.validation.scorer] if config.validation else []
+    return list(dict.fromkeys([*getattr(config, "rewards", {}), *watched]))
+
+
+def _plugin(kind: str, name: str, config: StrictModel) -> Plugin:
+    return Plugin(kind=kind, name=name, settings=config.model_dump(mode="json"))
+
+
+def _scorer(name: str, settings: Settings) -> Plugin:
+    scorer = settings.scorers[name]
+    return _plugin("rewards", scorer.plugin, scorer.config)
+
+
+def _weights(names: Iterable[str], settings: Settings) -> list[str]:
+    """The local files of scorers."""
+    return [path for name in names for path in _paths(settings.scorers[name].config)]
+
+
+def _paths(config: StrictModel | None) -> list[str]:
+    """The local files and folders that settings name, with the layout (.json) that may lie beside a file of weights."""
+    found = [] if config is None else [s.place for s in locations(config).values() if s.commit is None]
+    layouts = [str(Path(place).with_suffix(".json")) for place in found if Path(place).is_file()]
+    return found + [layout for layout in layouts if layout not in found and Path(layout).exists()]

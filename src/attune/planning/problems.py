@@ -1,0 +1,230 @@
+"""What no block of settings can know by itself: whether they fit together, and the machine. One line per problem.
+
+Each line names the key that is to blame and what to do. Nothing here loads a model or asks the network.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from attune.config import plugins
+from attune.config.profile import BASE, DATA, PREFERENCE
+from attune.config.resolve import Settings
+from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
+from attune.config.settings import locations
+from attune.data.rows import SourceError
+from attune.data.splits import check_splits
+from attune.planning.make import needs, wanted_rows
+
+RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
+LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan asks of the machine."""
+
+    gpus: int
+    gpu_bytes: int  # of the smallest; 0 without one
+    ram_bytes: int
+    free_disk_bytes: int
+
+
+def machine() -> Machine:
+    """This machine."""
+    import psutil
+    import torch
+
+    gpus = torch.cuda.device_count()
+    memory = [torch.cuda.get_device_properties(i).total_memory for i in range(gpus)]
+    return Machine(gpus, min(memory, default=0), psutil.virtual_memory().total, shutil.disk_usage(".").free)
+
+
+def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[str]:
+    """All that would stop a run later on.
+
+    Args:
+        denoiser_weights: how many the base model's denoiser has.
+    """
+    checks = (_runs, _orders, _scorers, _labels, _data, _prompts, _searches)
+    found = [problem for one in checks for problem in one(settings)]
+    return found + list(_machine(settings, denoiser_weights, here))
+
+
+def _runs(s: Settings) -> Iterator[str]:
+    where = f"params/{s.profile}.yaml"
+    for name in s.runs:
+        if name in RESERVED:
+            yield f"runs.{name}: the name is taken by a folder of models/{s.profile}; choose another"
+    base = s.runs.get(BASE)
+    if base is None or base.method or base.released:
+        yield f"runs.{BASE}: is what every run is compared with; write `after: {DATA}` below it, and no method or from"
+    for name in s.methods:
+        if name in s.runs and s.runs[name].method is None:
+            yield f"{where}:methods.{name}: runs.{name} has no method, so its settings are never used; remove them"
+    if s.preference is None and any(needs(run.method, "preference_model") for run in s.runs.values()):
+        yield f"{where}:preference: is missing, and a run of spo needs the step-aware preference model"
+
+
+def _orders(s: Settings) -> Iterator[str]:
+    """`after` orders DVC's stages, so all that a run needs must come before it."""
+    for name, run in s.runs.items():
+        chain = _chain(name, s)
+        if chain is None:
+            yield f"runs.{name}.after: goes round in a circle"
+            continue
+        if run.after not in (DATA, PREFERENCE) and run.after not in s.runs:
+            yield f"runs.{name}.after: {run.after!r} is none of {', '.join([DATA, PREFERENCE, *s.runs])}"
+        elif run.after == BASE:
+            yield f"runs.{name}.after: every training starts from the base model; write {DATA}"
+        elif needs(run.method, "preference_model") and PREFERENCE not in chain:
+            yield f"runs.{name}.after: {run.method} needs the preference model; write {PREFERENCE}, or a run after it"
+        elif run.method is None and run.after != DATA:
+            yield f"runs.{name}.after: nothing is trained, so write {DATA}"
+        elif run.method and s.methods[name].start and run.after in s.runs:
+            where = f"params/{s.profile}.yaml:methods.{name}.start"
+            yield f"{where}: the run starts from runs.{run.after}; remove one of the two"
+
+
+def _chain(name: str, s: Settings) -> list[str] | None:
+    """What comes before a run, nearest first; None if it comes before itself."""
+    found: list[str] = []
+    while name in s.runs:
+        name = s.runs[name].after
+        if name in found:
+            return None
+        found.append(name)
+    return found
+
+
+def _scorers(s: Settings) -> Iterator[str]:
+    """A scorer that is asked for by name must have a block."""
+    where = f"params/{s.profile}.yaml"
+    asked = {f"{where}:data.score_with": list(s.data.score_with)}
+    for name, config in s.methods.items():
+        asked[f"{where}:methods.{name}.rewards"] = list(getattr(config, "rewards", {}))
+        asked[f"{where}:methods.{name}.validation.scorer"] = [config.validation.scorer] if config.validation else []
+    for name, search in s.search.items():
+        asked[f"{where}:search.{name}.objectives"] = list(search.objectives)
+    for key, names in asked.items():
+        for unknown in [name for name in names if name not in s.scorers]:
+            yield f"{key}: {unknown!r} is not in scorers ({', '.join(s.scorers)}); add its block there"
+
+
+def _labels(s: Settings) -> Iterator[str]:
+    """A scorer can label pairs only if prepare writes its scores beside them."""
+    where = f"params/{s.profile}.yaml"
+    blocks = {"preference": s.preference} | {f"methods.{name}": config for name, config in s.methods.items()}
+    for key, block in blocks.items():
+        feedback = getattr(block, "ai_feedback", None)
+        if feedback is not None and feedback.scorer not in s.data.score_with:
+            yield f"{where}:{key}.ai_feedback.scorer: {feedback.scorer!r} must be in data.score_with, so add it there"
+
+
+def _data(s: Settings) -> Iterator[str]:
+    """Methods that learn from pairs need a source of pairs; sizes that are known must be enough."""
+    where, source = f"params/{s.profile}.yaml", plugins.load("sources", s.source)
+    for name, run in s.runs.items():
+        wants = run.method and plugins.load("methods", run.method).Method.consumes
+        if wants == "pairs" and not source.HAS_PAIRS:
+            yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use one that has"
+    if s.preference is not None and not source.HAS_PAIRS and any(r.after == PREFERENCE for r in s.runs.values()):
+        yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
+    try:
+        check_splits(source.split_sizes(s.data) or {}, wanted_rows(s))
+    except SourceError as error:
+        yield f"{where}:{error}"
+
+
+def _prompts(s: Settings) -> Iterator[str]:
+    """The oracle judges prompts of its own world alone."""
+    source = plugins.load("sources", s.source)
+    oracles = [name for name, scorer in s.scorers.items() if scorer.plugin == "oracle"]
+    if not oracles or not source.FREE_PROMPTS:
+        return
+    try:
+        listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
+    except SourceError:  # said with the data
+        return
+    foreign = next((prompt for prompt in listed if not _is_of_the_world(prompt)), None)
+    if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
+        return
+    said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
+    yield (
+        f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
+        f"cannot judge {said}; remove scorers.{oracles[0]}"
+    )
+
+
+def _is_of_the_world(prompt: str) -> bool:
+    from attune.world.grammar import parse
+
+    try:
+        parse(prompt)
+    except ValueError:
+        return False
+    return True
+
+
+def _searches(s: Settings) -> Iterator[str]:
+    """A search may only ask for settings that its run's method accepts, at both ends of every range."""
+    for name in s.search:
+        where = f"params/{s.profile}.yaml:search.{name}"
+        if name not in s.methods:
+            yield f"{where}: there is no run and no block methods.{name}; remove it, or add the run"
+            continue
+        try:
+            _try_search(name, s, where)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _try_search(name: str, s: Settings, where: str) -> None:
+    search, method = s.search[name], type(s.methods[name])
+    values = s.methods[name].model_dump()
+    for key, value in search.fixed.items():
+        values = _changed(method, values, key, value, f"{where}.fixed.{key}")
+    for key, spread in search.space.items():
+        whole = spread.choices is None and number_type(method, key, f"{where}.space.{key}") is int
+        for value in spread.choices or (spread.low, spread.high):
+            _changed(method, values, key, int(value) if whole else value, f"{where}.space.{key}")
+
+
+def _changed(method: type[StrictModel], values: dict, key: str, value: object, where: str) -> dict:
+    """The settings with a value put in. Raises ConfigError at `where` if the method does not accept them."""
+    try:
+        changed = set_path(values, key, value)
+        check(method, changed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {value!r} is not accepted: {error}") from None
+    return changed
+
+
+def _machine(s: Settings, denoiser_weights: int, here: Machine) -> Iterator[str]:
+    trains = any(run.method for run in s.runs.values())
+    if trains and denoiser_weights >= LARGE and not here.gpus and not s.allow_cpu:
+        yield (
+            f"params/{s.profile}.yaml:allow_cpu: this machine has no GPU, and training a denoiser of "
+            f"{denoiser_weights / 1e6:.0f} million weights on a CPU takes weeks; use a GPU, or set allow_cpu: true"
+        )
+
+
+def missing_files(s: Settings) -> Iterator[str]:
+    """What the settings name here and is not here: weights, and the data that the source reads."""
+    where = f"params/{s.profile}.yaml"
+    for path in plugins.load("sources", s.source).needs_files(s.data):
+        if not Path(path).exists():
+            yield f"{where}:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
+    named = {f"{where}:model": s.model, f"{where}:preference": s.preference}
+    named |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
+    named |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
+    named |= {f"runs.{name}": run for name, run in s.runs.items()}
+    for key, config in named.items():
+        for field, source in locations(config).items() if config else ():
+            if source.commit is None and not Path(source.place).exists():
+                page = "docs/scorers.md" if "scorers" in key else "docs/full_size.md"
+                field = "from" if field == "released" else field
+                yield f"{key}.{field}: {source.place} is not here; {page} says where to get it, or correct the path"

@@ -1,0 +1,51 @@
+"""How often the step-aware preference model picks the better image of held-out pairs, by timestep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from attune.data.store import PreparedData
+from attune.evaluation.statistics import bootstrap_mean_ci
+from attune.spm.model import from_clip
+from attune.spm.objective import SPMObjective
+
+TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
+
+
+def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[str, dict[str, list[float]]]:
+    """How often each model picks the truly better image of held-out pairs, seen through one-step predictions.
+
+    The truth is the noise-free utility where the source knows it, else people's labels. The untimed model is
+    the CLIP the training started from: the same weights asked without knowing t. Without validation pairs
+    there is nothing to tell: {}.
+    """
+    data = PreparedData.read(prepared, "validation", objective.base.device)
+    if data.pairs.empty:
+        return {}
+    untimed, _ = from_clip(objective.config.clip, objective.tokenizer)
+    models = {"spm": objective.model.eval(), "untimed": untimed.eval().to(objective.base.device)}
+    known = "utility_0" in data.pairs
+    truth = data.pairs.utility_0 - data.pairs.utility_1 if known else data.pairs.label_0 - 0.5
+    shape = (len(truth), *data.latents.shape[1:])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
+    size = objective.config.batch_size
+    parts = [range(start, min(start + size, len(truth))) for start in range(0, len(truth), size)]
+    curves = {name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models}
+    for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
+        gaps: dict[str, list[float]] = {name: [] for name in models}
+        for rows in parts:
+            seen = objective.prepare_batch(
+                data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop]
+            )
+            for name, model in models.items():
+                with torch.no_grad():
+                    scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
+                gaps[name] += (scores_0 - scores_1).tolist()
+        for name, gap in gaps.items():
+            right = (gap * truth.to_numpy() > 0).astype(float)
+            curves[name]["accuracy"].append(float(right.mean()))
+            curves[name]["ci95"].append([float(x) for x in bootstrap_mean_ci(right, seed=seed)])
+    return curves

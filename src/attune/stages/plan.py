@@ -1,0 +1,104 @@
+"""Stage plan: checks all settings against each other and the machine, and writes what every stage is to do.
+
+`make plan` (`--show`) prints the table and the problems and writes nothing: a check before any work. With problems it
+ends with 1 and a line for each. ONLINE=1 (`--online`) asks the Hub too, whether what is to be downloaded exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from attune import hub
+from attune.config.plan import FOLDER, to_json
+from attune.config.profile import BASE
+from attune.config.resolve import Settings, load
+from attune.config.schema import ConfigError
+from attune.config.settings import locations
+from attune.files import write_atomically
+from attune.paths import TIMES, Paths, project_root
+from attune.planning import costs
+from attune.planning.local_files import Digests
+from attune.planning.make import make
+from attune.planning.problems import machine, missing_files, problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--show", action="store_true", help="print the table and the problems, and write nothing")
+    parser.add_argument("--online", action="store_true", help="ask the Hub whether what is to be downloaded exists")
+    given = parser.parse_args()
+    try:
+        settings = load()
+    except ConfigError as error:
+        sys.exit(str(error))
+    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, machine())]
+    found += list(_missing_on_the_hub(settings)) if given.online else []
+    if given.show:
+        say(costs.as_text(list(costs.rows(settings, _downloads(settings), _seconds(), _rows_here(settings)))))
+    if found:
+        sys.exit("\n".join(found))
+    if not given.show:
+        write(settings)
+
+
+def write(settings: Settings, folder: Path = FOLDER) -> None:
+    """Writes the plans that have changed, and removes those of runs that are gone."""
+    digests = Digests(project_root() / ".checkpoints" / "digests.json")
+    plans = {folder / file.name: to_json(plan) for file, plan in make(settings, digests).items()}
+    digests.save()
+    for stale in set(folder.glob("*.json")) - set(plans):
+        stale.unlink()
+    for file, text in plans.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_atomically(file, text.encode())
+
+
+def say(text: str) -> None:
+    """Writes to the terminal; this is what `make plan` is asked for."""
+    sys.stdout.write(text + "\n")
+
+
+def _seconds() -> dict[str, float]:
+    """Stage -> how long it took here the last time."""
+    try:
+        return json.loads((project_root() / TIMES).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _rows_here(settings: Settings) -> dict[str, int]:
+    """Training rows that are prepared already."""
+    file = Paths(settings.profile).reports / "data.json"
+    if not file.exists():
+        return {}
+    counts = json.loads(file.read_text())
+    return {kind: counts[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in counts}
+
+
+def _downloads(settings: Settings) -> dict[str, float | None]:
+    """Stage -> bytes to download: None where something on the Hub is not in the cache and its size is not known."""
+    configs = {
+        "prepare": [settings.model, settings.data],
+        "train_preference": [settings.preference],
+        f"evaluate@{BASE}": [scorer.config for scorer in settings.scorers.values()],
+    }
+    sources = {stage: [s for c in some if c for s in locations(c).values()] for stage, some in configs.items()}
+    return {stage: 0 if all(map(hub.is_here, found)) else None for stage, found in sources.items()}
+
+
+def _missing_on_the_hub(settings: Settings) -> Iterator[str]:
+    """What the settings name on the Hub and the Hub does not have."""
+    configs = [settings.model, settings.data, settings.preference, *settings.runs.values()]
+    configs += [scorer.config for scorer in settings.scorers.values()]
+    sources = [source for config in configs if config for source in locations(config).values()]
+    for source in dict.fromkeys(sources):
+        if source.commit is not None and (problem := hub.problem_online(source)):
+            yield problem
+
+
+if __name__ == "__main__":
+    main()

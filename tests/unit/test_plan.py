@@ -1,0 +1,277 @@
+"""The plan: what each stage is told, what would stop a run, and whose code a stage depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import params as files
+from attune.config.plan import PlanError, RunPlan, plan_file, read, to_json
+from attune.config.resolve import Settings, load
+from attune.planning import code
+from attune.planning.costs import facts, rows
+from attune.planning.local_files import Digests
+from attune.planning.make import make, trained_on
+from attune.planning.problems import Machine, missing_files, problems
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = Machine(gpus=0, gpu_bytes=0, ram_bytes=16 * 10**9, free_disk_bytes=10**11)
+GPU_BOX = dataclasses.replace(LAPTOP, gpus=1, gpu_bytes=80 * 10**9)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a profile with values changed: `settings(runs__dpo=..., tiny__seed=1)`."""
+
+    def made(profile: str = "tiny", runs: dict | None = None, **changes) -> Settings:
+        params, values = files.shipped(profile)
+        params = files.changed(params, **(runs or {}))
+        return load(files.write(tmp_path, params, files.changed(values, **changes)))
+
+    return made
+
+
+def said(found: Settings, machine: Machine = LAPTOP) -> list[str]:
+    return [*missing_files(found), *problems(found, facts(found).denoiser, machine)]
+
+
+VALIDATION = {"scorer": "hpsv2", "prompts": 4, "every": 1, "patience": 2}
+VALIDATION |= {"sampling": {"steps": 4, "eta": 0, "guidance_scale": 1, "batch_size": 4}}
+
+# --- what would stop a run --------------------------------------------------------------------------------
+
+
+def test_nothing_stops_the_shipped_laptop_profiles(settings):
+    assert said(settings()) == said(settings("short")) == []
+
+
+def test_more_test_prompts_than_the_world_has(settings):
+    (line,) = said(settings(generate__prompts=241))
+    assert line.startswith("params/tiny.yaml:data: 240 test prompts, but 241 are needed by generate.prompts")
+    assert "data.test_prompts" in line
+
+
+def test_own_data_without_test_prompts(settings, tmp_path):
+    """What stopped a run after all trainings: 15 pairs, of whose prompts none falls into the test split."""
+    from PIL import Image
+
+    for side in ("chosen", "rejected"):
+        (tmp_path / "own" / side).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (9 * i, 0, 0)).save(tmp_path / "own" / side / f"{i}.png")
+            (tmp_path / "own" / f"{i}.txt").write_text(f"the picture {i}")
+    data = {"source": "folder", "path": str(tmp_path / "own"), "score_with": ["pickscore"]}
+    lines = said(settings(data=data, scorers__oracle=...))
+    assert any("generate.prompts" in line and "test_list" in line for line in lines)
+
+
+def test_data_that_is_not_there(settings, tmp_path):
+    data = {"source": "folder", "path": str(tmp_path / "nothing"), "score_with": ["pickscore"]}
+    assert any(str(tmp_path / "nothing") in line and "docs/data.md" in line for line in said(settings(data=data)))
+
+
+def test_a_free_prompt_and_the_oracle(settings, tmp_path):
+    (tmp_path / "list.txt").write_text("a photo of a cat\n" * 300)
+    data = {"source": "prompts", "path": str(tmp_path / "list.txt"), "score_with": []}
+    runs = {"runs__sft": ..., "runs__dpo": ..., "runs__spo": ...}
+    lines = said(settings(runs=runs, data=data, preference=...))
+    assert any(
+        "scorers.oracle" in line and "a photo of a cat" in line and "remove scorers.oracle" in line for line in lines
+    )
+
+
+def test_a_method_that_learns_from_pairs_and_a_source_without(settings, tmp_path):
+    (tmp_path / "list.txt").write_text("a cat\n" * 400)
+    data = {"source": "prompts", "path": str(tmp_path / "list.txt"), "score_with": []}
+    lines = said(settings(data=data, scorers__oracle=...))
+    assert any(line.startswith("runs.dpo: dpo learns from pairs, and data.source prompts has none") for line in lines)
+
+
+@pytest.mark.parametrize("profile", ["sd15", "sdxl"])
+def test_a_large_model_and_no_gpu(profile, settings):
+    assert any("allow_cpu: this machine has no GPU" in line for line in said(settings(profile)))
+    assert not any("GPU" in line for line in said(settings(profile), GPU_BOX))
+    assert not any("GPU" in line for line in said(settings(profile, allow_cpu=True)))
+
+
+NOPE = {"space": {"lr": {"choices": [1.0]}}, "objectives": ["hpsv2"], "prompts": 4, "sampler": "grid"}
+# changes of the profile, changes of params.yaml, and what is said
+CHANGES = {
+    "a scorer without a block": (
+        {"methods__dpo__validation": {**VALIDATION, "scorer": "lpips"}},
+        {},
+        "'lpips' is not in scorers",
+    ),
+    "labels by a scorer that scored nothing": ({"data__score_with": []}, {}, "'pickscore' must be in data.score_with"),
+    "a range that the method refuses": ({"search__spo__space": {"clip": {"low": 0.1, "high": 2}}}, {}, "space.clip: 2"),
+    "a fixed value that it refuses": ({"search__spo__fixed": {"batches": 0}}, {}, "fixed.batches: 0"),
+    "a search of nothing": ({"search__nope": NOPE}, {}, "there is no run"),
+    "a preference model that is missing": ({"preference": ...}, {}, "preference: is missing"),
+    "spo after the data alone": ({}, {"runs__spo__after": "data"}, "runs.spo.after: spo needs the preference model"),
+    "after nothing that there is": ({}, {"runs__dpo__after": "spin_7"}, "runs.dpo.after: 'spin_7' is none of"),
+    "after itself": ({}, {"runs__dpo__after": "dpo"}, "runs.dpo.after: goes round in a circle"),
+    "a run with a folder's name": ({}, {"runs__preference": {"after": "data"}}, "runs.preference: the name is taken"),
+    "no base": ({}, {"runs__base": ...}, "runs.base: is what every run is compared with"),
+    "two starts": (
+        {"methods__dpo__start": "models/embedded/base"},
+        {"runs__dpo__after": "sft"},
+        "methods.dpo.start: the run starts from runs.sft",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_does_not_fit_together_is_one_line_with_its_key(name, settings):
+    changes, runs, expected = CHANGES[name]
+    lines = said(settings(runs=runs, **changes))
+    assert [line for line in lines if expected in line], lines
+
+
+# --- what a stage is told ---------------------------------------------------------------------------------
+
+
+def plans(found: Settings, tmp_path) -> dict[str, str]:
+    made = make(found, Digests(tmp_path / "digests.json"))
+    return {file.stem: to_json(plan) for file, plan in made.items()}
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one | other if one.get(name) != other.get(name)}
+
+
+def test_a_setting_changes_the_plans_of_the_stages_that_read_it(settings, tmp_path):
+    before = plans(settings(), tmp_path)
+    assert plans(settings(), tmp_path) == before
+    assert changed(before, plans(settings(methods__spo__beta=7), tmp_path)) == {"align-spo", "sweep-spo"}
+    evaluations = {f"evaluate-{run}" for run in ("base", "sft", "dpo", "spo")}
+    block = {"scorer": "hpsv2", "version": "2.1", "path": "models/embedded/hpsv2/open_clip_model.safetensors"}
+    block |= {"tokenizer": "models/embedded/hpsv2", "antialias": False}
+    assert changed(before, plans(settings(scorers__other=block), tmp_path)) == evaluations
+    assert changed(before, plans(settings(threads=2), tmp_path)) == {"session"}
+    assert changed(before, plans(settings(preference__lr=1e-5), tmp_path)) == {"preference"}
+
+
+def test_a_plan_reads_back_as_it_was_written(settings, tmp_path, monkeypatch):
+    found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    for file, plan in found.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(to_json(plan))
+        name = file.stem.partition("-")
+        assert read(type(plan), name[0], name[2] or None) == plan
+    assert read(RunPlan, "align", "dpo").method.config.validation.patience == 2
+    with pytest.raises(PlanError, match="make plan"):
+        read(RunPlan, "align", "nothing")
+    plan_file("align", "dpo").write_text("{}")
+    with pytest.raises(PlanError, match="made by other code"):
+        read(RunPlan, "align", "dpo")
+
+
+def test_what_a_run_was_trained_on_is_worked_out(settings):
+    found = settings(
+        runs={
+            "runs__reward": {"method": "alignprop", "after": "dpo"},
+            "runs__released": {"from": "models/embedded/base", "trained_on": ["aesthetic"], "after": "data"},
+        },
+        methods__reward=files.shipped()[1]["methods"]["alignprop"],
+        methods__dpo__ai_feedback={"scorer": "pickscore", "weight": 0.5},
+    )
+    names = {name: trained_on(name, found) for name in found.runs}
+    assert names["base"] == names["sft"] == []
+    assert names["dpo"] == ["pickscore"]  # the labels
+    assert names["spo"] == ["pickscore"]  # the CLIP that the preference model starts from
+    assert names["reward"] == ["pickscore"]  # its own reward, and what it goes on from
+    assert names["released"] == ["aesthetic"]
+
+
+def test_a_preference_model_of_another_clip_is_no_pickscore(settings):
+    found = settings(preference__clip="models/embedded/aesthetic", preference__ai_feedback=...)
+    assert trained_on("spo", found) == ["aesthetic"]
+
+
+def test_early_stopping_selects(settings, tmp_path):
+    found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
+    assert found[plan_file("report")].selected_by == {"dpo": ["hpsv2"]}
+
+
+def test_a_replaced_adapter_changes_the_plan_of_its_run(settings, tmp_path):
+    adapter = tmp_path / "adapters" / "mine with a space.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"one")
+    found = settings(runs={"runs__mine": {"from": str(adapter), "after": "data"}})
+    before = plans(found, tmp_path)
+    adapter.write_bytes(b"another")
+    assert changed(before, plans(found, tmp_path)) == {"align-mine", "generate-mine", "sweep-mine"}
+
+
+# --- code -------------------------------------------------------------------------------------------------
+
+
+def test_comments_and_docstrings_are_no_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(code, "SRC", tmp_path)
+    (tmp_path / "attune").mkdir()
+    file = tmp_path / "attune" / "one.py"
+
+    def digest(text: str) -> str:
+        code.digest.cache_clear()
+        code.file_of.cache_clear()
+        file.write_text(text)
+        return code.digest("attune.one")
+
+    first = digest('"""One."""\n\ndef f(x):\n    """Adds."""\n    return x + 1\n')
+    assert digest('"""Two."""\n# a comment\ndef f(x):\n\n    return x + 1  # one more\n') == first
+    assert digest("def f(x):\n    return x + 2\n") != first
+    code.digest.cache_clear()
+    code.file_of.cache_clear()
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "attune.stages.plan", *words]
+    return subprocess.run(line, cwd=folder, env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
+
+
+def test_the_table_names_every_stage_and_says_what_is_unknown(settings):
+    found = {row.stage: row for row in rows(settings(), {}, {"report": 3.0}, {})}
+    assert list(found)[:2] == ["prepare", "train_preference"]
+    assert found["align@dpo"].sees == "3,200 pairs, 1.33 epochs"
+    assert found["report"].time == "3 s (last time)"
+    assert found["align@dpo"].time == "unknown"
+
+
+def test_make_plan_ends_with_the_problems(tmp_path):
+    params, profile = files.shipped()
+    folder = files.write(tmp_path, params, files.changed(profile, generate__prompts=500))
+    (folder / "models").symlink_to(ROOT / "models")
+    done = command(folder, "--show")
+    assert done.returncode == 1
+    assert "align@spo" in done.stdout
+    assert done.stderr.strip().startswith("params/tiny.yaml:data: 240 test prompts, but 500 are needed")
+    assert "Traceback" not in done.stderr
+    assert not (folder / "plan").exists()
+
+
+def test_a_mistake_ends_the_stage_plan_at_once_and_leaves_the_plans_as_they_are(tmp_path):
+    params, profile = files.shipped()
+    folder = files.write(tmp_path, params, profile)
+    (folder / "models").symlink_to(ROOT / "models")
+    assert command(folder).returncode == 0
+    before = {path.name: path.read_text() for path in (folder / "plan").iterdir()}
+    files.write(folder, params, files.changed(profile, methods__dpo__betta=1))
+    done = command(folder)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("params/tiny.yaml:methods.dpo.betta: Extra inputs are not permitted; known keys: ")
+    assert {path.name: path.read_text() for path in (folder / "plan").iterdir()} == before
