@@ -36,6 +36,7 @@ settings: $(READY)  ## write docs/settings.md and docs/schema from the code
 	python -m attune.config.reference
 
 sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
+	@python -m attune.stages.sweep --run $(METHOD) --ask
 	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)
 
 sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params/<profile>.yaml

@@ -64,9 +64,11 @@ def parse(text: str | Path) -> Source:
     """Reads the notation. What exists here is local, whatever it looks like.
 
     Raises:
-        ValueError: it is not here and looks like a Hub address without its full commit.
+        ValueError: it is empty, or is not here and looks like a Hub address without its full commit.
     """
     text = str(text)
+    if not text.strip():
+        raise ValueError(f"an empty path; write a local one, or {NOTATION}")
     found = _HUB.fullmatch(text)
     if Path(text).exists() or found is None or text.startswith("."):
         return Source(text)
@@ -228,9 +230,20 @@ def read_tensors(file: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(file)) from error
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(damage(file, error)) from error
     check_finite(tensors, file)
     return tensors
+
+
+def damage(file: str | Path, error: Exception) -> str:
+    """The message for a file that is no safetensors file: what is there instead, where that is known."""
+    with Path(file).open("rb") as opened:
+        start = opened.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return f"{file} is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
+    if start.startswith((b"<!doctype", b"<html")):
+        return f"{file} is a web page, not weights: download the file itself"
+    return f"{file} is damaged, or no safetensors file: {error}"
 
 
 def refusal(source: str | Path) -> str:
@@ -243,7 +256,8 @@ def check_finite(tensors: Any, source: str | Path | Source) -> None:
     import torch
 
     for name, tensor in _named_tensors(tensors):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has few operations of its own
+        if tensor.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
 
 

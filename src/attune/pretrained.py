@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from attune.hub import Source, check_finite, fetch_folder, misfit, refusal
+from attune.hub import Source, check_finite, damage, fetch_folder, misfit, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ def load_pretrained(
         FileNotFoundError: there is no such folder, or no weights in it that are read.
         HubError: it could not be downloaded.
     """
+    from safetensors import SafetensorError
     from transformers import PreTrainedModel
 
     of_transformers = issubclass(kind, PreTrainedModel)
@@ -62,6 +63,9 @@ def load_pretrained(
         module, info = kind.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(source)) from error
+    except SafetensorError as error:
+        files = [file for pattern in wanted for file in folder.glob(pattern)]
+        raise ValueError(damage(files[0], error) if len(files) == 1 else f"{source} is damaged: {error}") from error
     missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
     unexpected = info["unexpected_keys"] if whole else []
     if missing or unexpected:

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from clones import CODE, JUNK, METHODS, PARAMS, ROOT, STAGES, TRACER, Project
+from clones import CODE, JUNK, PARAMS, ROOT, RUNS, STAGES, TRACER, Project
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +19,8 @@ def project(tmp_path_factory) -> Project:
         else:
             shutil.copy(source, target)
     (folder / "src" / "sitecustomize.py").write_text(TRACER)
-    for key, value in {
-        "profile": "short",
-        "run_methods": {m: PARAMS["run_methods"][m] for m in METHODS},
-    }.items():
-        (folder / "params.yaml").write_text(made.params(key, value))
+    for key, value in {"profile": "short", "runs": {name: PARAMS["runs"][name] for name in RUNS}}.items():
+        (folder / "params.yaml").write_text(made.params(key, value, "params.yaml"))
     made.run("git", "init", "--quiet")
     made.run("git", "add", "--all")
     made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")

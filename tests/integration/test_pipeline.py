@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from clones import ADAPTER, METHODS, PARAMS, PROFILE, PROMPTS, SCORERS, STAGES, Project, tracked_runs
+from clones import ADAPTER, METHODS, PROFILE, PROMPTS, RUNS, SCORERS, STAGES, Project, tracked_runs
 from PIL import Image
 
 from attune.diffusion.noise import noise_seed
@@ -32,14 +32,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 def test_every_method_leaves_an_adapter_a_curve_and_a_summary(project, method):
     from safetensors.numpy import load_file
 
-    weights = load_file(project.folder / "models" / method / ADAPTER)
+    weights = load_file(project.folder / "models/short" / method / ADAPTER)
     assert all(name.startswith("unet.") for name in weights)
     assert all(np.isfinite(value).all() for value in weights.values())
     up = [value for name, value in weights.items() if "lora.up" in name or "lora_B" in name]
     assert up
     assert all(value.any() for value in up), "B starts at zero: it has learned"
-    curve = pd.read_csv(project.folder / f"reports/train/{method}.csv")
-    facts = json.loads(project.read(f"reports/train/{method}.json"))
+    curve = pd.read_csv(project.folder / f"reports/short/train/{method}.csv")
+    facts = json.loads(project.read(f"reports/short/train/{method}.json"))
     assert facts["steps"] == len(curve) >= PROFILE["methods"][method]["batches"]
     assert {"step", "loss", "grad_norm", "lr"} <= set(curve.columns)
     assert (curve.grad_norm > 0).all()
@@ -48,24 +48,24 @@ def test_every_method_leaves_an_adapter_a_curve_and_a_summary(project, method):
 
 
 def test_methods_leave_different_adapters(project):
-    contents = {(project.folder / "models" / method / ADAPTER).read_bytes() for method in METHODS}
+    contents = {(project.folder / "models/short" / method / ADAPTER).read_bytes() for method in METHODS}
     assert len(contents) == len(METHODS)
 
 
 def test_the_preference_model_is_there_with_its_accuracy(project):
-    files = {path.name for path in (project.folder / "models/preference").iterdir()}
+    files = {path.name for path in (project.folder / "models/short/preference").iterdir()}
     assert any(name.endswith(".safetensors") for name in files)
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
-    accuracy = json.loads(project.read("reports/train/preference.json"))["accuracy_by_t"]
+    accuracy = json.loads(project.read("reports/short/train/preference.json"))["accuracy_by_t"]
     assert set(accuracy) == {"spm", "untimed"}
     for curve in accuracy.values():
         assert len(curve["t"]) == len(curve["accuracy"]) == len(curve["ci95"]) > 1
         assert all(low <= a <= high for (low, high), a in zip(curve["ci95"], curve["accuracy"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["base", *METHODS])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_model_has_a_row_of_scores_per_prompt(project, name):
-    frame, protocol = read_scores(project.folder / f"reports/scores/{name}.parquet")
+    frame, protocol = read_scores(project.folder / f"reports/short/scores/{name}.parquet")
     assert len(frame) == frame.prompt.nunique() == PROMPTS
     assert set(SCORERS) <= set(frame.columns)
     assert protocol.scorer_names == tuple(sorted(SCORERS))
@@ -74,21 +74,21 @@ def test_every_model_has_a_row_of_scores_per_prompt(project, name):
         assert np.isfinite(frame[scorer]).all()
         assert frame[scorer].nunique() > 1, f"{scorer} gives every image the same score"
     for file in frame.file:
-        with Image.open(project.folder / "data/generated" / name / file) as image:
+        with Image.open(project.folder / "data/short/generated" / name / file) as image:
             assert image.size == (protocol.resolution, protocol.resolution)
-    assert len(np.load(project.folder / f"reports/features/{name}.npy")) == PROMPTS
+    assert len(np.load(project.folder / f"reports/short/features/{name}.npy")) == PROMPTS
 
 
 def test_all_models_were_asked_the_same_held_out_prompts(project):
-    asked = {name: read_scores(project.folder / f"reports/scores/{name}.parquet")[0] for name in ["base", *METHODS]}
-    table = pd.read_parquet(project.folder / "data/prepared/prompts.parquet")
+    asked = {name: read_scores(project.folder / f"reports/short/scores/{name}.parquet")[0] for name in RUNS}
+    table = pd.read_parquet(project.folder / "data/short/prepared/prompts.parquet")
     held_out = table.prompt[table.split == "test"].head(PROMPTS).tolist()
     assert not set(held_out) & set(table.prompt[table.split != "test"])
     for frame in asked.values():
         assert frame.prompt.tolist() == held_out
     for method in METHODS:
         tuned, base = (
-            np.stack([np.asarray(Image.open(project.folder / "data/generated" / n / f)) for f in asked[n].file])
+            np.stack([np.asarray(Image.open(project.folder / "data/short/generated" / n / f)) for f in asked[n].file])
             for n in (method, "base")
         )
         difference = np.abs(tuned.astype(int) - base)
@@ -97,11 +97,11 @@ def test_all_models_were_asked_the_same_held_out_prompts(project):
 
 
 def test_the_summary_has_the_published_schema(project):
-    summary = json.loads(project.read("reports/summary.json"), parse_constant=pytest.fail)
+    summary = json.loads(project.read("reports/short/summary.json"), parse_constant=pytest.fail)
     assert {"protocol", "n_prompts", "methods"} <= set(summary)
     assert summary["n_prompts"] == PROMPTS == Protocol.from_dict(summary["protocol"]).n_prompts
-    assert list(summary["methods"]) == ["base", *METHODS]
-    tables = {n: read_scores(project.folder / f"reports/scores/{n}.parquet")[0] for n in summary["methods"]}
+    assert list(summary["methods"]) == RUNS
+    tables = {n: read_scores(project.folder / f"reports/short/scores/{n}.parquet")[0] for n in summary["methods"]}
     for name, entry in summary["methods"].items():
         assert set(SCORERS) <= set(entry["scores"])
         assert set(entry["vs_base"]) == (set() if name == "base" else set(entry["scores"]))
@@ -124,9 +124,9 @@ def check_comparison(entry: dict[str, Any], policy: pd.Series, base: pd.Series) 
 
 
 def test_the_summary_says_who_was_trained_on_what(project):
-    methods = json.loads(project.read("reports/summary.json"))["methods"]
+    methods = json.loads(project.read("reports/short/summary.json"))["methods"]
     for name in METHODS:
-        recorded = json.loads(project.read(f"reports/train/{name}.json"))["trained_on"]
+        recorded = json.loads(project.read(f"reports/short/train/{name}.json"))["trained_on"]
         assert methods[name]["trained_on"] == recorded
         assert set(recorded) <= set(SCORERS)
         assert {"diversity", "indices", "drift"} <= set(methods[name])
@@ -134,15 +134,15 @@ def test_the_summary_says_who_was_trained_on_what(project):
 
 
 def test_the_report_is_written_for_people(project):
-    text, page = project.read("reports/report.md"), project.read("reports/report.html")
-    sha = Protocol.from_dict(json.loads(project.read("reports/summary.json"))["protocol"]).sha
+    text, page = project.read("reports/short/report.md"), project.read("reports/short/report.html")
+    sha = Protocol.from_dict(json.loads(project.read("reports/short/summary.json"))["protocol"]).sha
     for word in ["base", *METHODS, *SCORERS, sha]:
         assert word in text
         assert word in page
     pictures = re.findall(r"\]\((figures/[^)]+)\)", text)
     assert pictures
     for picture in pictures:
-        with Image.open(project.folder / "reports" / picture) as image:
+        with Image.open(project.folder / "reports/short" / picture) as image:
             assert min(image.size) > 100
     assert "data:image/png;base64," in page
     assert not re.search(r"(src|href)=.https?://", page), "it is read offline"
@@ -150,7 +150,7 @@ def test_the_report_is_written_for_people(project):
 
 def test_git_is_left_with_small_files_only(project):
     new = project.run("git", "ls-files", "--others", "--exclude-standard").split()
-    assert {"dvc.lock", "reports/summary.json", "reports/report.md"} <= set(new)
+    assert {"dvc.lock", "reports/short/summary.json", "reports/short/report.md"} <= set(new)
     assert not [name for name in new if name.endswith((".safetensors", ".parquet", ".db", ".npy", ".lock~"))]
     sizes = {name: (project.folder / name).stat().st_size for name in new}
     assert max(sizes.values()) < 1_000_000, sizes
@@ -158,7 +158,9 @@ def test_git_is_left_with_small_files_only(project):
     changed = project.run("git", "diff", "--name-only").split()
     assert changed == [], "no stage edits a tracked file"
     kept = project.folder / ".checkpoints"
-    left = [path.name for path in kept.iterdir() if path.name not in ("runs", "tracking")]
+    left = [
+        path.name for path in kept.iterdir() if path.name not in ("runs", "tracking", "digests.json", "seconds.json")
+    ]
     assert left == [], "checkpoints are removed on success"
     assert list(kept.rglob("records.jsonl")) == [], "all that was tracked has been sent"
 
@@ -193,42 +195,29 @@ def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
 def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
     run = first_repro(project)[1][f"align@{method}"]
     assert float(run.data.params["lr"]) == PROFILE["methods"][method]["lr"]
-    curve = pd.read_csv(project.folder / f"reports/train/{method}.csv")
+    curve = pd.read_csv(project.folder / f"reports/short/train/{method}.csv")
     assert run.data.metrics["grad_norm"] == pytest.approx(curve.grad_norm.iloc[-1], rel=1e-4)
-    means = json.loads(project.read("reports/summary.json"))["methods"][method]["scores"]
+    means = json.loads(project.read("reports/short/summary.json"))["methods"][method]["scores"]
     for scorer in SCORERS:
         assert run.data.metrics[scorer] == pytest.approx(means[scorer]["mean"])
     artifacts = [path.name for path in Path(run.info.artifact_uri.removeprefix("file://")).rglob("*")]
     assert ADAPTER in artifacts
 
 
-# --- the code DVC watches ---------------------------------------------------------------------------------
-
-
-def is_bare(file: Path) -> bool:
-    """An __init__.py that holds a docstring and no code."""
-    import ast
-
-    return file.name == "__init__.py" and len(ast.parse(file.read_text()).body) <= 1
+# --- the code the plan knows -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_file_a_stage_really_loaded_is_among_its_deps(project, stage):
-    """The static check in test_architecture.py, once more from what the interpreter did."""
-    loaded = [Path(line) for line in (project.loaded / stage).read_text().splitlines()]
-    assert Path("src/attune/config.py") in loaded
-    view = {file for file in loaded if Path("src/attune/tracking") in file.parents}
-    if stage.startswith("align@"):  # previews for the tracking UI
-        view |= {Path(f"src/attune/evaluation/{name}.py") for name in ("figures", "document", "grid")}
-    deps = [Path(dep["path"]) for dep in project.lock()[stage]["deps"]]
-    missing = [
-        str(file)
-        for file in loaded
-        if file not in view
-        and not is_bare(project.folder / file)
-        and not any(file == dep or dep in file.parents for dep in deps)
-    ]
-    assert not missing
+def test_every_module_a_stage_really_loaded_is_in_its_plan(project, stage):
+    """The plan finds modules by their imports; the interpreter says what was loaded."""
+    name = stage.replace("@", "-").replace("train_preference", "preference")
+    known = set(json.loads(project.read(f"plan/{name}.json"))["code"])
+    files = (Path(line).relative_to("src") for line in (project.loaded / stage).read_text().splitlines())
+    modules = {".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files}
+    view = {m for m in modules if m.startswith(("attune.tracking", "attune.config"))}
+    if stage.startswith("align@"):  # sample images for the tracking UI
+        view |= {m for m in modules if m.startswith("attune.evaluation.report")}
+    assert modules - view <= known
 
 
 # --- the adapter outside of attune ------------------------------------------------------------------------
@@ -264,11 +253,11 @@ def by_diffusers(project, tmp_path_factory) -> dict[str, np.ndarray]:
     """The held-out images of base, of spo's adapter, and of base again, painted by diffusers alone."""
     folder = tmp_path_factory.mktemp("diffusers")
     index, sampling = (
-        pd.read_parquet(project.folder / "data/generated/spo/index.parquet"),
+        pd.read_parquet(project.folder / "data/short/generated/spo/index.parquet"),
         PROFILE["generate"]["sampling"],
     )
     job = {
-        "adapter": "models/spo",
+        "adapter": "models/short/spo",
         "prompts": index.prompt.tolist(),
         "seeds": [noise_seed(p, int(o), PROFILE["seed"]) for p, o in zip(index.prompt, index.ordinal, strict=True)],
         "steps": sampling["steps"],
@@ -280,7 +269,7 @@ def by_diffusers(project, tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 def ours(project: Project, name: str) -> np.ndarray:
-    files = sorted((project.folder / "data/generated" / name).glob("*.png"))
+    files = sorted((project.folder / "data/short/generated" / name).glob("*.png"))
     return np.stack([np.asarray(Image.open(file)) for file in files]) / 255
 
 
@@ -295,115 +284,3 @@ def test_plain_diffusers_paints_what_attune_painted(by_diffusers, project):
         difference = np.abs(by_diffusers[theirs] - ours(project, name))
         assert difference.max() < 2 / 255, f"{name}: off by {difference.max() * 255:.1f} of 255"
     assert np.abs(by_diffusers["before"] - ours(project, "spo")).max() > 2 / 255, "the test can tell them apart"
-
-
-# --- what changes make DVC do -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("profile", PARAMS["profiles"])
-def test_dvc_reads_the_pipeline_with_every_profile(project, profile):
-    text = re.sub(r"(?m)^profile: \w+$", f"profile: {profile}", project.read("params.yaml"))
-    with project.changed("params.yaml", text):
-        assert sorted(project.dvc("stage", "list", "--name-only").split()) == sorted(STAGES)
-
-
-def test_a_second_repro_runs_nothing(project):
-    before = len(tracked_runs(project))
-    assert project.repro(tracking="on") == []
-    assert "up to date" in project.dvc("status")
-    assert len(tracked_runs(project)) == before
-
-
-def test_a_parameter_of_spo_reruns_spo_and_what_follows_it(project):
-    before = project.hashes()
-    beta = PROFILE["methods"]["spo"]["beta"]
-    with project.changed("params.yaml", project.params("profiles.short.methods.spo.beta", beta * 20)):
-        ran, after = project.repro(), project.hashes()
-    assert ran[:2] == ["align@spo", "generate@spo"]
-    assert ran[-1] == "report"
-    changed = {path for path in after if after[path] != before[path]}
-    assert "models/spo" in changed
-    assert ("evaluate@spo" in ran) == ("data/generated/spo" in changed)
-    assert set(ran) <= {"align@spo", "generate@spo", "evaluate@spo", "report"}
-    assert not [path for path in changed if any(f"/{m}" in path for m in ["base", *METHODS] if m != "spo")]
-    assert project.repro() == [], "back to the old value: restored from DVC's cache, not trained again"
-    assert project.hashes() == before
-
-
-def test_touching_one_method_retrains_that_one_to_the_same_bits(project):
-    before = project.hashes()
-    source = "src/attune/methods/dpo.py"
-    with project.changed(source, project.read(source) + "\n# a comment changes nothing\n"):
-        assert project.repro() == ["align@dpo"]
-        assert project.hashes() == before
-    assert project.repro() == []
-
-
-def test_touching_the_view_reruns_nothing(project):
-    source = "src/attune/tracking/sender.py"
-    with project.changed(source, project.read(source) + "\n# a comment\n"):
-        assert project.repro() == []
-
-
-def test_a_mistake_in_params_stops_the_pipeline_at_once(project):
-    before = project.hashes()
-    with project.changed("params.yaml", project.params("profiles.short.seed", -1)):
-        said = project.dvc("repro", fails=True)
-        assert "params.yaml: profiles.short.seed: Input should be greater than or equal to 0" in said
-        assert "Traceback" not in said
-    assert project.repro() == []
-    assert project.hashes() == before
-
-
-NEW_METHOD = """
-from attune.config.settings import MethodConfig
-from attune.diffusion import losses, process
-
-class Config(MethodConfig):
-    strength: float
-
-class Method:
-    consumes = "pairs"
-
-    def __init__(self, config, policy):
-        self.config, self.policy, self.schedule = config, policy, policy.backbone.alphas_cumprod
-
-    def minibatches(self, batch, generator):
-        yield batch, *batch.draw_noise(self.schedule, generator)
-
-    def loss(self, minibatch):
-        batch, t, noise = minibatch
-        x_t = process.add_noise(batch.chosen, noise, process.extract(self.schedule, t, noise))
-        loss = losses.denoising_error(self.policy.predict_noise(x_t, t, batch.cond), noise).mean()
-        return self.config.strength * loss, {"loss": loss, "grain": x_t.std()}
-"""
-
-
-def test_a_new_method_is_one_file_and_one_block(project):
-    """Under a name of its own, going on from another run's model: DVC, MLflow and the report take it as it is.
-
-    The last test of this file: DVC leaves what a stage made when the stage is gone.
-    """
-    block = {key: PROFILE["methods"]["dpo"][key] for key in ("lora", "lr", "batches", "batch_size")}
-    block |= {"strength": 2.0, "start": "models/dpo"}
-    run = PARAMS["run_methods"]["dpo"] | {"method": "tilt", "needs": "models/dpo"}
-    (project.folder / "src/attune/methods/tilt.py").write_text(NEW_METHOD)
-    before = project.hashes()
-    for key, value in {"profiles.short.methods.tilted": block, "run_methods.tilted": run}.items():
-        (project.folder / "params.yaml").write_text(project.params(key, value))
-    assert project.repro(tracking="on") == ["align@tilted", "generate@tilted", "evaluate@tilted", "report"]
-
-    after = project.hashes()
-    compared = {out["path"] for out in project.lock()["report"]["outs"]}
-    assert {path for path in before if after[path] != before[path]} <= compared
-    assert {"models/tilted", "data/generated/tilted", "reports/scores/tilted.parquet"} <= set(after) - set(before)
-    adapters = {(project.folder / "models" / name / ADAPTER).read_bytes() for name in ("dpo", "tilted")}
-    assert len(adapters) == 2
-    trained = next(r for r in reversed(tracked_runs(project)) if r.data.tags["dvc.stage"] == "align@tilted")
-    assert (trained.data.tags["method"], trained.data.tags["uses"]) == ("tilted", "tilt")
-    assert trained.data.params["strength"] == "2"
-    assert trained.data.params["start"] == "models/dpo"
-    assert {"loss", "grain", *SCORERS} <= set(trained.data.metrics)
-    assert list(json.loads(project.read("reports/summary.json"))["methods"]) == ["base", *METHODS, "tilted"]
-    assert "tilted" in project.read("reports/report.md")
-    assert "tilted" in project.read("reports/report.html")

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 
 ROOT = Path(__file__).parents[2]
-CODE = ("params.yaml", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "src", "sweeps/dvc.yaml")
+CODE = ("params.yaml", "params", "dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", "src", "sweeps")
 CODE += ("models/embedded", "data/raw/README.md")
 
 
@@ -44,11 +44,13 @@ def run(folder: Path, *words: str) -> str:
 
 
 def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
-    """dvc runs prepare, three trials, two at full length; then nothing more; apply changes one line of params.yaml."""
+    """dvc runs prepare, three trials, two at full length; then nothing more; apply changes one line of the profile."""
     target = "sweeps/dvc.yaml:sweep@sft"
+    assert "sweep" not in run(project, "dvc", "stage", "list", "--all")
+    run(project, sys.executable, "-m", "attune.stages.sweep", "--run", "sft", "--ask")
     said = run(project, "dvc", "repro", target)
     assert "Running stage 'prepare'" in said
-    results = project / "reports" / "sweeps" / "sft"
+    results = project / "reports" / "short" / "sweeps" / "sft"
     table = pd.read_csv(results / "trials.csv")
     assert table.state.tolist() == ["complete"] * 3
     assert table.hpsv2.is_unique
@@ -70,9 +72,9 @@ def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
     assert len(pd.read_csv(results / "finals.csv")) == 2
     check_tracking(project, pd.concat([table, finals]))
 
-    before = (project / "params.yaml").read_text().splitlines()
+    before = (project / "params" / "short.yaml").read_text().splitlines()
     run(project, sys.executable, "-m", "attune.stages.sweep", "--run", "sft", "--apply")
-    after = (project / "params.yaml").read_text().splitlines()
+    after = (project / "params" / "short.yaml").read_text().splitlines()
     changed = [new.strip() for old, new in zip(before, after, strict=True) if old != new]
     assert changed == [f"lr: {best['params']['lr']}"]
 

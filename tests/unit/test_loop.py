@@ -48,7 +48,7 @@ def test_accumulation_runs_across_batches():
 
 
 def test_batches_may_yield_nothing():
-    """As when the preference model is sure of no pair; the loop goes on."""
+    """As when the preference model is confident of no pair; training continues."""
     line, idle = Line([], [1.0, 2.0], []), Line([])
     history, _ = line.train(3)
     assert [(row["step"], row["batch"]) for row in history] == [(1, 1), (2, 1)]
@@ -131,7 +131,7 @@ def test_same_seed_same_bits_and_only_the_adapter_moves(new_policy, data, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_optimizer_steps_are_as_many_as_asked(new_policy, data, name):
-    """SPO: 2 prompts, 2 steps with candidates, a judge that is always sure: 4 pairs, 2 minibatches of 2."""
+    """SPO: 2 prompts and 2 steps with candidates, all judged with confidence: 4 pairs, so 2 minibatches of 2."""
     per_batch = {"sft": 1, "dpo": 1, "spo": 2}[name]
     for accumulation in (1, 2):
         policy = new_policy()

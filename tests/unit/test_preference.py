@@ -51,15 +51,15 @@ def test_starts_as_the_clip_it_came_from_bit_for_bit(spm, images, t):
 
 
 def test_scores_depend_on_time_once_the_modulation_has_moved(spm, images):
-    judge = StepAwareReward(perturbed(spm[0]), spm[1])
-    early, late = judge(images, PROMPTS, at(951)), judge(images, PROMPTS, at(1))
+    reward = StepAwareReward(perturbed(spm[0]), spm[1])
+    early, late = reward(images, PROMPTS, at(951)), reward(images, PROMPTS, at(1))
     assert (early - late).abs().min() > 1e-3
 
 
 def test_every_row_has_its_own_time(spm, images):
-    judge = StepAwareReward(perturbed(spm[0]), spm[1])
-    mixed = judge(images, PROMPTS, torch.tensor([951, 501, 0]))
-    alone = [judge(images[i : i + 1], PROMPTS[i : i + 1], at(t, 1))[0] for i, t in enumerate((951, 501, 0))]
+    reward = StepAwareReward(perturbed(spm[0]), spm[1])
+    mixed = reward(images, PROMPTS, torch.tensor([951, 501, 0]))
+    alone = [reward(images[i : i + 1], PROMPTS[i : i + 1], at(t, 1))[0] for i, t in enumerate((951, 501, 0))]
     torch.testing.assert_close(mixed, torch.stack(alone), rtol=0, atol=1e-5)
 
 
@@ -72,27 +72,27 @@ def test_one_call_for_candidates_is_the_same_as_one_each(spm, images):
     torch.testing.assert_close(both[1], model(pixels[1:], ids, at(7))[0], rtol=0, atol=1e-5)
 
 
-def test_judge_is_differentiable_in_images_and_frozen(spm, images):
-    judge = StepAwareReward(*spm)
-    assert isinstance(judge, StepReward)
+def test_the_step_aware_reward_is_differentiable_in_images_and_frozen(spm, images):
+    reward = StepAwareReward(*spm)
+    assert isinstance(reward, StepReward)
     images.requires_grad_()
-    judge(images, PROMPTS, at(501)).sum().backward()
+    reward(images, PROMPTS, at(501)).sum().backward()
     assert images.grad.abs().sum() > 0
-    assert all(weight.grad is None for weight in judge.model.parameters())
+    assert all(weight.grad is None for weight in reward.model.parameters())
 
 
-def test_judge_encodes_each_prompt_once(spm, images, monkeypatch):
-    judge, encoded = StepAwareReward(*spm), []
-    encode = judge.model.model.get_text_features
+def test_the_step_aware_reward_encodes_each_prompt_once(spm, images, monkeypatch):
+    reward, encoded = StepAwareReward(*spm), []
+    encode = reward.model.model.get_text_features
     monkeypatch.setattr(
-        judge.model.model, "get_text_features", lambda **k: encoded.append(len(k["input_ids"])) or encode(**k)
+        reward.model.model, "get_text_features", lambda **k: encoded.append(len(k["input_ids"])) or encode(**k)
     )
     for _ in range(3):
-        judge(images, ["a cat", "a dog", "a cat"], at(1))
+        reward(images, ["a cat", "a dog", "a cat"], at(1))
     assert encoded == [1, 1]
 
 
-def test_judge_refuses_lengths_that_differ(spm, images):
+def test_the_step_aware_reward_refuses_lengths_that_differ(spm, images):
     with pytest.raises(ValueError, match="2 prompts"):
         StepAwareReward(*spm)(images, PROMPTS[:2], at(1))
 

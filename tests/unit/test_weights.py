@@ -210,6 +210,7 @@ def test_one_notation_says_where_weights_are(text, source, tmp_path, monkeypatch
         ("owner/name@v1.0", "'v1.0' is no full commit"),
         (f"owner/name@{COMMIT[:12]}", "is no full commit"),
         ("owner/name@", "'' is no full commit"),
+        ("", "an empty path"),
     ],
 )
 def test_hub_addresses_need_their_full_commit(text, says):
@@ -275,7 +276,7 @@ def test_a_repository_or_a_folder_of_it_is_listed(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
 def test_weights_that_are_not_finite_are_refused_where_they_are_read(tmp_path, value, dtype):
     good, bad = torch.zeros(3, dtype=dtype), torch.tensor([0, value, 0], dtype=dtype)
     save_file({"good": good, "layer.bad": bad}, tmp_path / "a.safetensors")
@@ -287,10 +288,22 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_read(tmp_path, v
     check_finite({"steps": torch.arange(3), "good": [good]}, "here")
 
 
-def test_a_file_that_is_no_safetensors_file_is_named(tmp_path):
-    (tmp_path / "a.safetensors").write_text("not found")
-    with pytest.raises(ValueError, match=r"a\.safetensors is damaged, or no safetensors file"):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("not found", "is damaged, or no safetensors file"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a pointer of git-lfs"),
+        ("\n<!DOCTYPE html><html></html>", "is a web page, not weights"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content, says):
+    (tmp_path / "a.safetensors").write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.safetensors {says}"):
         read_tensors(tmp_path / "a.safetensors")
+    folder = damaged(tmp_path, "pickscore")
+    (folder / "model.safetensors").write_text(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors {says}"):
+        pickscore.load(pickscore.Config(path=str(folder)))
 
 
 def damaged(folder: Path, name: str) -> Path:

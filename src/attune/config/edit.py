@@ -10,18 +10,18 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from attune.config.resolve import read_yaml
-from attune.config.schema import ConfigError, set_path
+from attune.config.resolve import merged, read_yaml
+from attune.config.schema import ConfigError
 from attune.files import write_atomically
 
 
 def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     """Sets values by dotted key, in one step: a reader sees the old file or the new one.
 
-    Line endings are kept. A key that is not written yet is added to its block.
+    Line endings are kept. A key that is not written yet is added to its block, and a block likewise.
 
     Raises:
-        ConfigError: a block is missing, or the value is shared with another block by an anchor and both would change.
+        ConfigError: the value is shared with another block by an anchor, and both would change.
     """
     path = Path(path)
     yaml, wanted, written = round_trip(), read_yaml(path), StringIO()
@@ -29,8 +29,8 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     values = yaml.load(text)
     for dotted, value in changes.items():
         *blocks, last = dotted.split(".")
-        wanted = set_path(wanted, dotted, value)
-        reduce(lambda place, block: place[block], blocks, values)[last] = value
+        wanted = merged(wanted, reduce(lambda inner, key: {key: inner}, [last, *reversed(blocks)], value))
+        reduce(lambda place, block: place.setdefault(block, {}), blocks, values)[last] = value
     yaml.dump(values, written)
     if YAML(typ="safe").load(written.getvalue()) != wanted:
         raise ConfigError(

@@ -4,7 +4,8 @@ Sampling runs without a graph to a step drawn from the last quarter; the predict
 step, is decoded and scored. One backward pass through one denoiser call, whatever the number of steps.
 
 Source: Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation",
-arXiv:2304.05977, algorithm 1; authors' code: ReFL.py. Their second term, the pre-training loss, is left out.
+arXiv:2304.05977, algorithm 1; authors' code: ReFL.py. As there, the paper's second
+term, the pre-training loss, is left out.
 Cost per batch of B prompts: denoiser calls on B samples (doubled by guidance) up to the drawn step, the last of them
 with a backward pass, and one decoding and scoring with theirs.
 """

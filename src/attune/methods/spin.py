@@ -54,7 +54,9 @@ class Config(MethodConfig):
         2000.0, gt=0, description="strength of the KL penalty; the loss uses beta / 2. Paper: 2000, 5000 and 5000"
     )
     caption_dropout: Float = Field(0.0, ge=0, lt=1, description="share of pairs trained without their prompt")
-    steps: int = Field(50, ge=1, le=999, description="DDIM steps of the opponent's images; paper: 50")
+    steps: int = Field(
+        50, ge=1, le=999, description="DDIM steps of the opponent's images; not in the paper, 50 is diffusers' default"
+    )
     eta: Float = Field(0.0, ge=0, le=1, description="noise of the opponent's images: 0 deterministic, 1 ancestral")
     guidance_scale: Float = Field(
         7.5, ge=0, description="classifier-free guidance of the opponent's images, 1 = off; paper: 7.5"

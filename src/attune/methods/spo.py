@@ -154,7 +154,7 @@ class Method:
     def rollout(self, batch: PromptBatch, sample_noise: NoiseFn, choose: Callable[[int, int], Tensor]) -> StepPairs:
         """Samples images of a batch of n prompts, and collects the step pairs that are confidently ordered.
 
-        A segment begins with a step whose k candidates branch off a shared x_t, and goes on for `inner_steps` more.
+        A segment begins with a step whose k candidates branch off a shared x_t, and has `inner_steps` more steps.
 
         Args:
             choose: (k, n) -> index (n,) of the candidate that continues, where that is random.

@@ -152,7 +152,7 @@ class SPMObjective:
         return self._with_text(batch, t, self.pixels(batch, t, noise))
 
     def pixels(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
-        """Pixel values (2, B, 3, S, S) of both images of each pair, predicted from t (B,) and noise."""
+        """Pixel values (2, B, 3, S, S) of both images of each pair, noised to t (B,) and predicted back."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
         return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)

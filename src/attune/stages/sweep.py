@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from attune.config.edit import update_params_file
 from attune.config.plan import SearchPlan, Session, read
+from attune.config.resolve import load, read_yaml
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config
 from attune.paths import Paths
@@ -20,15 +21,20 @@ if TYPE_CHECKING:
     from attune.search.plan import SweepPlan
 
 LOG = logging.getLogger("attune.sweep")
+ASKED = Path("sweeps/asked.yaml")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", help="a run with a block in the profile's search; DVC's stage says it otherwise")
     parser.add_argument("--apply", action="store_true", help="write the best settings found into the profile")
+    parser.add_argument("--ask", action="store_true", help="note in sweeps/asked.yaml that the run is to be searched")
     given = parser.parse_args()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     LOG.setLevel(logging.INFO)
+    if given.ask:
+        ask(given.run)
+        return
     plan = planned(SearchPlan, "sweep")
     profile = Path("params", f"{plan.profile}.yaml")
     if plan.search is None:
@@ -44,6 +50,18 @@ def main() -> None:
         LOG.info("%s: %s", work.report, count_states(sweep(work)))
     except SearchError as error:
         sys.exit(f"sweep {work.run}: {error}")
+
+
+def ask(name: str | None) -> None:
+    """Adds the run to sweeps/asked.yaml, whose runs are the stages of sweeps/dvc.yaml."""
+    try:
+        runs = load().runs
+        if name not in runs:
+            raise ConfigError(f"runs: has no {name!r}, so there is nothing to search; there are {', '.join(runs)}")
+        if name not in read_yaml(ASKED)["asked"]:
+            update_params_file({f"asked.{name}": {"after": runs[name].after}}, ASKED)
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 def apply_best(plan: SearchPlan, profile: Path) -> None:
