@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from attune.config.edit import update_params_file
+from attune.config.edit import write_yaml
 from attune.config.resolve import PARAMS, PROFILES, read_yaml
+from attune.config.schema import set_path
 from attune.paths import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,16 @@ def copy_repository(home: Path, values: Mapping[str, Any], runs: Mapping[str, An
         target.parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, target)
-    update_params_file(values, home / PROFILES / f"{active_profile()[0]}.yaml")
-    if runs is not None:
-        update_params_file({"runs": dict(runs)}, home / PARAMS)
+    rewrite(home / PROFILES / f"{active_profile()[0]}.yaml", values)
+    rewrite(home / PARAMS, {} if runs is None else {"runs": runs})
+
+
+def rewrite(file: Path, changes: Mapping[str, Any]) -> None:
+    """Sets values of a YAML file by dotted key; its comments are lost."""
+    values = read_yaml(file)
+    for key, value in changes.items():
+        values = set_path(values, key, value)
+    write_yaml(values, file)
 
 
 def repro_in_copy(

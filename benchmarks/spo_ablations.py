@@ -40,10 +40,10 @@ def run_seed(seed: int, work: Path) -> list[dict]:
     """The rows of one seed; the copies share a cache, so data and base are made once."""
     spo = active_profile()[1]["methods"].get("spo", {})
     for copy, changes in COPIES.items():
-        runs, values = {"base": BASE, "spo": SPO}, {"seed": seed, **changes}
+        runs, values = {"base": BASE, "spo": dict(SPO)}, {"seed": seed, **changes}
         if copy == "timed":
             for continuation in ("chosen", "rejected"):
-                runs[f"spo_{continuation}"] = SPO
+                runs[f"spo_{continuation}"] = dict(SPO)
                 values[f"methods.spo_{continuation}"] = {**spo, "continuation": continuation}
         repro_in_copy(work / f"{copy}{seed}", values, runs, cache=work / "cache", tracked=True)
     return [{"seed": seed, "variant": row, **compared(seed, row, work)} for row in ROWS]
