@@ -134,7 +134,7 @@ class Policy:
             ValueError: something else is there; or as `load` does.
         """
         wanted = {} if lora is None else dict.fromkeys(self._target_modules(lora.targets), lora.rank)
-        self.load(start, may_be_zero=True)
+        self.load(start, may_be_zero=Path(start, "run.json").exists())  # beside every model trained here
         if (found := lora_ranks(self.denoiser)) != wanted:
             raise ValueError(f"start: {start} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
         if lora is None:
