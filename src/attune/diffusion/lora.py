@@ -88,9 +88,9 @@ def unload_lora(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def load_lora(denoiser: Denoiser, file: Path) -> None:
+def load_lora(denoiser: Denoiser, file: Path, may_be_zero: bool = False) -> None:
     """Replaces the network's adapter, if it has one, by that of a file. Raises ValueError as `read_lora`."""
-    weights = read_lora(file, denoiser)
+    weights = read_lora(file, denoiser, may_be_zero)
     ranks = checked_ranks(weights, denoiser, file)
     add_lora(unload_lora(denoiser), ranks)
     set_peft_model_state_dict(denoiser, weights)
@@ -139,7 +139,7 @@ def locate(text: str | Path) -> Path:
     raise FileNotFoundError(f"{source}: neither a LoRA nor a denoiser in safetensors here{but}")
 
 
-def read_lora(file: Path, denoiser: Denoiser) -> dict[str, Tensor]:
+def read_lora(file: Path, denoiser: Denoiser, may_be_zero: bool = False) -> dict[str, Tensor]:
     """The tensors of a LoRA, float32, under peft's names: `<module>.lora_A.weight` (r, ...) and `.lora_B.weight`.
 
     Where alpha differs from the rank r, B is multiplied by alpha / r, so that the scale is 1 everywhere.
@@ -159,7 +159,8 @@ def read_lora(file: Path, denoiser: Denoiser) -> dict[str, Tensor]:
     if alphas:
         raise ValueError(f"{file}: an alpha for {next(iter(alphas))}, which has no weights")
     pairs = {name.partition(".lora_")[0] for name in tensors}
-    if not any(tensors[f"{p}.lora_A.weight"].any() and tensors[f"{p}.lora_B.weight"].any() for p in pairs):
+    moved = any(tensors[f"{p}.lora_A.weight"].any() and tensors[f"{p}.lora_B.weight"].any() for p in pairs)
+    if not moved and not may_be_zero:
         raise ValueError(f"{file} changes nothing: in every pair, A or B is zero")
     return tensors
 

@@ -137,7 +137,7 @@ def load_trained(plan: SweepPlan, folder: Path) -> tuple[Policy, Score]:
     from attune.build import load_policy, load_scorer
 
     policy = load_policy(plan.training.model)
-    policy.load(str(folder))
+    policy.load(str(folder), may_be_zero=True)
     return policy, stack_scorers([load_scorer(plan.objectives[name]) for name in plan.search.objectives])
 
 
