@@ -50,7 +50,7 @@ def load_backbone(model: Model) -> Backbone:
 
 
 def load_policy(model: Model) -> Policy:
-    """The base model as a policy that learns nothing yet."""
+    """The base model as a policy, without trainable weights yet."""
     return _policy(load_backbone(model))
 
 

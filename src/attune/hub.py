@@ -1,4 +1,4 @@
-"""The one door for weights: says where they are, fetches them, checks them, and reads them without running anything.
+"""Weights: where they are, and how they are fetched, checked and read without running any code of theirs.
 
 Notation: a local file or folder, or `owner/name[/file/in/repository]@commit` on the Hugging Face Hub. The commit is
 written in full (40 hex digits), because a branch or a tag can be moved and a score could then not be repeated.

@@ -159,7 +159,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """A scorer that can also say how alike images are."""
+    """A scorer that also gives image features, by which diversity and drift are measured."""
 
     def features(self, images: Tensor) -> Tensor:
         """Unit features (B, D) of images (B, 3, H, W) in [0, 1], without gradient."""
@@ -168,7 +168,7 @@ class FeatureExtractor(Protocol):
 
 @runtime_checkable
 class ExplainedReward(Protocol):
-    """A scorer that can also say what its scores are made of."""
+    """A scorer that also gives the components of its scores."""
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Part -> its values (B,). Arguments as for scores."""

@@ -43,7 +43,7 @@ def load_model(source: str, hidden_act: str | None = None) -> CLIPModel:
     """
     from transformers import CLIPModel
 
-    model = pretrained.load_pretrained(CLIPModel, parse(source), torch.float32, whole=True)
+    model = pretrained.load_pretrained(CLIPModel, parse(source), torch.float32, strict=True)
     check_activation(model.config, hidden_act, source)
     return model
 
@@ -98,7 +98,7 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[
 
 
 def image_features(model: CLIPModel, pixel_values: Tensor, unit: bool = True) -> Tensor:
-    """Projected image features (B, D), of unit length unless told otherwise; differentiable."""
+    """Projected image features (B, D), of unit length if `unit`; differentiable."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
     return F.normalize(features, dim=-1) if unit else features
 

@@ -30,7 +30,7 @@ class SearchRange(StrictModel):
     """A searched setting: from `low` to `high`, or one of `choices`."""
 
     low: Float | None = None
-    high: Float | None = Field(None, description="may be drawn too")
+    high: Float | None = Field(None, description="included")
     log: bool = Field(False, description="drawn evenly in the logarithm")
     choices: list[bool | int | float | str | None] | None = Field(None, min_length=1, description="a grid's points")
 

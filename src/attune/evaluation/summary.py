@@ -37,7 +37,7 @@ class ComparisonEntry:
     difference: float  # mean paired difference, positive where the method is better
     difference_ci95: tuple[float, float]
     minimum_detectable_effect: float  # nan for one prompt
-    p_holm: float | None = None  # corrected over the family of tests; None for a part of a scorer, which claims nothing
+    p_holm: float | None = None  # corrected over the family of tests; None for a part of a scorer, which is not tested
 
     @property
     def p_corrected(self) -> float:

@@ -1,4 +1,4 @@
-"""ImageReward 1.0: a BLIP that reads the prompt while it looks at the image, trained on human rankings.
+"""ImageReward 1.0: a BLIP text encoder with cross-attention to the image, trained on human rankings.
 
 Source: Xu et al. 2023, arXiv:2304.05977; authors' code `ImageReward.py`, `score_gard`. Score = (head(h) - mean) / std,
 h the first token's last state, mean and std of the training set: about 0 for Stable Diffusion 1.4, -2 to 2.

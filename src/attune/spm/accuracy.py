@@ -1,4 +1,4 @@
-"""How often the step-aware preference model picks the better image of held-out pairs, by timestep."""
+"""How often the step-aware preference model picks the better image of validation pairs, by timestep."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
 
 
 def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[str, dict[str, list[Any]]]:
-    """How often each model picks the truly better image of held-out pairs, seen through one-step predictions.
+    """How often each model picks the better image of validation pairs, from one-step predictions.
 
-    The truth is the noise-free utility where the source knows it, else people's labels. The untimed model is
-    the CLIP the training started from: the same weights asked without knowing t. Without validation pairs
-    there is nothing to tell: {}.
+    The better image is the one of higher noise-free utility where the source knows it, else the one people chose.
+    `untimed` is the CLIP that training started from, which has no timestep. {} without validation pairs.
     """
     data = PreparedData.read(prepared, "validation", objective.base.device)
     if data.pairs.empty:

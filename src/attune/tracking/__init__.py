@@ -1,4 +1,4 @@
-"""Tracking: a stage, a sweep or a trial as an MLflow run. It is a view: no work waits for the store.
+"""Tracking: a stage, a sweep or a trial as an MLflow run. No work waits for the store.
 
 What a run logs goes to an outbox on disk (`outbox.py`), and from there by a thread (`sender.py`) to the store
 (`store.py`). A store that is away gets it later, each point once and with its own time: docs/tracking.md. The record of
@@ -181,7 +181,7 @@ class Run:
     @_safe
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a point at `step` to each curve; NaN and inf go to the curve `nonfinite`."""
-        self._step, points = _whole(step), _points(metrics)
+        self._step, points = _int64(step), _points(metrics)
         self._out.append("log", step=self._step, metrics=points)
         self._points += len(points)
         if self._points >= WAKE_POINTS and self._sender is not None:
@@ -253,10 +253,10 @@ class Run:
             self._out.append("tags", tags={"trial.state": state})
         self._out.append("end", status=status, kind=kind)
         if self._sender is not None:
-            self._sender.finish()
+            self._sender.drain()
 
 
-def _whole(step: int) -> int:
+def _int64(step: int) -> int:
     """The step as an integer of 64 bits; a database fails on a larger one, and the record would be sent for ever."""
     if not -(2**63) <= int(step) < 2**63:
         raise ValueError(f"step {step} does not fit into 64 bits")

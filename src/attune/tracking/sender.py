@@ -66,7 +66,7 @@ class Sender(threading.Thread):
         """Sends now, without waiting for the next flush."""
         self._wake.set()
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Sends the rest, for as long as the store accepts it."""
         self._progress = time.monotonic()
         self._ending.set()
@@ -205,7 +205,7 @@ def replay(root: Path) -> dict[str, Exception | None]:
 
 def _reopen(store: Store, outbox: Outbox) -> None:
     """Finds or creates the outbox's run. Where the store has lost the run, all records are sent again."""
-    outbox.begin(stores.open_run(store, outbox.opening()))
+    outbox.set_run_id(stores.open_run(store, outbox.opening()))
 
 
 def _send_one(store: Store, outbox: Outbox, files: bool) -> Exception | None:

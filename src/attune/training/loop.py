@@ -34,7 +34,7 @@ SHOWN = ("loss", "margin", "accuracy")
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the main process is told during training. Nothing here changes the weights."""
+    """What the training loop calls in the main process. Nothing here changes the weights."""
 
     desc: str = "train"  # in front of the progress bar
     log: Log = lambda metrics, step: None  # the metrics of every optimizer step

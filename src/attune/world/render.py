@@ -107,6 +107,6 @@ def _scatter(count: int, rng: np.random.Generator) -> list[tuple]:
     """Centres of two or three equal objects that do not touch: a rotated bar or triangle, jittered."""
     angle = rng.uniform(0, 2 * np.pi)
     reach = rng.uniform(7.8, 8.8) if count == 2 else rng.uniform(8.8, 9.6)
-    turns = angle + 2 * np.pi * np.arange(count) / count
+    angles = angle + 2 * np.pi * np.arange(count) / count
     middle = IMAGE_SIZE / 2 + rng.uniform(-0.8, 0.8, 2)
-    return [(middle[0] + reach * np.cos(a), middle[1] + reach * np.sin(a)) for a in turns]
+    return [(middle[0] + reach * np.cos(a), middle[1] + reach * np.sin(a)) for a in angles]

@@ -75,7 +75,7 @@ class Ingest:
         if self._rows % CHECK_EVERY == 0:
             self._quarantine.check(self._rows, self._rules.max_bad_share)
 
-    def finish(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def to_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Prompts, split by split, and pairs; a prompt found in several splits stays in the last of them only.
 
         The prompts depend on the prompts and splits of the good rows and on their order, not on what their images,

@@ -75,9 +75,9 @@ def _on_hub(path: str) -> list[DataFile]:
         raise SourceError(f"data.path: {error}") from error
     if source.commit is None:
         raise SourceError(f"data.path: {path} is neither here nor a data set on the Hub, {NOTATION}")
-    whole = replace(source, inner="")
+    repository = replace(source, inner="")
     return [
-        DataFile(name, size, partial(fetch_file, whole / name, repo_type="dataset"))
+        DataFile(name, size, partial(fetch_file, repository / name, repo_type="dataset"))
         for name, size in sorted(sizes.items())
     ]
 

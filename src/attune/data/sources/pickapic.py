@@ -8,7 +8,7 @@ Shards are read in two layouts:
                 original_prompt is another name of caption (sayakpaul/pickapic_v2_webdataset)
 
 A shard's split is in its file's or folder's name, as `train-00001-of-00645.parquet` or `validation_unique/0.tar`.
-If train, validation and test are all there, these are the splits, the held-out ones read first; if not, prompts
+If train, validation and test are all there, these are the splits, validation and test read first; if not, prompts
 are hashed into splits. Hub shards are downloaded when their turn comes and not at all once enough pairs are found.
 """
 

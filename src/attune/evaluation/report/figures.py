@@ -21,7 +21,7 @@ from attune.evaluation.summary import ALPHA, ComparisonEntry, Summary
 __all__ = ["accuracy_by_t_plot", "image_grid", "score_difference_plot", "training_curves", "win_rate_plot"]
 
 LINE = "#e4e7ec"
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey
+# Okabe and Ito's palette: distinct for colour-blind readers, and in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DPI = 200
 _DASHES = (0, (4, 3))
@@ -65,7 +65,7 @@ def accuracy_by_t_plot(metrics: Mapping[str, Mapping[str, Sequence[Any]]]) -> Im
             axes.fill_between(t, low, high, color=colour, alpha=0.15, lw=0)
     _rule(axes, 0.5, "chance")
     axes.set(xlabel="timestep t (noise grows to the right)", ylabel="pair accuracy")
-    axes.set_title("Which picture will people prefer? Judged through noise", loc="left", size=10.5, color=INK)
+    axes.set_title("Pair accuracy of the preference model by timestep", loc="left", size=10.5, color=INK)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return _render(figure)
 
