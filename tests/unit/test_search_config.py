@@ -38,7 +38,7 @@ def load(tmp_path: Path, run: str, **changes: Any) -> Settings:
         ({"space": {"betta": {"low": 1, "high": 2}}}, r"search\.dpo\.space\.betta: no such key; known keys: .*beta"),
         (
             {"space": {"beta": {"low": 0, "high": 2}}},
-            r"search\.dpo\.space\.beta: 0\.0 is not accepted: beta: .*greater",
+            r"space\.beta: 0\.0 is not accepted: beta: .*greater",
         ),
         ({"space": {"beta": {"low": 2, "high": 1}}}, r"search\.dpo\.space\.beta: .*low must be less than high"),
         ({"space": {"beta": {"low": 2}}}, r"search\.dpo\.space\.beta: .*either low and high, or choices"),
