@@ -108,9 +108,9 @@ class Shard:
                 dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
                 raise
         dist.broadcast_object_list(result_and_error)
-        result, error = result_and_error
-        if error is not None:
-            raise RuntimeError(f"the first process has ended the training: {error}")
+        result, failure = result_and_error
+        if failure is not None:
+            raise RuntimeError(f"the first process has ended the training: {failure}")
         return result
 
     @contextmanager

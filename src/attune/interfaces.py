@@ -21,11 +21,15 @@ from attune.config.settings import MethodConfig, TrainingConfig
 from attune.distributed import Shard
 
 if TYPE_CHECKING:
+    from attune.diffusion.lora import Denoiser
     from attune.diffusion.policy import Policy
 
 Metrics = dict[str, float | Tensor]
 Log = Callable[[Mapping[str, float], int], None]
 """`log(metrics, step)`: how training reports its metrics."""
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+"""`score(images, prompts)`: what is called of a `Reward`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Conditioning:
 class Backbone(Protocol):
     """A base model: the only code that knows its encoders, its autoencoder and its denoiser's arguments."""
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     alphas_cumprod: Tensor  # (T,) float32
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
@@ -95,7 +99,8 @@ class Backbone(Protocol):
 class Objective(Protocol):
     """What the training loop asks: how a batch becomes minibatches, and the loss of one."""
 
-    config: TrainingConfig
+    @property
+    def config(self) -> TrainingConfig: ...
 
     def minibatches(self, batch: Any, generator: torch.Generator) -> Iterable[Any]:
         """Offline methods yield the batch; online methods roll out the policy and yield what it produced.
@@ -122,8 +127,10 @@ class Method(Objective, Protocol):
 
     consumes: Literal["pairs", "prompts"]  # the batches of `minibatches`: `PairBatch` or `PromptBatch`
     needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
-    config: MethodConfig
     policy: Policy
+
+    @property
+    def config(self) -> MethodConfig: ...
 
 
 class Trainable(Protocol):

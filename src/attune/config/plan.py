@@ -22,12 +22,13 @@ from attune.config.schema import StrictModel, check
 from attune.config.settings import Model, Sampling
 
 FOLDER = Path("plan")
+PluginKind = Literal["methods", "rewards", "sources"]
 
 
 class Plugin(StrictModel):
     """A plug-in with its settings, all defaults filled in; it can be written as JSON."""
 
-    kind: Literal["methods", "rewards", "sources"]
+    kind: PluginKind
     name: str
     settings: Mapping[str, Any]
 
@@ -76,6 +77,13 @@ class RunPlan(StagePlan):
     scorers: Mapping[str, Plugin]  # asked while training: as rewards, or for validation
     trained_on: list[str]
     selected_by: list[str]
+
+    @property
+    def trained_method(self) -> Plugin:
+        """The method of a run that is trained. Raises ValueError of one that is not."""
+        if self.method is None:
+            raise ValueError(f"run {self.run}: nothing is trained")
+        return self.method
 
 
 class GeneratePlan(StagePlan):

@@ -42,7 +42,7 @@ class Policy:
     def __init__(self, backbone: Backbone, uncond: Conditioning, autocast: torch.dtype | None = None):
         """`uncond` encodes the empty prompt, one row; `autocast` is what a float32 denoiser computes in."""
         self.backbone, self.uncond, self.autocast = backbone, uncond, autocast
-        self.denoiser: nn.Module = backbone.denoiser
+        self.denoiser = backbone.denoiser
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.reference_model: nn.Module | None = None  # None: the denoiser without its adapter
@@ -84,7 +84,8 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, predictions are the reference's and carry no graph. Keep the block to one assignment."""
-        with torch.no_grad(), self._adapter_disabled() if self.reference_model is None else self._reference_called():
+        reference = self.reference_model
+        with torch.no_grad(), self._adapter_disabled() if reference is None else self._called(reference):
             yield
 
     @contextmanager
@@ -96,8 +97,8 @@ class Policy:
             self.denoiser.enable_adapters()
 
     @contextmanager
-    def _reference_called(self) -> Iterator[None]:
-        trained, self.module = self.module, self.reference_model
+    def _called(self, reference: nn.Module) -> Iterator[None]:
+        trained, self.module = self.module, reference
         try:
             yield
         finally:

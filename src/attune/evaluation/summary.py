@@ -40,6 +40,11 @@ class ComparisonEntry:
     p_holm: float | None = None  # corrected over the family of tests; None for a part of a scorer, which claims nothing
 
     @property
+    def p_corrected(self) -> float:
+        """`p_holm`; nan of a part of a scorer, which no level of significance is above."""
+        return math.nan if self.p_holm is None else self.p_holm
+
+    @property
     def evidence(self) -> Evidence:
         """What the comparison allows to say.
 

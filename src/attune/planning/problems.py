@@ -189,8 +189,9 @@ def _try_search(name: str, s: Settings, where: str) -> None:
         values = _changed(method, values, key, value, f"{where}.fixed.{key}")
     for key, spread in search.space.items():
         whole = spread.choices is None and number_type(method, key, f"{where}.space.{key}") is int
-        for value in spread.choices or (spread.low, spread.high):
-            _changed(method, values, key, int(value) if whole else value, f"{where}.space.{key}")
+        ends = [] if spread.choices else [int(end) if whole else end for end in spread.ends]
+        for value in spread.choices or ends:
+            _changed(method, values, key, value, f"{where}.space.{key}")
 
 
 def _changed(method: type[StrictModel], values: dict, key: str, value: object, where: str) -> dict:
@@ -218,7 +219,7 @@ def missing_files(s: Settings) -> Iterator[str]:
     for path in plugins.load("sources", s.source).needs_files(s.data):
         if not Path(path).exists():
             yield f"{where}:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
-    named = {f"{where}:model": s.model, f"{where}:preference": s.preference}
+    named: dict[str, StrictModel | None] = {f"{where}:model": s.model, f"{where}:preference": s.preference}
     named |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
     named |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
     named |= {f"runs.{name}": run for name, run in s.runs.items()}

@@ -173,7 +173,7 @@ class Scorer:
         check_images(images, prompts)
         device = self.model.vision.device
         with full_precision(device):
-            size = self.model.vision.config.image_size
+            size: Any = self.model.vision.config.image_size
             pixels = self._prepare(images.to(device).float(), size, rounded_crop)
             tokens = self.tokenizer(
                 list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"

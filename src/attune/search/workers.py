@@ -164,7 +164,8 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) ->
     Raises:
         Exception: one that would meet every trial; this one is told FAIL before.
     """
-    start, values, attrs, fatal = time.time(), None, {}, None
+    start, values, fatal = time.time(), None, None
+    attrs: dict[str, Any] = {}
     try:
         with heartbeat(trial):
             values, state = objective(trial), TrialState.COMPLETE

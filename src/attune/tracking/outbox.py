@@ -98,6 +98,13 @@ class Outbox:
             line = file.readline()
         return _parse(line) if line.endswith(b"\n") else {}
 
+    @property
+    def known_run_id(self) -> str:
+        """The store's id of the run. Raises RuntimeError before the store has one."""
+        if self.run_id is None:
+            raise RuntimeError(f"{self.folder}: the store does not know the run yet")
+        return self.run_id
+
     def begin(self, run_id: str) -> None:
         """Notes the run's id in the store. A new id means a new run there, which needs all records again."""
         if run_id != self.run_id:

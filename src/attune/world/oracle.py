@@ -175,14 +175,15 @@ def _layout(scene: Scene, found: list[_Blob | None], blobs: list[_Blob], size: i
     extra = np.exp(-1.5 * abs(len(blobs) - scene.count))
     if scene.kind == "count":
         return float(extra)
-    if any(blob is None for blob in found):
+    there = [blob for blob in found if blob is not None]
+    if len(there) < len(found):
         return 0.0
     if scene.kind == "one":
-        radius = np.sqrt(found[0].area / np.pi) * 1.06 * IMAGE_SIZE / size
-        log_ratio = np.log(radius / RADII[scene.size])
+        radius = np.sqrt(there[0].area / np.pi) * 1.06 * IMAGE_SIZE / size
+        log_ratio = np.log(radius / RADII[str(scene.size)])
         return float(np.exp(-((max(abs(log_ratio) - 0.1, 0) / 0.2) ** 2)) * extra)
-    offset = (found[0].centre - found[1].centre) * IMAGE_SIZE / size
-    direction = np.array(RELATIONS[scene.relation], dtype=float)
+    offset = (there[0].centre - there[1].centre) * IMAGE_SIZE / size
+    direction = np.array(RELATIONS[str(scene.relation)], dtype=float)
     along, across = offset @ direction, abs(offset @ direction[::-1])
     return float(np.clip(0.5 + (along - across) / 8, 0, 1) * extra)
 
@@ -223,5 +224,5 @@ def _edge_spread(image: np.ndarray) -> float:
         lines = n > 0
         widths.append(total[lines] ** 2 / squares[lines] / n[lines])
         weights.append(total[lines])
-    widths, weights = np.concatenate(widths), np.concatenate(weights)
-    return float((widths * weights).sum() / weights.sum()) if len(widths) else 9.0
+    width, weight = np.concatenate(widths), np.concatenate(weights)
+    return float((width * weight).sum() / weight.sum()) if len(width) else 9.0

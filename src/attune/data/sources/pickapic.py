@@ -162,7 +162,12 @@ def _tar(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]] | BadR
     with tarfile.open(path, "r|") as tar:  # read once from front to back
         named = ((*_key_and_column(member.name), member) for member in tar if member.isreg())
         for key, members in groupby(named, lambda item: item[0]):
-            yield _sample(key, {column: tar.extractfile(member).read() for _, column, member in members}, name)
+            yield _sample(key, {column: _content(tar, member) for _, column, member in members}, name)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()  # None: of what is no regular file
 
 
 def _key_and_column(name: str) -> tuple[str, str]:

@@ -144,14 +144,14 @@ def _forest_row(axes: Axes, y: int, entry: ComparisonEntry, shown: Value, note: 
     """One interval with its dot and its number; grey and hollow unless significant."""
     is_share = shown == "win_rate"
     value, (low, high) = (entry.win_rate, entry.ci95) if is_share else (entry.difference, entry.difference_ci95)
-    significant = entry.p_holm < ALPHA
+    significant = entry.p_corrected < ALPHA
     colour = (COLOURS[0] if entry.difference > 0 else COLOURS[1]) if significant else SOFT
     axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="round", zorder=2)
     axes.plot(value, y, "o", ms=7, mfc=colour if significant else "white", mec=colour, mew=1.6, zorder=3)
     text = (f"{100 * value:.1f} %" if is_share else f"{value:+.3g}") + note
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or the dashed line runs through the number
-    offset = {"xytext": (0, 7), "textcoords": "offset points"}
-    axes.annotate(text, (value, y), **offset, ha="center", size=8, color=colour, bbox=box)
+    style: dict[str, Any] = {"ha": "center", "size": 8, "color": colour, "bbox": box}
+    axes.annotate(text, (value, y), (0, 7), textcoords="offset points", **style)
 
 
 def _tidy(axes: Axes) -> Axes:
