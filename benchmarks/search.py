@@ -2,11 +2,11 @@
 
     PYTHONPATH=src python benchmarks/search.py dpo spo
 
-Of the profile in params.yaml, after `dvc repro prepare` (and train_preference, for spo). For each run: a TPE search of
-12 short trials (`short`), and with its finalists in full, as `search.<run>` has it (`tpe`); a grid of 4 x 3 full
-trainings over the same ranges; then the default and each one's best are trained in full and paint the test prompts. The
-searches see validation prompts and their own scorer alone; the judge is the oracle, which none asks. Writes
-reports/search.md and .json; goes on where it was stopped.
+Of the profile in params.yaml, after `dvc repro prepare` (for spo: `dvc repro train_preference`). For each run: a TPE
+search of 12 short trials (`short`); the same with its finalists trained in full, as `search.<run>` has it (`tpe`); a
+grid of 4 x 3 full trainings over the same ranges (`grid`). Then the default and the best settings of each search are
+trained in full, and their images of the test prompts are scored. The searches see validation prompts and their own
+scorer alone; no search sees the oracle. Writes reports/search.md and .json; goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from attune.config.check import load, method_of, read_params
 from optuna.trial import TrialState
+from plans import plans_of, prompts_of_report, with_method_settings
 
 from attune import tracking
 from attune.build import load_policy, load_scorer
-from attune.config.profile import Params, Profile
+from attune.config.plan import EvaluatePlan, GeneratePlan, RunPlan, SearchPlan, plan_file
+from attune.config.resolve import Settings, load, read_yaml
+from attune.config.schema import check
 from attune.config.search import Config
 from attune.evaluation.statistics import Comparison, compare_paired
-from attune.finetune import align, validation_scores
-from attune.search.space import with_values
+from attune.finetune import finetune, validation_scores
+from attune.search.results import BEST
+from attune.search.space import current_settings, with_values
 from attune.search.sweep import sweep
 from attune.search.trial import stack_scorers
-from attune.stages.generate import held_out_index
 from attune.stages.sweep import sweep_plan
 
 WORK = Path(".checkpoints/benchmark-search")
@@ -46,34 +50,32 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="blocks of the profile's search")
     parser.add_argument("--out", type=Path, default=Path("reports"))
     given = parser.parse_args()
-    params, profile = load()
-    params = params.model_copy(update={"tracking": None})
-    found = {run: measured(run, params, profile) for run in given.runs}
+    settings = load()
+    found = {run: compared(run, settings) for run in given.runs}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "search.json").write_text(json.dumps(found, indent=2) + "\n")
-    (given.out / "search.md").write_text(document(found, params.profile))
+    (given.out / "search.md").write_text(document(found, settings.profile))
 
 
-def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
-    """The searches of a run, a training of each one's best, and how their images compare."""
-    folder = WORK / params.profile / run
-    block = dict(profile.search[run])
-    tpe = block | {"sampler": "tpe", "trials": TRIALS, "workers": WORKERS}
-    searches = {
-        "short": tpe | {"finalists": 0},
-        "tpe": tpe,  # the same study, which goes on
-        "grid": block | {"space": grid(block), "sampler": "grid", "pruner": "none", "trials": None}
-        | {"fixed": {}, "finalists": 0, "workers": WORKERS},
-    }  # fmt: skip
+def compared(run: str, settings: Settings) -> dict[str, Any]:
+    """The searches of a run, a training with each one's best settings, and how their images compare."""
+    folder, space = WORK / settings.profile / run, settings.search[run].space
     result: dict[str, Any] = {"searches": {}, "settings": {"default": {}}, "scores": {}, "comparisons": {}}
-    for name, search in searches.items():
-        changed = profile.model_copy(update={"search": {run: search}})
-        result["searches"][name] = timed(run, params, changed, folder / name)
-        result["settings"][name] = read_params(folder / name / "best_params.yaml")["params"]
+    for name, search in searches(settings.search[run]).items():
+        plan = plans_of(replace(settings, search={run: search}))[plan_file("sweep", run)]
+        result["searches"][name] = timed(plan, folder / name)
+        result["settings"][name] = read_yaml(folder / name / BEST)["params"]
     for seconds in ("wall_seconds", "cpu_seconds"):
         result["searches"]["tpe"][seconds] += result["searches"]["short"][seconds]
-    scores = {name: judged(run, params, profile, folder, name, values) for name, values in result["settings"].items()}
-    result["settings"]["default"] = {key: profile.methods[run][key] for key in block["space"]}
+    plans = plans_of(settings)
+    training, generating, evaluating = (plans[plan_file(stage, run)] for stage in ("align", "generate", "evaluate"))
+    scores = {
+        name: test_scores(
+            with_values(training.method.settings, values), training, generating, evaluating, folder / name
+        )
+        for name, values in result["settings"].items()
+    }
+    result["settings"]["default"] = current_settings(space, settings.methods[run])
     result["scores"] = {name: dict(zip(JUDGES, s.mean(axis=0).tolist(), strict=True)) for name, s in scores.items()}
     for i, judge in enumerate(JUDGES):
         result["comparisons"][judge] = {
@@ -82,21 +84,29 @@ def measured(run: str, params: Params, profile: Profile) -> dict[str, Any]:
     return result
 
 
-def grid(block: dict[str, Any]) -> dict[str, Any]:
+def searches(search: Config) -> dict[str, Config]:
+    """The searches that are compared, from the profile's block; `tpe` is the same study as `short`, which goes on."""
+    block = search.model_dump()
+    tpe = block | {"sampler": "tpe", "trials": TRIALS, "workers": WORKERS}
+    full = {"sampler": "grid", "pruner": "none", "trials": None, "fixed": {}, "finalists": 0, "workers": WORKERS}
+    found = {"short": tpe | {"finalists": 0}, "tpe": tpe, "grid": block | {"space": grid(search)} | full}
+    return {name: check(Config, values, f"search ({name})") for name, values in found.items()}
+
+
+def grid(search: Config) -> dict[str, Any]:
     """Four values of the first key, three of the second, evenly over the logarithm of the same ranges."""
-    space = Config.model_validate(block).space
     points = {}
-    for (key, dimension), n in zip(space.items(), GRID, strict=True):
+    for (key, dimension), n in zip(search.space.items(), GRID, strict=True):
         points[key] = {"choices": [float(f"{v:.3g}") for v in np.geomspace(dimension.low, dimension.high, n)]}
     return points
 
 
-def timed(run: str, params: Params, profile: Profile, report: Path) -> dict[str, Any]:
+def timed(plan: SearchPlan, report: Path) -> dict[str, Any]:
     """Runs a search to its end; what it took, over all sessions that were not killed."""
     file, begun, cpu = report / "seconds.json", time.time(), children_seconds()
     spent = json.loads(file.read_text()) if file.exists() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
     try:
-        study = sweep(sweep_plan(run, params, profile, report))
+        study = sweep(replace(sweep_plan(plan, report), tracking=None))
     finally:
         report.mkdir(parents=True, exist_ok=True)
         if not file.exists() or children_seconds() - cpu > 1:  # a search that was over has started no process
@@ -117,21 +127,24 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def judged(run: str, params: Params, profile: Profile, folder: Path, name: str, values: dict[str, Any]) -> np.ndarray:
-    """Scores (prompts, judges) of a full-length training's images of the test prompts; kept for the next session."""
-    file, model = folder / f"{name}.npy", folder / f"{name}.model"
-    note = folder / f"{name}.settings.json"
-    block = with_values(profile.methods[run], values)
-    if file.exists() and json.loads(note.read_text()) == json.loads(json.dumps(block)):
+def test_scores(
+    values: Mapping[str, Any], training: RunPlan, generating: GeneratePlan, evaluating: EvaluatePlan, place: Path
+) -> np.ndarray:
+    """Scores (prompts, judges) of the images of test prompts after a full training with these settings.
+
+    Args:
+        place: path without ending of what is kept for the next session: model, settings and scores.
+    """
+    file, model, note = (place.with_name(place.name + end) for end in (".npy", ".model", ".settings.json"))
+    if file.exists() and json.loads(note.read_text()) == json.loads(json.dumps(values)):
         return np.load(file)
-    changed = profile.model_copy(update={"methods": {**profile.methods, run: block}})
-    align(run, method_of(run, params), changed, tracking.Run(), model, previews=0)
-    policy = load_policy(changed)
+    finetune(with_method_settings(training, values), tracking.Run(), model, samples=0)
+    policy = load_policy(training.model)
     policy.load(str(model))
-    scorer = stack_scorers([load_scorer(judge, changed) for judge in JUDGES])
-    index = held_out_index(changed).drop_duplicates("prompt")
-    scores = validation_scores(policy, changed.generate.sampling, changed.seed, scorer, index.prompt.tolist())
-    note.write_text(json.dumps(block))
+    scorer = stack_scorers([load_scorer(evaluating.scorers[judge]) for judge in JUDGES])
+    prompts = prompts_of_report(generating)
+    scores = validation_scores(policy, generating.generate.sampling, generating.seed, scorer, prompts)
+    note.write_text(json.dumps(values))
     np.save(file, scores)
     return scores
 

@@ -1,6 +1,6 @@
 """Does a gain survive another seed? Runs the whole pipeline once per seed and tables the headline scorer.
 
-    python benchmarks/seeds.py --seeds 0 1 2 --jobs 2
+    PYTHONPATH=src python benchmarks/seeds.py --seeds 0 1 2 --jobs 2
 
 Each seed gets a copy of the repository, so data, preference model, training and evaluation noise all differ; the
 test combinations stay unseen in every one. Writes reports/seeds.md and reports/seeds.json.
@@ -21,11 +21,10 @@ from copies import ROOT, repro_in_copy
 
 def run_seed(seed: int, work: Path) -> dict:
     """Runs the pipeline with one seed; returns its summary and the seconds it took."""
-    home = work / f"seed{seed}"
     started = time.monotonic()
-    repro_in_copy(home, {"profiles.${profile}.seed": seed})
-    summary = json.loads((home / "reports" / "summary.json").read_text())
-    accuracy = json.loads((home / "reports" / "train" / "preference.json").read_text())["accuracy_by_t"]
+    reports = repro_in_copy(work / f"seed{seed}", {"seed": seed})
+    summary = json.loads((reports / "summary.json").read_text())
+    accuracy = json.loads((reports / "train" / "preference.json").read_text())["accuracy_by_t"]
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - started),

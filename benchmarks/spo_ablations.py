@@ -1,9 +1,9 @@
-"""SPO's own ablations in the embedded world: which candidate goes on, and what the judge knows of the timestep.
+"""SPO's own ablations in the embedded world: the candidate a rollout continues from, and the preference model.
 
-    python benchmarks/spo_ablations.py --seeds 0 1 2
+    PYTHONPATH=src python benchmarks/spo_ablations.py --seeds 0 1 2
 
-Liang et al. 2024 (arXiv:2406.04314) find, for SD 1.5: going on from a random candidate beats going on from the best
-or the worst; a judge that knows the timestep beats one that does not, and plain PickScore does worse than no
+Liang et al. 2024 (arXiv:2406.04314) find, for SD 1.5: continuing from a random candidate beats continuing from the best
+or the worst; a preference model that knows the timestep beats one that does not, and plain PickScore does worse than no
 training. Each row here is one whole pipeline run with that one setting changed; all see the same prompts and noise.
 Runs are tracked in this repository's MLflow store. Writes reports/spo_ablations.md and .json; goes on where it was
 stopped, if the code is still the same (`--work` is where the copies are).
@@ -17,42 +17,35 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
-from copies import ROOT, repro_in_copy
-from ruamel.yaml import YAML
+from copies import ROOT, active_profile, repro_in_copy
 
 from attune.evaluation.statistics import bootstrap_mean_ci, wilcoxon_p
+from attune.paths import Paths
 
-SPO = {"method": "spo", "needs": "models/preference", "code": "src/attune/preference", "reads": "model"}
-# name of the copy -> changes of the preference block
-JUDGES = {"timed": {}, "untimed": {"step_aware": False}, "plain": {"batches": 0}}
+BASE, SPO = {"after": "data"}, {"method": "spo", "after": "preference"}
+# name of the copy -> changed values of the profile
+COPIES = {"timed": {}, "untimed": {"preference.step_aware": False}, "plain": {"preference.batches": 0}}
 # row -> (copy, run in it)
 ROWS = {
     "SPO": ("timed", "spo"),
-    "goes on from the best": ("timed", "spo_chosen"),
-    "goes on from the worst": ("timed", "spo_rejected"),
-    "judge does not know t": ("untimed", "spo"),
-    "judge is plain PickScore": ("plain", "spo"),
+    "continues from the best": ("timed", "spo_chosen"),
+    "continues from the worst": ("timed", "spo_rejected"),
+    "preference model without t": ("untimed", "spo"),
+    "plain PickScore": ("plain", "spo"),
 }
 SCORERS = ("oracle", "pickscore", "hpsv2")
 
 
 def run_seed(seed: int, work: Path) -> list[dict]:
     """The rows of one seed; the copies share a cache, so data and base are made once."""
-    yaml = YAML(typ="safe")
-    params = yaml.load(ROOT / "params.yaml")
-    profile = params["profiles"][params["profile"]]
-    spo = dict(profile["methods"]["spo"])
-    for judge, change in JUDGES.items():
-        changes = {
-            "profiles.${profile}.seed": seed,
-            "profiles.${profile}.preference": {**profile["preference"], **change},
-            "run_methods": {"spo": SPO},
-        }
-        if judge == "timed":
-            changes["run_methods"] = {name: SPO for name in ("spo", "spo_chosen", "spo_rejected")}
+    spo = active_profile()[1]["methods"].get("spo", {})
+    for copy, changes in COPIES.items():
+        runs, values = {"base": BASE, "spo": SPO}, {"seed": seed, **changes}
+        if copy == "timed":
             for continuation in ("chosen", "rejected"):
-                changes[f"profiles.${{profile}}.methods.spo_{continuation}"] = {**spo, "continuation": continuation}
-        repro_in_copy(work / f"{judge}{seed}", changes, cache=work / "cache", tracked=True)
+                runs[f"spo_{continuation}"] = SPO
+                values[f"methods.spo_{continuation}"] = {**spo, "continuation": continuation}
+        repro_in_copy(work / f"{copy}{seed}", values, runs, cache=work / "cache", tracked=True)
     return [{"seed": seed, "variant": row, **compared(seed, row, work)} for row in ROWS]
 
 
@@ -61,7 +54,7 @@ def compared(seed: int, row: str, work: Path) -> dict:
 
     def scores(name: str) -> pd.DataFrame:
         copy, run = ("timed", "base") if name == "base" else ROWS[name]
-        frame = pd.read_parquet(work / f"{copy}{seed}" / "reports" / "scores" / f"{run}.parquet")
+        frame = pd.read_parquet(work / f"{copy}{seed}" / Paths(active_profile()[0]).scores(run))
         return frame.groupby("prompt")[list(SCORERS)].mean()
 
     mine, found = scores(row), {}

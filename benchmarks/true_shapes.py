@@ -27,8 +27,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from attune.build import device
-from attune.config import plugins
+from attune.build import load_policy
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
 from attune.diffusion.policy import Policy
@@ -80,13 +79,10 @@ def write_pipeline(base: str, folder: Path, dtype: torch.dtype) -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def load_policy(base: str, folder: Path, args: argparse.Namespace) -> Policy:
+def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
     """The random pipeline as a policy with a LoRA on its attention, read as any other model is."""
-    model = Model(
-        backbone="sdxl" if base == "sdxl" else "sd", path=str(folder), dtype=args.dtype, resolution=args.resolution
-    )
-    backbone = plugins.load("backbones", model.backbone).load(model, device())
-    policy = Policy(backbone, backbone.encode_prompts([""]))
+    backbone = "sdxl" if base == "sdxl" else "sd"
+    policy = load_policy(Model(backbone=backbone, path=str(folder), dtype=args.dtype, resolution=args.resolution))
     policy.add_adapter(rank=64 if base == "sdxl" else 4, seed=0)
     if args.checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
@@ -153,7 +149,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     base, method = case.split("-")
     torch.set_num_threads(args.threads)
     started = time.monotonic()
-    policy = load_policy(base, Path(args.folder), args)
+    policy = load_with_lora(base, Path(args.folder), args)
     loaded = time.monotonic() - started
     objective, batches = build(method, policy, args)
     times = [time.monotonic()]
@@ -196,7 +192,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
-        print(json.dumps(measure(args.cases[0], args)), flush=True)
+        sys.stdout.write(json.dumps(measure(args.cases[0], args)) + "\n")
         return
     options = [word for word in sys.argv[1:] if word not in args.cases]
     for case in args.cases:  # written here and measured in a process of its own: a peak of memory is never given back

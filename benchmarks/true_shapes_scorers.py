@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,10 +22,10 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from attune.build import load_scorer
 from attune.clip.model import load_tokenizer
 from attune.clip.open_clip import VIT_H_14, clip_config, to_open_clip
-from attune.interfaces import Reward
-from attune.rewards import hpsv2, pickscore
+from attune.config.plan import Plugin
 
 
 def random_model(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -49,23 +50,24 @@ def write_pickscore(folder: Path, tokenizer: str) -> None:
     model.save_pretrained(folder)
 
 
-def load_hpsv2(folder: Path, tokenizer: str) -> Reward:
-    return hpsv2.load(hpsv2.Config(version="2.1", path=str(folder / "hps.pt"), tokenizer=tokenizer))
+def scorers(folder: Path, tokenizer: str) -> dict[str, Plugin]:
+    """The two scorers with the files that are written to a folder."""
+    hpsv2 = {"version": "2.1", "path": str(folder / "hps.pt"), "tokenizer": tokenizer}
+    return {
+        "hpsv2": Plugin(kind="rewards", name="hpsv2", settings=hpsv2),
+        "pickscore": Plugin(kind="rewards", name="pickscore", settings={"path": str(folder), "tokenizer": tokenizer}),
+    }
 
 
-def load_pickscore(folder: Path, tokenizer: str) -> Reward:
-    return pickscore.load(pickscore.Config(path=str(folder), tokenizer=tokenizer))
-
-
-def measure(load: Callable[[Path, str], Reward], folder: Path, tokenizer: str) -> str:
+def measure(scorer: Plugin, folder: Path) -> str:
     """Seconds to load and to score one 512 px image, and peak memory, as a line."""
     size = sum(file.stat().st_size for file in folder.iterdir())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    scorer = load(folder, tokenizer)
+    reward = load_scorer(scorer)
     loaded = time.perf_counter()
     with torch.no_grad():
-        score = scorer(torch.rand(1, 3, 512, 512), ["a cat with two horns on its head"]).item()
+        score = reward(torch.rand(1, 3, 512, 512), ["a cat with two horns on its head"]).item()
     done, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = f"load {loaded - start:.1f} s, one image and prompt {done - loaded:.1f} s"
     memory = f"peak {peak / 1e6:.2f} GB, {before / 1e6:.2f} of them before"
@@ -77,12 +79,13 @@ def main() -> None:
     parser.add_argument("tokenizer", help="folder")
     parser.add_argument("--scratch", help="where the files of weights are written and removed again")
     options, spawn = parser.parse_args(), get_context("spawn")
-    for name, write, load in (("hpsv2", write_hpsv2, load_hpsv2), ("pickscore", write_pickscore, load_pickscore)):
+    for name, write in (("hpsv2", write_hpsv2), ("pickscore", write_pickscore)):
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
             with ProcessPoolExecutor(1, spawn) as writer:
                 writer.submit(write, Path(folder), options.tokenizer).result()
             with ProcessPoolExecutor(1, spawn) as reader:
-                print(name, reader.submit(measure, load, Path(folder), options.tokenizer).result(), flush=True)
+                scorer = scorers(Path(folder), options.tokenizer)[name]
+                sys.stdout.write(f"{name} {reader.submit(measure, scorer, Path(folder)).result()}\n")
 
 
 if __name__ == "__main__":

@@ -17,18 +17,17 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from attune.files import digest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-M = TypeVar("M", bound="nn.Module")
 NOTATION = "owner/name[/file]@<commit, 40 hex digits>"
 _HUB = re.compile(r"(?P<place>[\w.-]+/[\w.-]+)(?P<inner>(/[^/@]+)*)(@(?P<commit>.*))?")
 
@@ -288,44 +287,3 @@ def count_parameters(folder: Path) -> int:
         with safe_open(file, "pt") as opened:
             total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     return total
-
-
-# ---------------------------------------------------------------- modules
-
-
-def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
-    """The module `build` makes, holding these very tensors: one copy in memory, and no time for random ones.
-
-    Args:
-        build: makes the module; called where tensors have shapes but no memory.
-        tensors: all its parameters and saved buffers, of the right dtype.
-        source: named in errors.
-
-    Raises:
-        ValueError: naming missing and unexpected tensors.
-    """
-    import torch
-
-    with torch.device("meta"):
-        module = build()
-    missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
-    if missing or unexpected:
-        raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta and name != "position_ids":
-                raise NotImplementedError(f"buffer {name} of {type(part).__name__} is not in {source}")
-            if buffer.is_meta:  # 0, 1, 2, ...: transformers does not save them
-                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return module
-
-
-def misfit(missing: Iterable[str], unexpected: Iterable[str]) -> str:
-    """What is wrong with a set of tensors, in one line however many they are."""
-    return f"missing {_some(missing)}, unexpected {_some(unexpected)}"
-
-
-def _some(names: Iterable[str], most: int = 6) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{names[:most]}{more}"

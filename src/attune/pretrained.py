@@ -1,20 +1,62 @@
-"""Networks and tokenizers in the layout of diffusers and transformers, whole or not at all.
+"""Networks and tokenizers from their files, whole or not at all.
 
-Both libraries only warn where weights are missing, and answer with an empty tokenizer where its files are: here these
-are errors. They are handed local folders that `attune.hub` has fetched, so what is pinned is what is read.
+diffusers and transformers only warn where weights are missing, and make an empty tokenizer where its files are missing:
+here both are errors. The libraries are handed local folders that `attune.hub` has fetched, so what is pinned is read.
 """
 
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from attune.hub import Source, check_finite, damage, fetch_folder, misfit, refusal
+from attune.hub import Source, check_finite, damage, fetch_folder, refusal
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
+M = TypeVar("M", bound="nn.Module")
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+
+def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+    """The module `build` makes, holding these very tensors: one copy in memory, and no time for random ones.
+
+    Args:
+        build: makes the module; called where tensors have shapes but no memory.
+        tensors: all its parameters and saved buffers, of the right dtype.
+        source: named in errors.
+
+    Raises:
+        ValueError: naming missing and unexpected tensors.
+    """
+    import torch
+
+    with torch.device("meta"):
+        module = build()
+    missing, unexpected = module.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta and name != "position_ids":
+                raise NotImplementedError(f"buffer {name} of {type(part).__name__} is not in {source}")
+            if buffer.is_meta:  # 0, 1, 2, ...: transformers does not save them
+                setattr(part, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return module
+
+
+def misfit(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    """What is wrong with a set of tensors, in one line however many they are."""
+    return f"missing {_some(missing)}, unexpected {_some(unexpected)}"
+
+
+def _some(names: Iterable[str], most: int = 6) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{names[:most]}{more}"
 
 
 def weight_files(stem: str, variant: str | None = None, ending: str = "safetensors") -> list[str]:

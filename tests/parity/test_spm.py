@@ -148,7 +148,7 @@ def test_pairs_as_the_model_sees_them(table, request, spm, model):
     latents = [backbone.vae.config.scaling_factor * case[f"posterior_sample_{i}"] for i in "01"]
     label = torch.ones(3)
     batch = PairBatch(PROMPTS["07"][:3], conditioning(case), *latents, label, label)
-    config = objective.Config(clip="", lr=1e-5, batches=1, batch_size=3)
+    config = objective.Config(clip="unused", lr=1e-5, batches=1, batch_size=3)
     seen = objective.SPMObjective(config, *spm, base).prepare_batch(batch, case["timesteps"], case["noise"])
     expected = torch.stack([case["pixel_values_0"], case["pixel_values_1"]])
     later = case["timesteps"] > 0

@@ -1,9 +1,15 @@
-"""A tiny CLIP on disk, and the step-aware model that starts from it."""
+"""A tiny CLIP and the step-aware model that starts from it; policies on SD and on SDXL; a summary of scores."""
 
+import pandas as pd
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+import scores
+from attune.evaluation.protocol import Protocol
+from attune.evaluation.summarise import summarise
+from attune.evaluation.summary import Diagnostics, Summary
 from attune.spm.model import from_clip
 
 
@@ -35,3 +41,45 @@ def spm(clip_folder):
 @pytest.fixture
 def images():
     return torch.rand(3, 3, 20, 28, generator=torch.Generator().manual_seed(1)) * 1.2 - 0.1
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def new(request, new_policy, new_xl_policy):
+    """Makes policies on the tiny SD, then on the tiny SDXL."""
+    return {"sd": new_policy, "sdxl": new_xl_policy}[request.param]
+
+
+@pytest.fixture
+def pipeline(new, new_policy, tiny_folder, tiny_xl_folder):
+    """diffusers' own pipeline of the same base."""
+    kind, folder = (
+        (StableDiffusionPipeline, tiny_folder) if new is new_policy else (StableDiffusionXLPipeline, tiny_xl_folder)
+    )
+    pipeline = kind.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    prompts = [*scores.HOSTILE, *(f"prompt {i}" for i in range(25))]
+    return {
+        "spo": scores.table(prompts, 0.35, seed=1),
+        "base": scores.table(prompts),
+        "same": scores.table(prompts),
+        "<b>evil|name": scores.table(prompts, -0.3, seed=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def protocol(tables) -> Protocol:
+    return scores.protocol_for(sorted(set(tables["base"]["prompt"])))
+
+
+@pytest.fixture(scope="module")
+def summary(tables, protocol) -> Summary:
+    diagnostics = {
+        "spo": Diagnostics(diversity={"vendi": 3.5}, drift={"cmmd": 0.7}),
+        "base": Diagnostics(diversity={"vendi": 4.0}),
+    }
+    return summarise(tables, protocol, trained_on={"spo": ["oracle"]}, diagnostics=diagnostics)

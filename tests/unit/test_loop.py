@@ -104,7 +104,7 @@ def test_an_epoch_is_drawn_once(monkeypatch):
 
 
 def test_no_rows_are_an_error_that_names_the_data():
-    with pytest.raises(ValueError, match="nothing to learn from: data/prepared holds 0 rows"):
+    with pytest.raises(ValueError, match="nothing to learn from: data/<profile>/prepared holds 0 rows"):
         epoch_rows(0, 2, 0, seed=0)
 
 

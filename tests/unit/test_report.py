@@ -1,10 +1,8 @@
-"""The summary's shape and numbers, the words of the report, and that hostile text stays text."""
+"""The words and figures of the report, and that hostile text stays text."""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
+from attune.evaluation.protocol import write_scores
 from attune.evaluation.report import figures
 from attune.evaluation.report.document import (
     Paragraph,
@@ -27,113 +25,10 @@ from attune.evaluation.report.document import (
 from attune.evaluation.report.make import make_report, write_report
 from attune.evaluation.report.render import to_html, to_markdown
 from attune.evaluation.summarise import summarise
-from attune.evaluation.summary import ComparisonEntry, Diagnostics, Extreme, Location, MethodSummary, Summary
+from attune.evaluation.summary import Summary
+from scores import HOSTILE, protocol_for, table
 
 COMMITTED = Path(__file__).parents[2] / "reports/tiny"
-
-HOSTILE = [
-    "a | b",
-    "`code` ``` fence",
-    "<script>alert(1)</script>",
-    "line one\nline two\r\n\n# heading",
-    "[click](javascript:alert(1)) ![x](http://evil.example/p.png)",
-    "https://evil.example www.evil.example a@evil.example",
-    "**bold** _it_ ~~no~~ \\ back \\| slash",
-    "- item",
-    "1. item",
-    "---",
-    "=== under",
-    "&lt;b&gt; &amp; <!-- hidden",
-    '" onmouseover="alert(1)',
-    "$x^2$ # @user",
-    "\x00\x1b[31m\u202egnp.exe",
-]
-SCORERS = ["oracle", "pickscore"]
-
-
-def protocol_for(prompts: list[str]) -> Protocol:
-    scorers = tuple((name, "rev", "raw") for name in SCORERS)
-    n = len(prompts)
-    return Protocol(hash_prompts(prompts), n, 2, "ddim", 20, 1, 5, 32, "float32", 0, scorers)
-
-
-def table(prompts: list[str], shift: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Two images per prompt; scores leave the base's by `shift` and noise drawn from `seed` (0: none)."""
-    level = np.random.default_rng(99).normal(size=len(prompts))
-    noise = np.random.default_rng(seed).normal(scale=0.1 if seed else 0, size=(len(prompts), 2))
-    rows = [
-        (prompt, k, f"{i}_{k}.png", level[i] + shift + noise[i, k], 20 + level[i] + noise[i, k], level[i])
-        for i, prompt in enumerate(prompts)
-        for k in range(2)
-    ]
-    return pd.DataFrame(rows, columns=["prompt", "ordinal", "file", *SCORERS, "oracle.appeal"])
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, pd.DataFrame]:
-    prompts = [*HOSTILE, *(f"prompt {i}" for i in range(25))]
-    return {
-        "spo": table(prompts, 0.35, seed=1),
-        "base": table(prompts),
-        "same": table(prompts),
-        "<b>evil|name": table(prompts, -0.3, seed=2),
-    }
-
-
-@pytest.fixture(scope="module")
-def protocol(tables) -> Protocol:
-    return protocol_for(sorted(set(tables["base"]["prompt"])))
-
-
-@pytest.fixture(scope="module")
-def summary(tables, protocol) -> Summary:
-    diagnostics = {
-        "spo": Diagnostics(diversity={"vendi": 3.5}, drift={"cmmd": 0.7}),
-        "base": Diagnostics(diversity={"vendi": 4.0}),
-    }
-    return summarise(tables, protocol, trained_on={"spo": ["oracle"]}, diagnostics=diagnostics)
-
-
-def test_six_row_table_by_hand():
-    """Three prompts, two images each. Base means 1, 2, 3; method 2, 2, 5: differences 1, 0, 2.
-
-    The means are 2 and 3, the medians 2 and 2, the difference 1, the win rate (1 + 0.5 + 1) / 3 = 5 / 6.
-    """
-    prompts = ["a", "b", "c"]
-    base = pd.DataFrame(
-        {
-            "prompt": np.repeat(prompts, 2),
-            "ordinal": [0, 1] * 3,
-            "file": "x.png",
-            "oracle": [0, 2, 1, 3, 3, 3],
-        }
-    )
-    method = base.assign(oracle=[2.0, 2, 4, 0, 4, 6])
-    protocol = Protocol("0", 3, 2, "ddim", 1, 0, 1, 8, "float32", 0, (("oracle", "r", "p"),))
-    result = summarise({"base": base, "m": method.sample(frac=1, random_state=0)}, protocol).methods
-    assert result["base"] == MethodSummary({"oracle": Location(2.0, 2.0)}, vs_base={})
-    assert result["m"].scores["oracle"] == Location(3.0, 2.0)
-    entry = result["m"].vs_base["oracle"]
-    assert entry.difference == pytest.approx(1)
-    assert entry.win_rate == pytest.approx(5 / 6)
-    assert result["m"].extremes.gained[0] == Extreme("c", 2.0)
-    assert result["m"].extremes.lost == ()
-
-
-def test_summary_is_complete(summary):
-    assert summary.protocol.n_prompts == 40
-    assert list(summary.methods) == ["base", "spo", "same", "<b>evil|name"]
-    assert list(summary.tuned) == ["spo", "same", "<b>evil|name"]
-    assert summary.scorers == tuple(SCORERS)
-    assert summary.methods["base"].vs_base == {}
-    for method in summary.tuned.values():
-        assert set(method.vs_base) == set(method.scores) == {*SCORERS, "oracle.appeal"}
-        for scorer in SCORERS:
-            entry = method.vs_base[scorer]
-            assert entry.ci95[0] <= entry.win_rate <= entry.ci95[1]
-            assert entry.p_holm >= entry.p_value
-        assert method.vs_base["oracle.appeal"].p_holm is None
-        assert method.vs_base["oracle.appeal"].evidence == "no evidence"
 
 
 def test_the_committed_summary_is_read_and_written_byte_for_byte():
@@ -150,57 +45,6 @@ def test_the_committed_report_is_the_committed_summarys():
     titles = [line[2:].partition("](") for line in text.splitlines() if line.startswith("![")]
     pictures = [Picture(title, path.rstrip(")"), b"") for title, _, path in titles]
     assert to_markdown(summary, pictures) == text
-
-
-def test_json_holds_everything_and_nothing_that_is_not_there(summary, tables, protocol):
-    assert Summary.from_json(summary.to_json()) == summary
-    values = json.loads(summary.to_json())
-    assert list(values) == ["protocol", "n_prompts", "base", "scorers", "methods", "pairs"]
-    assert values["n_prompts"] == 40
-    assert list(values["methods"]["base"]) == ["scores", "vs_base", "diversity"]
-    assert list(values["methods"]["same"]) == ["scores", "vs_base", "trained_on", "gap", "extremes"]
-    assert values["methods"]["same"]["gap"] is None
-    assert "p_holm" not in values["methods"]["same"]["vs_base"]["oracle.appeal"]
-    selected = summarise(tables, protocol, selected_by={"spo": ["oracle"]})
-    assert Summary.from_json(selected.to_json()) == selected
-    methods = json.loads(selected.to_json())["methods"]
-    assert methods["spo"]["selected_by"] == ["oracle"]
-    assert "selected_by" not in methods["same"]
-
-
-def test_undefined_numbers_are_null_in_json():
-    """One prompt: no spread, so no detectable effect and no standardised gain."""
-    protocol = replace(protocol_for(["a"]), n_prompts=1)
-    summary = summarise({"base": table(["a"]), "m": table(["a"], 1.0)}, protocol, trained_on={"m": ["oracle"]})
-    method = json.loads(summary.to_json())["methods"]["m"]
-    assert method["vs_base"]["oracle"]["minimum_detectable_effect"] is None
-    assert method["gap"] == {"trained": None, "heldout": None, "gap": None}
-    again = Summary.from_json(summary.to_json())
-    assert math.isnan(again.methods["m"].vs_base["oracle"].minimum_detectable_effect)
-    assert math.isnan(again.methods["m"].gap.gap)
-    assert to_markdown(again) == to_markdown(summary)
-    assert "nan" not in to_markdown(summary)
-
-
-def test_evidence_needs_p_interval_and_win_rate(summary):
-    methods = summary.methods
-    assert methods["spo"].vs_base["oracle"].evidence == "better"
-    assert methods["spo"].vs_base["pickscore"].evidence == "no evidence"
-    assert methods["<b>evil|name"].vs_base["oracle"].evidence == "worse"
-    same = methods["same"].vs_base["oracle"]
-    assert (same.win_rate, same.p_value, same.ci95) == (0.5, 1.0, (0.5, 0.5))
-    disagree = ComparisonEntry(0.7, (0.6, 0.8), 0.001, 0.1, (-0.1, 0.3), 0.2, p_holm=0.01)
-    assert disagree.evidence == "mixed"
-    assert replace(disagree, difference_ci95=(0.1, 0.3), win_rate=0.4).evidence == "mixed"
-    assert replace(disagree, difference_ci95=(0.1, 0.3), p_holm=0.2).evidence == "no evidence"
-
-
-def test_gap_is_standardised_and_needs_both_sides(summary):
-    """Trained gain ~0.35 base spreads, held-out gain ~0."""
-    gap = summary.methods["spo"].gap
-    assert gap.gap == gap.trained - gap.heldout
-    assert gap.gap == pytest.approx(0.35, abs=0.1)
-    assert summary.methods["same"].gap is None
 
 
 def test_a_scorer_that_selected_is_marked_and_not_held_out(tables, protocol):
@@ -229,21 +73,6 @@ def test_scorers_that_did_not_evaluate_are_text(tables, protocol, summary):
     chosen = to_markdown(summarise(tables, protocol, selected_by={"spo": ["hps", "clip"]}))
     assert "Also selected by: hps, clip, which were not evaluated." in chosen
     assert not any("Also" in line for line in to_markdown(summary).splitlines())
-
-
-def test_tables_that_cannot_be_paired_are_refused():
-    prompts = ["a", "b"]
-    protocol, base = protocol_for(prompts), table(prompts)
-    with pytest.raises(ValueError, match="no scores of the base"):
-        summarise({"spo": base}, protocol)
-    with pytest.raises(ValueError, match="base and spo hold different prompts"):
-        summarise({"base": base, "spo": base.replace({"prompt": {"a": "c"}})}, protocol)
-    with pytest.raises(ValueError, match="different score columns"):
-        summarise({"base": base, "spo": base.drop(columns="oracle.appeal")}, protocol)
-    with pytest.raises(ValueError, match="trained_on names methods"):
-        summarise({"base": base}, protocol, trained_on={"spo": ["oracle"]})
-    with pytest.raises(ValueError, match="selected_by names methods"):
-        summarise({"base": base}, protocol, selected_by={"spo": ["oracle"]})
 
 
 def test_markdown_says_it_in_words(summary):

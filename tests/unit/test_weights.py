@@ -20,7 +20,6 @@ from attune.config.schema import ConfigError
 from attune.hub import (
     HubError,
     Source,
-    build_with,
     check_finite,
     fetch_file,
     fetch_folder,
@@ -30,6 +29,7 @@ from attune.hub import (
     parse,
     read_tensors,
 )
+from attune.pretrained import build_with
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.spm import model as preference
 from tiny_scorers import write_imagereward

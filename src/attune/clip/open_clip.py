@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attune.clip.model import check_activation
-from attune.hub import build_with, misfit, read_json, read_tensors
+from attune.hub import read_json, read_tensors
+from attune.pretrained import build_with, misfit
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer

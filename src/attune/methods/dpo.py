@@ -12,6 +12,7 @@ Cost per step: one policy and one reference forward, and one backward, on 2 B im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +29,10 @@ from attune.interfaces import Metrics
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
+
+
+LOSS_AT_REFERENCE = math.log(2)
+"""The loss while the policy equals its reference, of the default `loss`."""
 
 
 class Config(MethodConfig):

@@ -14,6 +14,7 @@ forward, and one backward, on 2 B images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +33,10 @@ from attune.interfaces import Conditioning, Metrics
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
+
+
+LOSS_AT_REFERENCE = math.log(2)
+"""The loss while the policy equals its reference."""
 
 
 class Config(MethodConfig):

@@ -15,6 +15,7 @@ guidance, and (N - s) k decodings and scorings; then one policy and one referenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -33,6 +34,10 @@ from attune.interfaces import Conditioning, Metrics, StepReward
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
+
+
+LOSS_AT_REFERENCE = math.log(2)
+"""The loss while the policy equals its reference."""
 
 
 class Config(MethodConfig):

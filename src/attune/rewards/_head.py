@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from attune.hub import build_with
+from attune.pretrained import build_with
 
 LAYERS = (0, 2, 4, 6, 7)  # the gaps are dropout, which does nothing here
 WIDTHS = (1024, 128, 64, 16, 1)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from attune.clip.model import full_precision
 from attune.clip.pixels import check_images, clip_pixels, clip_pixels_pil, rounded_crop
 from attune.config.settings import Location, ScorerConfig, Sha256
-from attune.hub import build_with, fetch_file, parse, read_json, read_tensors
-from attune.pretrained import load_tokenizer
+from attune.hub import fetch_file, parse, read_json, read_tensors
+from attune.pretrained import build_with, load_tokenizer
 from attune.rewards._head import LAYERS, Head
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer
 from attune.clip.pixels import normalise, rounded_crop
-from attune.hub import build_with, fetch_folder, misfit, parse, read_json, read_tensors
+from attune.hub import fetch_folder, parse, read_json, read_tensors
+from attune.pretrained import build_with, misfit
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
 WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"

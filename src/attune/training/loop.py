@@ -153,7 +153,7 @@ def epoch_rows(n: int, batch_size: int, batch: int, seed: int) -> Tensor:
         ValueError: there are no rows.
     """
     if n == 0:
-        raise ValueError("there is nothing to learn from: data/prepared holds 0 rows (pairs, or prompts) to train on")
+        raise ValueError("nothing to learn from: data/<profile>/prepared holds 0 rows (pairs, or prompts) to train on")
     rows, position = [], batch * batch_size
     while len(rows) < batch_size:
         epoch, offset = divmod(position + len(rows), n)
