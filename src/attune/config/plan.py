@@ -171,5 +171,5 @@ def run_of_stage() -> str:
 
 
 def to_json(plan: StrictModel) -> str:
-    """The plan as a file holds it: keys in a fixed order, so that equal plans are equal bytes."""
-    return json.dumps(plan.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """The plan as a file holds it. Keys stay in their order: the first scorer of a profile is the report's headline."""
+    return json.dumps(plan.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"
