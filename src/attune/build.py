@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,7 +20,7 @@ from attune.config import plugins
 from attune.config.plan import Plugin
 from attune.config.settings import MethodConfig, Model
 from attune.distributed import Shard
-from attune.interfaces import Backbone, Objective, Reward, StepReward
+from attune.interfaces import Backbone, Method, Reward, StepReward
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -50,7 +50,7 @@ def load_backbone(model: Model) -> Backbone:
 
 
 def load_policy(model: Model) -> Policy:
-    """The base model as a policy that learns nothing yet."""
+    """The base model as a policy, without trainable weights yet."""
     return _policy(load_backbone(model))
 
 
@@ -83,7 +83,7 @@ def _policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:
     return Policy(backbone, backbone.encode_prompts([""]), autocast)
 
 
-def build_method(method: Plugin, policy: Policy, preference: Path, scorers: Mapping[str, Plugin]) -> Objective:
+def build_method(method: Plugin, policy: Policy, preference: Path, scorers: Mapping[str, Plugin]) -> Method:
     """A method with what it needs.
 
     Args:
@@ -91,7 +91,7 @@ def build_method(method: Plugin, policy: Policy, preference: Path, scorers: Mapp
         scorers: those of the profile by name, of which the method's rewards are.
     """
     kind, config = plugins.load("methods", method.name).Method, method.config
-    makers = {
+    makers: dict[str, Callable[[], Any]] = {
         "preference_model": lambda: load_preference_model(preference),
         "rewards": lambda: load_rewards(config, scorers),
     }

@@ -108,9 +108,9 @@ class Shard:
                 dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
                 raise
         dist.broadcast_object_list(result_and_error)
-        result, error = result_and_error
-        if error is not None:
-            raise RuntimeError(f"the first process has ended the training: {error}")
+        result, failure = result_and_error
+        if failure is not None:
+            raise RuntimeError(f"the first process has ended the training: {failure}")
         return result
 
     @contextmanager
@@ -139,7 +139,7 @@ class Shard:
             signal.signal(signal.SIGTERM, handler)
 
     def _on_sigterm(self, *_: Any) -> None:
-        sys.exit(self._cannot_go_on("told to stop, which happens when another has ended"))
+        sys.exit(self._cannot_go_on("it was sent SIGTERM, which happens when another has ended"))
 
     def _cannot_go_on(self, why: str) -> str:
         process = f"process {self.rank} of the {self.world_size} that train together"

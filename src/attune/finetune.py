@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import scorer_identity
 from attune.files import values_sha
-from attune.interfaces import Objective, Reward
+from attune.interfaces import Method, Score
 from attune.paths import Paths
-from attune.training.checkpoint import resumable
+from attune.training.checkpoint import Checkpoint, resumable
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import Batches, Callbacks, epoch_rows, train
 
@@ -53,8 +53,8 @@ def finetune(
     """
     paths = Paths(plan.profile)
     start = start_of(plan)
-    policy = load_learner(plan.method.config, plan.model, plan.seed, start)
-    method = build_method(plan.method, policy, paths.preference, plan.scorers)
+    policy = load_learner(plan.trained_method.config, plan.model, plan.seed, start)
+    method = build_method(plan.trained_method, policy, paths.preference, plan.scorers)
     config = method.config
     seed = seed_of(plan.seed, start)
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
@@ -79,7 +79,7 @@ def finetune(
 
 def start_of(plan: RunPlan) -> str | None:
     """What the training starts from: the model of the run before it, or a released one; None: the base model."""
-    return str(Paths(plan.profile).model(plan.after)) if plan.after else plan.method.config.start
+    return str(Paths(plan.profile).model(plan.after)) if plan.after else plan.trained_method.config.start
 
 
 def seed_of(seed: int, start: str | None) -> int:
@@ -87,7 +87,7 @@ def seed_of(seed: int, start: str | None) -> int:
     return seed if start is None else int(values_sha([seed, start]), 16)
 
 
-def training_batches(method: Objective, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
+def training_batches(method: Method, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
     """How many rows a method learns from, pairs or prompts, and batch number b of them."""
     data = PreparedData.read(prepared, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
@@ -108,7 +108,7 @@ def early_stopping(validation: Validation, policy: Policy, plan: RunPlan) -> Ear
 
 
 def validation_scores(
-    policy: Policy, sampling: Sampling, seed: int, scorer: Reward, prompts: Sequence[str]
+    policy: Policy, sampling: Sampling, seed: int, scorer: Score, prompts: Sequence[str]
 ) -> np.ndarray:
     """Scores (n,) of one image per prompt, with the noise that every policy gets for it."""
     images = generate_images(policy, prompts, [0] * len(prompts), sampling, seed, None)
@@ -127,14 +127,16 @@ def validation_prompts(prepared: Path, n: int) -> list[str]:
     return table.prompt[table.split == "validation"].head(n).tolist()
 
 
-def scorers_seen(scorers: dict[str, Plugin]) -> list[tuple[str, str, str]]:
+def scorers_seen(scorers: Mapping[str, Plugin]) -> list[tuple[str, str, str]]:
     """Weights and settings of the scorers asked while a method trains: its checkpoints are of these alone."""
     return [scorer_identity(name, scorer.config) for name, scorer in scorers.items()]
 
 
-def _checkpoint(plan: RunPlan, root: Path, paths: Paths, start: str | None, writes: bool):
+def _checkpoint(
+    plan: RunPlan, root: Path, paths: Paths, start: str | None, writes: bool
+) -> AbstractContextManager[Checkpoint]:
     """A checkpoint that only a run with the same settings, scorers and inputs finds again."""
-    values = [plan.seed, plan.model.model_dump(), plan.method.model_dump(), scorers_seen(plan.scorers)]
+    values = [plan.seed, plan.model.model_dump(), plan.trained_method.model_dump(), scorers_seen(plan.scorers)]
     inputs = [paths.prepared, *([paths.preference] if plan.needs_preference else [])]
     inputs += [Path(start)] if start is not None and Path(start).exists() else []
     return resumable(root, f"align@{plan.profile}-{plan.run}", values, inputs, writes)
@@ -151,8 +153,10 @@ def _callbacks(
     """What is logged while a training runs; nothing here changes what is trained."""
     from attune.tracking.samples import sampler
 
+    scorer = config.validation.scorer if config.validation else None
+
     def log_score(batch: int, step: int, score: float) -> None:
-        run.log({f"validation/{config.validation.scorer}": score}, step)
+        run.log({f"validation/{scorer}": score}, step)
         on_score(batch, score)
 
     prompts = validation_prompts(Paths(plan.profile).prepared, SAMPLE_PROMPTS) if samples else []

@@ -1,4 +1,4 @@
-"""The one door for weights: says where they are, fetches them, checks them, and reads them without running anything.
+"""Weights: where they are, and how they are fetched, checked and read without running any code of theirs.
 
 Notation: a local file or folder, or `owner/name[/file/in/repository]@commit` on the Hugging Face Hub. The commit is
 written in full (40 hex digits), because a branch or a tag can be moved and a score could then not be repeated.
@@ -106,9 +106,9 @@ def fetch_file(source: Source, sha256: str | None = None, repo_type: str = "mode
         from huggingface_hub import hf_hub_download
 
         with _hub_errors(source):
-            file = hf_hub_download(source.place, source.inner, repo_type=repo_type, revision=source.commit)
+            file = Path(hf_hub_download(source.place, source.inner, repo_type=repo_type, revision=source.commit))
     if sha256 is not None:
-        with Path(file).open("rb") as opened:
+        with file.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != sha256:
             raise ValueError(f"{source} has sha256 {found}, not {sha256}; it was not loaded")
@@ -245,7 +245,7 @@ def damage(file: str | Path, error: Exception) -> str:
     return f"{file} is damaged, or no safetensors file: {error}"
 
 
-def refusal(source: str | Path) -> str:
+def refusal(source: str | Path | Source) -> str:
     """The message for a pickle that would run something."""
     return f"{source} was not loaded: it holds more than tensors, and reading that could run any program"
 

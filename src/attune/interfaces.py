@@ -21,11 +21,15 @@ from attune.config.settings import MethodConfig, TrainingConfig
 from attune.distributed import Shard
 
 if TYPE_CHECKING:
+    from attune.diffusion.lora import Denoiser
     from attune.diffusion.policy import Policy
 
 Metrics = dict[str, float | Tensor]
 Log = Callable[[Mapping[str, float], int], None]
 """`log(metrics, step)`: how training reports its metrics."""
+
+Score = Callable[[Tensor, Sequence[str]], Tensor]
+"""`score(images, prompts)`: what is called of a `Reward`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Conditioning:
 class Backbone(Protocol):
     """A base model: the only code that knows its encoders, its autoencoder and its denoiser's arguments."""
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     alphas_cumprod: Tensor  # (T,) float32
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
@@ -95,7 +99,8 @@ class Backbone(Protocol):
 class Objective(Protocol):
     """What the training loop asks: how a batch becomes minibatches, and the loss of one."""
 
-    config: TrainingConfig
+    @property
+    def config(self) -> TrainingConfig: ...
 
     def minibatches(self, batch: Any, generator: torch.Generator) -> Iterable[Any]:
         """Offline methods yield the batch; online methods roll out the policy and yield what it produced.
@@ -122,8 +127,10 @@ class Method(Objective, Protocol):
 
     consumes: Literal["pairs", "prompts"]  # the batches of `minibatches`: `PairBatch` or `PromptBatch`
     needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
-    config: MethodConfig
     policy: Policy
+
+    @property
+    def config(self) -> MethodConfig: ...
 
 
 class Trainable(Protocol):
@@ -152,7 +159,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """A scorer that can also say how alike images are."""
+    """A scorer that also gives image features, by which diversity and drift are measured."""
 
     def features(self, images: Tensor) -> Tensor:
         """Unit features (B, D) of images (B, 3, H, W) in [0, 1], without gradient."""
@@ -161,7 +168,7 @@ class FeatureExtractor(Protocol):
 
 @runtime_checkable
 class ExplainedReward(Protocol):
-    """A scorer that can also say what its scores are made of."""
+    """A scorer that also gives the components of its scores."""
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Part -> its values (B,). Arguments as for scores."""

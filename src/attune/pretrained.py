@@ -1,4 +1,4 @@
-"""Networks and tokenizers from their files, whole or not at all.
+"""Networks and tokenizers from their files, which must be complete.
 
 diffusers and transformers only warn where weights are missing, and make an empty tokenizer where its files are missing:
 here both are errors. The libraries are handed local folders that `attune.hub` has fetched, so what is pinned is read.
@@ -73,12 +73,12 @@ def load_pretrained(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     variant: str | None = None,
-    whole: bool = False,
+    strict: bool = False,
 ) -> Any:
     """A network of diffusers or transformers, frozen and in evaluation mode.
 
     Args:
-        whole: the file must hold exactly this network: unexpected tensors are errors as well. Then it may also be a
+        strict: the file must hold exactly this network: unexpected tensors are errors as well. Then it may also be a
             pickle of tensors alone, as scorers are often released.
 
     Raises:
@@ -95,9 +95,9 @@ def load_pretrained(
     wanted = weight_files(stem, variant)
     folder = fetch_folder(source, ["config.json", *wanted])
     pickled = not any(file for pattern in wanted for file in folder.glob(pattern))
-    if pickled and whole:
+    if pickled and strict:
         folder = fetch_folder(source, ["config.json", *weight_files("pytorch_model", variant, "bin")])
-    if not (folder / "config.json").is_file() or (pickled and not (whole and any(folder.glob("pytorch_model*")))):
+    if not (folder / "config.json").is_file() or (pickled and not (strict and any(folder.glob("pytorch_model*")))):
         raise FileNotFoundError(f"{source}: config.json and {wanted[0]} are not both there; pickles are not read")
     options = {"dtype" if of_transformers else "torch_dtype": dtype, "variant": variant, "output_loading_info": True}
     options |= {"weights_only": True} if pickled else {"use_safetensors": True}
@@ -109,7 +109,7 @@ def load_pretrained(
         files = [file for pattern in wanted for file in folder.glob(pattern)]
         raise ValueError(damage(files[0], error) if len(files) == 1 else f"{source} is damaged: {error}") from error
     missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
-    unexpected = info["unexpected_keys"] if whole else []
+    unexpected = info["unexpected_keys"] if strict else []
     if missing or unexpected:
         raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")
     module = module.eval().requires_grad_(False).to(device)

@@ -117,3 +117,13 @@ def test_a_start_that_is_not_what_the_settings_say_is_refused(new_policy, tmp_pa
 def test_a_start_on_the_hub_must_be_pinned(new_policy):
     with pytest.raises(ValueError, match="owner/name is not here, and on the Hub it needs its full commit"):
         new_policy(adapter=False).continue_from("owner/name", TWO)
+
+
+def test_an_adapter_that_did_not_move_is_a_result_of_our_own_and_no_foreign_file(new_policy, tmp_path):
+    """Early stopping may find that the start was best; generating from it must not fail after the training."""
+    new_policy().save(tmp_path)
+    with pytest.raises(ValueError, match="changes nothing"):
+        new_policy(adapter=False).load(str(tmp_path))
+    policy = new_policy(adapter=False)
+    policy.load(str(tmp_path), may_be_zero=True)
+    assert policy.parameters()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import params as files
-from attune.config.plan import PlanError, RunPlan, plan_file, read, to_json
+from attune.config.plan import EvaluatePlan, PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
 from attune.planning import code
 from attune.planning.costs import facts, rows
@@ -170,6 +170,7 @@ def test_a_plan_reads_back_as_it_was_written(settings, tmp_path, monkeypatch):
         name = file.stem.partition("-")
         assert read(type(plan), name[0], name[2] or None) == plan
     assert read(RunPlan, "align", "dpo").method.config.validation.patience == 2
+    assert list(read(EvaluatePlan, "evaluate", "dpo").scorers) == ["oracle", "pickscore", "hpsv2", "aesthetic"]
     with pytest.raises(PlanError, match="make plan"):
         read(RunPlan, "align", "nothing")
     plan_file("align", "dpo").write_text("{}")

@@ -6,36 +6,47 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from attune.config import check as config
+import params
+from attune.config.resolve import Settings
+from attune.config.resolve import load as load_settings
 from attune.config.schema import ConfigError
+from attune.planning.problems import Machine, problems
 
 ROOT = Path(__file__).parents[2]
 
 
-def load(tmp_path: Path, run: str, **changes: Any) -> config.Profile:
-    """params.yaml's profile tiny, with keys of one search changed; None takes a key out."""
-    values = YAML(typ="safe").load(ROOT / "params.yaml")
-    block = {**values["profiles"]["tiny"]["search"][run], **changes}
-    values["profiles"]["tiny"]["search"][run] = {key: value for key, value in block.items() if value is not None}
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML().dump(values, file)
-    return config.load(tmp_path / "params.yaml")[1]
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def load(tmp_path: Path, run: str, **changes: Any) -> Settings:
+    """The profile tiny with keys of one search changed; None takes a key out. What the plan says raises ConfigError."""
+    given, profile = params.shipped()
+    block = {**profile["search"][run], **changes}
+    profile["search"][run] = {key: value for key, value in block.items() if value is not None}
+    settings = load_settings(params.write(tmp_path, given, profile))
+    if found := problems(settings, 0, Machine(0, 0, 0, 0)):
+        raise ConfigError("\n".join(found))
+    return settings
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"space": {"betta": {"low": 1, "high": 2}}}, r"search\.dpo\.space\.betta: no such key; known keys: .*beta"),
-        ({"space": {"beta": {"low": 0, "high": 2}}}, r"search\.dpo\.space\.beta: 0\.0 does not do: beta: .*greater"),
+        (
+            {"space": {"beta": {"low": 0, "high": 2}}},
+            r"space\.beta: 0\.0 is not accepted: beta: .*greater",
+        ),
         ({"space": {"beta": {"low": 2, "high": 1}}}, r"search\.dpo\.space\.beta: .*low must be less than high"),
         ({"space": {"beta": {"low": 2}}}, r"search\.dpo\.space\.beta: .*either low and high, or choices"),
         ({"space": {"optimizer": {"low": 1, "high": 2}}}, r"space\.optimizer: only a number has a range"),
-        ({"space": {"optimizer": {"choices": ["sgd"]}}}, r"space\.optimizer: 'sgd' does not do: optimizer"),
-        ({"space": {"lora.rank": {"low": 0, "high": 8}}}, r"space\.lora\.rank: 0 does not do: lora\.rank"),
+        ({"space": {"optimizer": {"choices": ["sgd"]}}}, r"space\.optimizer: 'sgd' is not accepted: optimizer"),
+        ({"space": {"lora.rank": {"low": 0, "high": 8}}}, r"space\.lora\.rank: 0 is not accepted: lora\.rank"),
         ({"space": {"lora.size": {"low": 1, "high": 8}}}, r"space\.lora\.size: no such key; known keys: rank"),
-        ({"fixed": {"batch": 3}}, r"search\.dpo\.fixed\.batch: 3 does not do: batch.*known keys"),
+        ({"fixed": {"batch": 3}}, r"search\.dpo\.fixed\.batch: 3 is not accepted: batch.*known keys"),
         ({"fixed": {"beta": 3}}, r"fixed\.beta: it is searched"),
         ({"objectives": ["taste"]}, r"search\.dpo\.objectives: 'taste' is not in scorers"),
         ({"objectives": ["oracle", "hpsv2"]}, r"pruner: with two objectives"),
@@ -72,23 +83,4 @@ def test_a_password_is_refused_and_not_printed(tmp_path, address):
 
 def test_an_address_without_a_password_passes(tmp_path):
     for address in ("postgresql+psycopg://me@host:5432/db", "postgresql+psycopg:///db?host=/run", "sqlite:///x.db"):
-        assert load(tmp_path, "dpo", storage=address).search["dpo"]["storage"] == address
-
-
-def test_a_search_needs_a_block_of_its_run(tmp_path):
-    values = YAML(typ="safe").load(ROOT / "params.yaml")
-    values["profiles"]["tiny"]["search"]["dpo_2"] = values["profiles"]["tiny"]["search"]["dpo"]
-    with (tmp_path / "params.yaml").open("w") as file:
-        YAML().dump(values, file)
-    with pytest.raises(ConfigError, match=r"search\.dpo_2: profiles\.tiny\.methods has no block of that name"):
-        config.load(tmp_path / "params.yaml")
-
-
-def test_apply_refuses_to_change_a_block_that_another_profile_shares(tmp_path):
-    """`b` inherits a's methods: a value written there would be a's as well."""
-    text = "profiles:\n  a: &a\n    methods: {dpo: {beta: 1}}\n  b:\n    <<: *a\n"
-    file = tmp_path / "params.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=r"profiles\.b\.methods\.dpo\.beta: another block shares these"):
-        config.update_params_file({"profiles.b.methods.dpo.beta": 2}, file)
-    assert file.read_text() == text
+        assert load(tmp_path, "dpo", storage=address).search["dpo"].storage == address

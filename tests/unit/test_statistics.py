@@ -77,7 +77,7 @@ def test_bootstrap_is_deterministic_for_a_seed_and_blocks_change_nothing(monkeyp
     first = st.bootstrap_mean_ci(values, seed=7)
     assert first == st.bootstrap_mean_ci(values, seed=7)
     assert first != st.bootstrap_mean_ci(values, seed=8)
-    monkeypatch.setattr(st, "_CELLS", 50 * 1000)
+    monkeypatch.setattr(st, "_MAX_INDICES", 50 * 1000)
     np.testing.assert_allclose(st.bootstrap_mean_ci(values, seed=7), first)
 
 

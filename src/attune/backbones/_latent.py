@@ -16,7 +16,8 @@ from attune.hub import Source, count_parameters, fetch_folder, parse, read_json
 from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer, weight_files
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -116,11 +117,11 @@ def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel)
     Raises:
         ValueError: the autoencoder cannot make latents of that size, or none that fit the denoiser.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels per latent
-    channels = denoiser.config.in_channels
-    if vae.config.latent_channels != channels:
-        raise ValueError(f"model.vae has {vae.config.latent_channels} latent channels, the denoiser {channels}")
-    resolution = model.resolution or denoiser.config.sample_size * factor
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)  # pixels per latent
+    channels = denoiser.config["in_channels"]
+    if vae.config["latent_channels"] != channels:
+        raise ValueError(f"model.vae has {vae.config['latent_channels']} latent channels, the denoiser {channels}")
+    resolution = model.resolution or denoiser.config["sample_size"] * factor
     if resolution % factor:
         raise ValueError(f"model.resolution: {resolution} is not a multiple of {factor}, the pixels of a latent")
     return resolution, (channels, resolution // factor, resolution // factor)
@@ -134,12 +135,12 @@ def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None
     """
     posterior = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return latents.float() * vae.config.scaling_factor
+    return latents.float() * vae.config["scaling_factor"]
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents to images (B, 3, H, W), float32, nominally in [0, 1]; carries a graph."""
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5
+    return vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
 
 
 def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:

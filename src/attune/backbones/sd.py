@@ -42,7 +42,7 @@ class StableDiffusion:
         self.alphas_cumprod, self.prediction_type = _latent.load_schedule(model)
         self.tokenizer, self.text_encoder = _latent.load_text(CLIPTextModel, model, "", self.dtype, device)
         self.vae = _latent.load_vae(model, device)
-        self.denoiser: nn.Module = _latent.load_denoiser(model, self.dtype, device)
+        self.denoiser = _latent.load_denoiser(model, self.dtype, device)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
 
     @torch.no_grad()

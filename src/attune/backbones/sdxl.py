@@ -49,7 +49,7 @@ class StableDiffusionXL:
         ]
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
         self.vae = _latent.load_vae(model, device)
-        self.denoiser: nn.Module = _latent.load_denoiser(model, self.dtype, device)
+        self.denoiser = _latent.load_denoiser(model, self.dtype, device)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
 
     @torch.no_grad()

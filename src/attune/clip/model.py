@@ -10,7 +10,7 @@ features (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def load_model(source: str, hidden_act: str | None = None) -> CLIPModel:
     """
     from transformers import CLIPModel
 
-    model = pretrained.load_pretrained(CLIPModel, parse(source), torch.float32, whole=True)
+    model = pretrained.load_pretrained(CLIPModel, parse(source), torch.float32, strict=True)
     check_activation(model.config, hidden_act, source)
     return model
 
@@ -57,9 +57,19 @@ def load_tokenizer(source: str) -> CLIPTokenizer:
 
 def check_activation(config: CLIPConfig, hidden_act: str | None, source: str) -> None:
     """Raises ValueError unless both towers use `hidden_act` (None: anything goes)."""
-    found = {config.text_config.hidden_act, config.vision_config.hidden_act}
+    found = {text_config(config).hidden_act, vision_config(config).hidden_act}
     if hidden_act is not None and found != {hidden_act}:
         raise ValueError(f"{source} has hidden_act {sorted(found)}, expected {hidden_act!r}")
+
+
+def text_config(config: CLIPConfig) -> Any:
+    """The text tower's configuration, which transformers types as what it may be given as: a dict or None too."""
+    return config.text_config
+
+
+def vision_config(config: CLIPConfig) -> Any:
+    """The vision tower's configuration; as `text_config`."""
+    return config.vision_config
 
 
 # ---------------------------------------------------------------- features
@@ -67,7 +77,7 @@ def check_activation(config: CLIPConfig, hidden_act: str | None, source: str) ->
 
 def image_size(model: CLIPModel) -> int:
     """Side S of the square images the vision tower takes, pixels."""
-    return model.config.vision_config.image_size
+    return vision_config(model.config).image_size
 
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], context_length: int) -> Tensor:
@@ -83,12 +93,12 @@ def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], context_length: i
 
 def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Projected text features (B, D), of unit length."""
-    ids = tokenise(tokenizer, prompts, model.config.text_config.max_position_embeddings)
+    ids = tokenise(tokenizer, prompts, text_config(model.config).max_position_embeddings)
     return F.normalize(model.get_text_features(input_ids=ids.to(model.device)).pooler_output, dim=-1)
 
 
 def image_features(model: CLIPModel, pixel_values: Tensor, unit: bool = True) -> Tensor:
-    """Projected image features (B, D), of unit length unless told otherwise; differentiable."""
+    """Projected image features (B, D), of unit length if `unit`; differentiable."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
     return F.normalize(features, dim=-1) if unit else features
 

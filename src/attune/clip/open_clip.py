@@ -10,20 +10,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attune.clip.model import check_activation
+from attune.clip.model import check_activation, text_config, vision_config
 from attune.hub import read_json, read_tensors
 from attune.pretrained import build_with, misfit
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-VIT_H_14 = {
+VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
@@ -58,7 +58,7 @@ _BUFFERS = ("attn_mask", "position_ids")  # constants that some files carry alon
 
 def key_map(vision_layers: int, text_layers: int) -> dict[str, tuple[str, ...]]:
     """Each open_clip tensor's name in `CLIPModel`; three names where open_clip fuses query, key and value."""
-    names = {ours: (theirs,) for ours, theirs in _SINGLE.items()}
+    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _SINGLE.items()}
     pairs = dict(_NORMS)
     for tower, ours, layers in (("visual.", "vision_model", vision_layers), ("", "text_model", text_layers)):
         for n in range(layers):
@@ -82,7 +82,7 @@ def from_open_clip(tensors: Mapping[str, Tensor], vision_layers: int, text_layer
     if names.keys() != tensors.keys():
         wrong = misfit(names.keys() - tensors.keys(), tensors.keys() - names.keys())
         raise ValueError(f"not the expected open_clip weights: {wrong}")
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, targets in names.items():
         tensor = tensors.pop(name).float()
         parts = (tensor.t().contiguous() if name in _TRANSPOSED else tensor,) if len(targets) == 1 else tensor.chunk(3)
@@ -93,7 +93,7 @@ def from_open_clip(tensors: Mapping[str, Tensor], vision_layers: int, text_layer
 def to_open_clip(model: CLIPModel) -> dict[str, Tensor]:
     """The inverse: a `CLIPModel`'s tensors under open_clip's names, contiguous, sharing no memory."""
     tensors, config = model.state_dict(), model.config
-    names = key_map(config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
+    names = key_map(vision_config(config).num_hidden_layers, text_config(config).num_hidden_layers)
     result = {}
     for name, sources in names.items():
         parts = [tensors[source] for source in sources]
@@ -150,7 +150,7 @@ def layout_of(config: CLIPConfig) -> dict:
     Raises:
         ValueError: it has no such layout (MLPs not four times as wide, two activations).
     """
-    vision, text = config.vision_config, config.text_config
+    vision, text = vision_config(config), text_config(config)
     wide = all(tower.intermediate_size == 4 * tower.hidden_size for tower in (vision, text))
     if not wide or vision.hidden_act != text.hidden_act:
         raise ValueError("open_clip's layout needs MLPs four times as wide as the model and one activation")

@@ -22,12 +22,13 @@ from attune.config.schema import StrictModel, check
 from attune.config.settings import Model, Sampling
 
 FOLDER = Path("plan")
+PluginKind = Literal["methods", "rewards", "sources"]
 
 
 class Plugin(StrictModel):
     """A plug-in with its settings, all defaults filled in; it can be written as JSON."""
 
-    kind: Literal["methods", "rewards", "sources"]
+    kind: PluginKind
     name: str
     settings: Mapping[str, Any]
 
@@ -76,6 +77,13 @@ class RunPlan(StagePlan):
     scorers: Mapping[str, Plugin]  # asked while training: as rewards, or for validation
     trained_on: list[str]
     selected_by: list[str]
+
+    @property
+    def trained_method(self) -> Plugin:
+        """The method of a run that is trained. Raises ValueError of one that is not."""
+        if self.method is None:
+            raise ValueError(f"run {self.run}: nothing is trained")
+        return self.method
 
 
 class GeneratePlan(StagePlan):
@@ -163,5 +171,5 @@ def run_of_stage() -> str:
 
 
 def to_json(plan: StrictModel) -> str:
-    """The plan as a file holds it: keys in a fixed order, so that equal plans are equal bytes."""
-    return json.dumps(plan.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """The plan as a file holds it. Keys stay in their order: the first scorer of a profile is the report's headline."""
+    return json.dumps(plan.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False) + "\n"

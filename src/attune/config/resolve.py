@@ -95,7 +95,8 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
     source, data = _source(profile.data, where)
     searched = [name for name in profile.search if method_of(name, params.runs) in plugins.available("methods")]
     trained = [name for name, run in params.runs.items() if run.method is not None]
-    blocks = {name: {} for name in [*trained, *searched]} | dict(profile.methods)
+    blocks: dict[str, Mapping[str, Any]] = {name: {} for name in [*trained, *searched]}
+    blocks |= profile.methods
     methods = {
         name: plugins.plugin_config("methods", method_of(name, params.runs), block, f"{where}methods.{name}")
         for name, block in blocks.items()
@@ -129,8 +130,10 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     result = dict(values)
     for key, change in changes.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(change, Mapping)
-        result[key] = merged(old, change) if both else change
+        if isinstance(old, Mapping) and isinstance(change, Mapping):
+            result[key] = merged(old, change)
+        else:
+            result[key] = change
     return result
 
 
@@ -154,7 +157,8 @@ def _profile_values(root: Path, profile: str) -> dict[str, Any]:
 
 def _source(block: Mapping[str, Any], where: str) -> tuple[str, SourceConfig]:
     rest = {key: value for key, value in block.items() if key != "source"}
-    return block.get("source"), plugins.plugin_config("sources", block.get("source"), rest, f"{where}data")
+    name: Any = block.get("source")  # checked with the rest
+    return name, plugins.plugin_config("sources", name, rest, f"{where}data")
 
 
 def _scorer(name: str, block: Mapping[str, Any], where: str) -> Scorer:

@@ -30,20 +30,27 @@ class SearchRange(StrictModel):
     """A searched setting: from `low` to `high`, or one of `choices`."""
 
     low: Float | None = None
-    high: Float | None = Field(None, description="may be drawn too")
+    high: Float | None = Field(None, description="included")
     log: bool = Field(False, description="drawn evenly in the logarithm")
     choices: list[bool | int | float | str | None] | None = Field(None, min_length=1, description="a grid's points")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> SearchRange:
-        chosen = self.choices is not None
-        if (self.low is None) != chosen or (self.high is None) != chosen:
+        low, high, chosen = self.low, self.high, self.choices is not None
+        if (low is None) != chosen or (high is None) != chosen:
             raise ValueError("either low and high, or choices")
-        if not chosen and self.low >= self.high:
+        if low is not None and high is not None and low >= high:
             raise ValueError("low must be less than high")
-        if self.log and (chosen or self.low <= 0):
+        if self.log and (low is None or low <= 0):
             raise ValueError("log is for a range above 0")
         return self
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends of a range. Raises ValueError of choices, which have none."""
+        if self.low is None or self.high is None:
+            raise ValueError("choices have no ends")
+        return self.low, self.high
 
 
 def check(model: type[StrictModel], values: Any, where: str = "") -> Any:
@@ -97,11 +104,12 @@ def _types(annotation: Any) -> set[type]:
     return {annotation} if isinstance(annotation, type) else set().union(*map(_types, get_args(annotation)))
 
 
-def _at(model: type[StrictModel], place: Sequence[Any]) -> type[StrictModel]:
-    """The block at `place` inside a block."""
+def _at(model: type[StrictModel], place: Sequence[Any]) -> Any:
+    """The block at `place` inside a block, or the type of what is there instead."""
+    found: Any = model
     for name in place:
-        kind = model.model_fields[name].annotation
-        model = next(
+        kind = found.model_fields[name].annotation
+        found = next(
             (part for part in get_args(kind) if isinstance(part, type) and issubclass(part, StrictModel)), kind
         )
-    return model
+    return found

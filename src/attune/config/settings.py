@@ -42,7 +42,7 @@ class Model(StrictModel):
     resolution: int | None = Field(None, ge=8, description="pixels, square; null = what the model was trained at")
     vae: Location | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix@commit")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="float16 paints black squares with the autoencoder that SDXL comes with"
+        "float32", description="float16 gives black images with the autoencoder that SDXL comes with"
     )
 
 
@@ -96,7 +96,9 @@ class Validation(StrictModel):
 
     scorer: str = Field(description="a name in scorers; one the method does not train on tells more")
     prompts: int = Field(ge=2, description="validation prompts, one image each")
-    sampling: Sampling = Field(description="how they are painted: its own, so that all it depends on is in the block")
+    sampling: Sampling = Field(
+        description="how images are sampled; here, so that the block holds all that the score depends on"
+    )
     every: int = Field(ge=1, description="batches from one score to the next")
     at_start_and_end: bool = Field(True, description="a score before training and one after the last batch, too")
     patience: int | None = Field(
@@ -119,12 +121,12 @@ class MethodConfig(TrainingConfig):
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        """Scorers of the profile that the loss optimises, or that label its data: gains by them are not held out."""
+        """Scorers of the profile that the loss optimises or that label its data; they are not held out."""
         return ()
 
 
 class AIFeedback(StrictModel):
-    """A scorer's opinion of the clean images as labels, beside people's or instead of them."""
+    """Labels from a scorer of the clean images, mixed with people's or in their place."""
 
     scorer: str = Field(description="a name in data.score_with")
     weight: Float = Field(1.0, ge=0, le=1, description="1 = the scorer alone, 0 = people alone")

@@ -29,15 +29,15 @@ class ArrayFile:
         kind = (values.dtype, values.shape[1:])
         if self._kind is None:
             self._kind = kind
-            self._write_header()
+            self._write_header(kind)
         if kind != self._kind:
             raise ValueError(f"{self._file.name}: rows of {kind} among rows of {self._kind}")
         self._file.write(values.data)
         self.rows += len(values)
 
-    def _write_header(self) -> None:
+    def _write_header(self, kind: tuple[np.dtype, tuple[int, ...]]) -> None:
         """numpy pads the header so that it can be written again, with more rows."""
-        dtype, shape = self._kind
+        dtype, shape = kind
         header = {"descr": dtype.str, "fortran_order": False, "shape": (self.rows, *shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
@@ -47,7 +47,7 @@ class ArrayFile:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._kind is not None:
             self._file.seek(0)
-            self._write_header()
+            self._write_header(self._kind)
         self._file.close()
 
 

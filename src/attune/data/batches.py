@@ -34,8 +34,14 @@ class PairBatch:
     weight: Tensor  # (B,) 1 / number of pairs that share the prompt
 
     def __getitem__(self, rows: slice) -> PairBatch:
-        columns = (self.prompts, self.cond, self.latents_0, self.latents_1, self.label_0, self.weight)
-        return PairBatch(*(column[rows] for column in columns))
+        return PairBatch(
+            self.prompts[rows],
+            self.cond[rows],
+            self.latents_0[rows],
+            self.latents_1[rows],
+            self.label_0[rows],
+            self.weight[rows],
+        )
 
     @property
     def chosen(self) -> Tensor:

@@ -41,7 +41,9 @@ def with_ai_feedback(pairs: pd.DataFrame, feedback: AIFeedback | None) -> pd.Dat
             f"ai_feedback.scorer: no scores by {feedback.scorer!r} in the pairs; name it in data.score_with"
         )
     scores_0, scores_1 = (torch.tensor(pairs[column].to_numpy()) / feedback.temperature for column in columns)
-    hard = feedback.threshold is not None
-    opinion = relabel(scores_0, scores_1, feedback.threshold) if hard else torch.sigmoid(scores_0 - scores_1)
+    if feedback.threshold is None:
+        opinion = torch.sigmoid(scores_0 - scores_1)
+    else:
+        opinion = relabel(scores_0, scores_1, feedback.threshold)
     people = pairs.label_0
     return pairs.assign(label_0=people + feedback.weight * (opinion.double().numpy() - people))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -20,6 +21,12 @@ from torch import Tensor, nn
 
 from attune.hub import Source, check_finite, fetch_file, fetch_folder, parse, read_tensors
 from attune.pretrained import weight_files
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    Denoiser = UNet2DConditionModel
+    """The networks that are trained: modules of diffusers that save themselves and take adapters."""
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -49,7 +56,7 @@ def target_modules(denoiser: nn.Module, targets: str | Sequence[str], attention:
     return [name for name in layers if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
-def add_lora(denoiser: nn.Module, ranks: Mapping[str, int]) -> None:
+def add_lora(denoiser: Denoiser, ranks: Mapping[str, int]) -> None:
     """Puts a trainable LoRA on exactly these modules (name -> rank): A Gaussian, B zero, alpha = rank, float32."""
     rank = max(ranks.values())
     other_ranks = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
@@ -74,16 +81,16 @@ def lora_ranks(denoiser: nn.Module) -> dict[str, int]:
     return {name.partition(".lora_A.")[0]: len(weight) for name, weight in down}
 
 
-def unload_lora(denoiser: nn.Module) -> nn.Module:
+def unload_lora(denoiser: Denoiser) -> Denoiser:
     """The same network, without its adapter if it had one."""
     if lora_ranks(denoiser):
         denoiser.unload_lora()
     return denoiser
 
 
-def load_lora(denoiser: nn.Module, file: Path) -> None:
+def load_lora(denoiser: Denoiser, file: Path, may_be_zero: bool = False) -> None:
     """Replaces the network's adapter, if it has one, by that of a file. Raises ValueError as `read_lora`."""
-    weights = read_lora(file, denoiser)
+    weights = read_lora(file, denoiser, may_be_zero)
     ranks = checked_ranks(weights, denoiser, file)
     add_lora(unload_lora(denoiser), ranks)
     set_peft_model_state_dict(denoiser, weights)
@@ -132,7 +139,7 @@ def locate(text: str | Path) -> Path:
     raise FileNotFoundError(f"{source}: neither a LoRA nor a denoiser in safetensors here{but}")
 
 
-def read_lora(file: Path, denoiser: nn.Module) -> dict[str, Tensor]:
+def read_lora(file: Path, denoiser: Denoiser, may_be_zero: bool = False) -> dict[str, Tensor]:
     """The tensors of a LoRA, float32, under peft's names: `<module>.lora_A.weight` (r, ...) and `.lora_B.weight`.
 
     Where alpha differs from the rank r, B is multiplied by alpha / r, so that the scale is 1 everywhere.
@@ -152,7 +159,8 @@ def read_lora(file: Path, denoiser: nn.Module) -> dict[str, Tensor]:
     if alphas:
         raise ValueError(f"{file}: an alpha for {next(iter(alphas))}, which has no weights")
     pairs = {name.partition(".lora_")[0] for name in tensors}
-    if not any(tensors[f"{p}.lora_A.weight"].any() and tensors[f"{p}.lora_B.weight"].any() for p in pairs):
+    moved = any(tensors[f"{p}.lora_A.weight"].any() and tensors[f"{p}.lora_B.weight"].any() for p in pairs)
+    if not moved and not may_be_zero:
         raise ValueError(f"{file} changes nothing: in every pair, A or B is zero")
     return tensors
 
@@ -163,7 +171,7 @@ def checked_ranks(tensors: Mapping[str, Tensor], denoiser: nn.Module, file: Path
     for key in tensors:
         name, _, side = key.partition(".lora_")
         layer = layers.get(name)
-        layer = layer.base_layer if isinstance(layer, BaseTunerLayer) else layer  # it may have an adapter already
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer  # it may have an adapter already
         down, up = (tensors.get(f"{name}.lora_{half}.weight") for half in "AB")
         if side not in ("A.weight", "B.weight") or not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{file}: {key} fits nothing in the denoiser")
@@ -174,14 +182,14 @@ def checked_ranks(tensors: Mapping[str, Tensor], denoiser: nn.Module, file: Path
     return found
 
 
-def read_denoiser(folder: Path, like: nn.Module) -> nn.Module:
+def read_denoiser(folder: Path, like: Denoiser) -> Denoiser:
     """A whole denoiser, frozen, in the dtype and on the device of `like`, which it must equal in all but values.
 
     Raises:
         ValueError: it is another architecture, or weights are missing.
     """
-    kind = type(like)
-    network, info = kind.from_pretrained(folder, torch_dtype=like.dtype, use_safetensors=True, output_loading_info=True)
+    load: Callable[..., Any] = type(like).from_pretrained  # returns two things if `output_loading_info`
+    network, info = load(folder, torch_dtype=like.dtype, use_safetensors=True, output_loading_info=True)
     wanted, found = ({name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (like, network))
     odd = sorted({name for name, _ in wanted.items() ^ found.items()} | set(info["missing_keys"]))
     if odd:
@@ -197,7 +205,7 @@ def _fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     return down.shape[1:] == weight.shape[1:] and up.shape == (len(weight), len(down), *pointwise)
 
 
-def _in_peft_names(file: Path, denoiser: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _in_peft_names(file: Path, denoiser: Denoiser) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors and alphas as peft names them, those of the denoiser below `unet.` or nothing."""
     tensors = read_tensors(file)
     odd = [name for name in tensors if "dora" in name or "magnitude" in name]

@@ -35,7 +35,7 @@ def preference_loss(margin: Tensor) -> Tensor:
 
 
 def ipo_loss(margin: Tensor) -> Tensor:
-    """(m - 1/2)^2, (B,); 1/4 at m = 0. Pulls every margin to 1/2 instead of pushing it without end.
+    """(m - 1/2)^2, (B,); 1/4 at m = 0. Its minimum is at a margin of 1/2; `preference_loss` has none.
 
     The paper's loss is (h - 1 / (2 tau))^2 of the log-ratio h, which here is m / beta. With tau = beta it is
     (m - 1/2)^2 / beta^2; the constant is left out, so that gradients have the size of the other losses'.

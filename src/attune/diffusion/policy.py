@@ -42,7 +42,7 @@ class Policy:
     def __init__(self, backbone: Backbone, uncond: Conditioning, autocast: torch.dtype | None = None):
         """`uncond` encodes the empty prompt, one row; `autocast` is what a float32 denoiser computes in."""
         self.backbone, self.uncond, self.autocast = backbone, uncond, autocast
-        self.denoiser: nn.Module = backbone.denoiser
+        self.denoiser = backbone.denoiser
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.reference_model: nn.Module | None = None  # None: the denoiser without its adapter
@@ -84,7 +84,8 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, predictions are the reference's and carry no graph. Keep the block to one assignment."""
-        with torch.no_grad(), self._adapter_disabled() if self.reference_model is None else self._reference_called():
+        reference = self.reference_model
+        with torch.no_grad(), self._adapter_disabled() if reference is None else self._called(reference):
             yield
 
     @contextmanager
@@ -96,8 +97,8 @@ class Policy:
             self.denoiser.enable_adapters()
 
     @contextmanager
-    def _reference_called(self) -> Iterator[None]:
-        trained, self.module = self.module, self.reference_model
+    def _called(self, reference: nn.Module) -> Iterator[None]:
+        trained, self.module = self.module, reference
         try:
             yield
         finally:
@@ -134,7 +135,7 @@ class Policy:
             ValueError: something else is there; or as `load` does.
         """
         wanted = {} if lora is None else dict.fromkeys(self._target_modules(lora.targets), lora.rank)
-        self.load(start)
+        self.load(start, may_be_zero=Path(start, "run.json").exists())  # beside every model trained here
         if (found := lora_ranks(self.denoiser)) != wanted:
             raise ValueError(f"start: {start} is {_in_words(found)}, but `lora` says {_in_words(wanted)}")
         if lora is None:
@@ -150,11 +151,13 @@ class Policy:
         else:
             self.denoiser.save_pretrained(folder / "unet")
 
-    def load(self, source: Path | str) -> None:
+    def load(self, source: Path | str, may_be_zero: bool = False) -> None:
         """Replaces the adapter, if there is one, by what a file or folder holds; rank and targets are read from it.
 
         Args:
             source: a LoRA as diffusers, peft or kohya write it, a denoiser, or a pipeline; here or on the Hub.
+            may_be_zero: whether an adapter may change nothing. One of our own training may: early stopping can find
+                that the start was best. Of a foreign file it means that its names were not understood.
 
         Raises:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
@@ -164,7 +167,7 @@ class Policy:
             network = read_denoiser(found, unload_lora(self.denoiser))
             self.reference_model, self.denoiser, self.module = self.denoiser, network, network
         else:
-            load_lora(self.denoiser, found)
+            load_lora(self.denoiser, found, may_be_zero)
 
     def _target_modules(self, targets: str | Sequence[str]) -> list[str]:
         return target_modules(self.denoiser, targets, self.backbone.lora_targets)

@@ -99,7 +99,7 @@ def _score(
     """One pass of a scorer over the images: its columns `name` and `name.part`, and features (N, D) if wanted."""
     import torch
 
-    from attune.interfaces import ExplainedReward
+    from attune.interfaces import ExplainedReward, FeatureExtractor
 
     parts: dict[str, list[Any]] = {}
     features = []
@@ -112,7 +112,7 @@ def _score(
             found |= {f"{name}.{part}": values for part, values in scorer.parts(pixels, prompts).items()}
         for column, values in found.items():
             parts.setdefault(column, []).append(values)
-        if with_features:
+        if with_features and isinstance(scorer, FeatureExtractor):
             features.append(scorer.features(pixels).numpy())
     columns = {column: np.concatenate(values) for column, values in parts.items()}
     return columns, np.concatenate(features) if with_features else None

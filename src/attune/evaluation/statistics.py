@@ -1,4 +1,4 @@
-"""Paired statistics of two models judged on the same prompts with the same noise (numpy and scipy only).
+"""Paired statistics of two models scored on the same prompts with the same noise (numpy and scipy only).
 
 The prompt is the unit: images of one prompt are averaged first, because they are not independent. One value
 per prompt then gives paired differences d = policy - base, which all statistics here are of.
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000
-_CELLS = 4_000_000  # indices drawn at once: bounds memory, not the result
+_MAX_INDICES = 4_000_000  # indices drawn at once: bounds memory, not the result
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _percentile_intervals(columns: np.ndarray, seed: int, resamples: int) -> lis
     if n == 0 or not np.isfinite(columns).all():
         raise ValueError("statistics need at least one score, all of them finite")
     rng = np.random.default_rng(seed)
-    block = max(1, min(resamples, _CELLS // n))
+    block = max(1, min(resamples, _MAX_INDICES // n))
     means = []
     for start in range(0, resamples, block):
         rows = rng.integers(n, size=(min(block, resamples - start), n))

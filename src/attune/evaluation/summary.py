@@ -37,7 +37,12 @@ class ComparisonEntry:
     difference: float  # mean paired difference, positive where the method is better
     difference_ci95: tuple[float, float]
     minimum_detectable_effect: float  # nan for one prompt
-    p_holm: float | None = None  # corrected over the family of tests; None for a part of a scorer, which claims nothing
+    p_holm: float | None = None  # corrected over the family of tests; None for a part of a scorer, which is not tested
+
+    @property
+    def p_corrected(self) -> float:
+        """`p_holm`; nan of a part of a scorer, which no level of significance is above."""
+        return math.nan if self.p_holm is None else self.p_holm
 
     @property
     def evidence(self) -> Evidence:

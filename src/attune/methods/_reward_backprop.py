@@ -8,8 +8,8 @@ Latents are never detached, so the gradient also runs through what later predict
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -80,8 +80,7 @@ class Trajectory:
         return len(self.x_t)
 
     def __getitem__(self, rows: slice) -> Trajectory:
-        columns = {"x_t": self.x_t[rows], "noise": self.noise[rows], "cond": self.cond[rows]}
-        return replace(self, prompts=self.prompts[rows], **columns)
+        return Trajectory(self.x_t[rows], self.timesteps, self.noise[rows], self.cond[rows], self.prompts[rows])
 
 
 def first_gradient_step(sample_share: Callable[[], float], steps: int) -> int:
@@ -108,8 +107,7 @@ def rollout_no_grad(
     timesteps, shape = timesteps_to_zero(policy, config.steps), (len(cond), *policy.backbone.latent_shape)
     x_T = sample_noise(shape)
     fresh = (sample_noise(shape) for _ in range(config.steps - k))
-    options = {"eta": config.eta, "guidance_scale": config.guidance_scale}
-    x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, **options)
+    x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, eta=config.eta, guidance_scale=config.guidance_scale)
     noise = torch.stack([sample_noise(shape) for _ in range(k)], dim=1)
     ours = slice(shard.count(n))
     rest = timesteps[-k - 1 :]
@@ -139,7 +137,8 @@ def weighted_reward(
     for name, weight in config.rewards.items():
         with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
             scores[name] = rewards[name](images, prompts)
-    reward = sum(weight * scores[name] for name, weight in config.rewards.items() if weight)
+    parts = (weight * scores[name] for name, weight in config.rewards.items() if weight)
+    reward = cast(Tensor, sum(parts))  # there is a part: the Config refuses weights that are all 0
     return reward, {
         "reward": reward.mean(),
         **{f"reward_{name}": score.mean() for name, score in scores.items()},

@@ -110,8 +110,10 @@ class StepPairs:
             x_t = torch.cat([h[0] for h in halves] + [h[1] for h in halves])
         else:
             x_t = torch.cat([part.x_t for part in parts])
-        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("chosen", "rejected", "t"))
-        return StepPairs(x_t, *columns, Conditioning.cat([part.cond for part in parts]))
+        chosen = torch.cat([part.chosen for part in parts])
+        rejected = torch.cat([part.rejected for part in parts])
+        t = torch.cat([part.t for part in parts])
+        return StepPairs(x_t, chosen, rejected, t, Conditioning.cat([part.cond for part in parts]))
 
 
 def compare(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +167,9 @@ class Method:
             choose: (k, n) -> index (n,) of the candidate that continues, where that is random.
         """
         c, n, sample_noise = self.config, len(batch.prompts), to_device(self.policy.device, sample_noise)
-        x_t, segment, kept = sample_noise((n, *self.policy.backbone.latent_shape)), [], []
+        x_t = sample_noise((n, *self.policy.backbone.latent_shape))
+        segment: list[Transition] = []
+        kept: list[StepPairs] = []
         for i, t in enumerate(self.timesteps):
             branches = i >= c.start_step and (i - c.start_step) % (c.inner_steps + 1) == 0
             noise_pred = self.predict(x_t, t, batch.cond)
@@ -190,9 +194,10 @@ class Method:
         """The pairs of all processes, in the order that one process would have them: by step, then by prompt."""
         gather = self.policy.shard.gather
         halves = ours.x_t.tensor_split(2) if self.config.inner_steps else [ours.x_t]
-        columns = [torch.cat(list(map(gather, halves))), *map(gather, (ours.chosen, ours.rejected, ours.t))]
+        x_t = torch.cat(list(map(gather, halves)))
+        chosen, rejected, t = map(gather, (ours.chosen, ours.rejected, ours.t))
         cond = Conditioning({name: gather(value) for name, value in ours.cond.tensors.items()})
-        pairs = StepPairs(*columns, cond)
+        pairs = StepPairs(x_t, chosen, rejected, t, cond)
         return pairs[pairs.t.argsort(descending=True, stable=True)]
 
     def scored(

@@ -1,1 +1,1 @@
-"""The plan of a run, made before any work: what each stage is told, what would stop it, what it costs."""
+"""The plan of a run, made before any work: the settings of each stage, what would stop it, what it costs."""

@@ -68,7 +68,10 @@ def digest(module: str) -> str:
 
 
 def _tree(module: str) -> ast.Module:
-    return ast.parse(file_of(module).read_text(encoding="utf-8"))
+    file = file_of(module)
+    if file is None:
+        raise ModuleNotFoundError(f"no module {module}")
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:

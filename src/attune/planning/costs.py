@@ -58,7 +58,7 @@ def facts(s: Settings) -> Facts:
 
 def rows(
     s: Settings, downloads: Mapping[str, float | None], seconds: Mapping[str, float], rows_here: Mapping[str, int]
-):
+) -> Iterator[Row]:
     """The table, stage by stage.
 
     Args:
@@ -114,7 +114,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
 
 
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
-    config, method = s.methods[name], s.runs[name].method
+    config, method = s.methods[name], s.method_of(name)
     kind = plugins.load("methods", method).Method.consumes
     does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB

@@ -10,6 +10,7 @@ from attune.config.plan import (
     EvaluatePlan,
     GeneratePlan,
     Plugin,
+    PluginKind,
     PreferencePlan,
     PreparePlan,
     ReportPlan,
@@ -67,7 +68,7 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         run=name,
         seed=settings.seed,
         model=settings.model,
-        method=None if config is None else _plugin("methods", run.method, config),
+        method=None if config is None else _plugin("methods", settings.method_of(name), config),
         released=run.released,
         after=None if run.after in (DATA, PREFERENCE) else run.after,
         needs_preference=needs(run.method, "preference_model"),
@@ -143,13 +144,13 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
 
 def wanted_rows(settings: Settings) -> dict[str, int]:
     """`prompts/<split>` and `pairs/<split>` -> the fewest that what is asked for needs, as `prepare` counts them."""
-    trained = {name: run for name, run in settings.runs.items() if run.method is not None}
-    consumed = {plugins.load("methods", run.method).Method.consumes for run in trained.values()}
+    trained = {name: run.method for name, run in settings.runs.items() if run.method is not None}
+    consumed = {plugins.load("methods", method).Method.consumes for method in trained.values()}
     watched = [config.validation for name, config in settings.methods.items() if name in trained]
     validation = [each.prompts for each in watched if each] + [
         search.prompts for name, search in settings.search.items() if name in trained
     ]
-    pairs = "pairs" in consumed or any(needs(run.method, "preference_model") for run in trained.values())
+    pairs = "pairs" in consumed or any(needs(method, "preference_model") for method in trained.values())
     wanted = {
         "prompts/train": int(bool(trained)),
         "prompts/validation": max(validation, default=0),
@@ -233,7 +234,7 @@ def _asked(config: MethodConfig | None) -> list[str]:
     return list(dict.fromkeys([*getattr(config, "rewards", {}), *watched]))
 
 
-def _plugin(kind: str, name: str, config: StrictModel) -> Plugin:
+def _plugin(kind: PluginKind, name: str, config: StrictModel) -> Plugin:
     return Plugin(kind=kind, name=name, settings=config.model_dump(mode="json"))
 
 

@@ -140,7 +140,7 @@ def _data(s: Settings) -> Iterator[str]:
 
 
 def _prompts(s: Settings) -> Iterator[str]:
-    """The oracle judges prompts of its own world alone."""
+    """The oracle can score prompts of the embedded world alone."""
     source = plugins.load("sources", s.source)
     oracles = [name for name, scorer in s.scorers.items() if scorer.plugin == "oracle"]
     if not oracles or not source.FREE_PROMPTS:
@@ -155,7 +155,7 @@ def _prompts(s: Settings) -> Iterator[str]:
     said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
     yield (
         f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
-        f"cannot judge {said}; remove scorers.{oracles[0]}"
+        f"cannot score {said}; remove scorers.{oracles[0]}"
     )
 
 
@@ -188,9 +188,10 @@ def _try_search(name: str, s: Settings, where: str) -> None:
     for key, value in search.fixed.items():
         values = _changed(method, values, key, value, f"{where}.fixed.{key}")
     for key, spread in search.space.items():
-        whole = spread.choices is None and number_type(method, key, f"{where}.space.{key}") is int
-        for value in spread.choices or (spread.low, spread.high):
-            _changed(method, values, key, int(value) if whole else value, f"{where}.space.{key}")
+        is_integer = spread.choices is None and number_type(method, key, f"{where}.space.{key}") is int
+        ends = [] if spread.choices else [int(end) if is_integer else end for end in spread.ends]
+        for value in spread.choices or ends:
+            _changed(method, values, key, value, f"{where}.space.{key}")
 
 
 def _changed(method: type[StrictModel], values: dict, key: str, value: object, where: str) -> dict:
@@ -218,7 +219,7 @@ def missing_files(s: Settings) -> Iterator[str]:
     for path in plugins.load("sources", s.source).needs_files(s.data):
         if not Path(path).exists():
             yield f"{where}:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
-    named = {f"{where}:model": s.model, f"{where}:preference": s.preference}
+    named: dict[str, StrictModel | None] = {f"{where}:model": s.model, f"{where}:preference": s.preference}
     named |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
     named |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
     named |= {f"runs.{name}": run for name, run in s.runs.items()}

@@ -35,8 +35,8 @@ def head_of(tensors: Mapping[str, Tensor], source: str) -> Head:
     Raises:
         ValueError: tensors are missing or unexpected.
     """
-    weights = [tensors.get(f"layers.{n}.weight") for n in LAYERS]
-    if any(weight is None for weight in weights):
+    weights = [tensors[name] for n in LAYERS if (name := f"layers.{n}.weight") in tensors]
+    if len(weights) < len(LAYERS):
         raise ValueError(f"{source} has no layers.{{0,2,4,6,7}}.weight, only {sorted(tensors)}")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     sizes = weights[0].shape[1], [len(weight) for weight in weights]

@@ -15,7 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, full_precision, load_model, load_tokenizer, prepared_features
+from attune.clip.model import (
+    TextFeatures,
+    full_precision,
+    load_model,
+    load_tokenizer,
+    prepared_features,
+    vision_config,
+)
 from attune.clip.pixels import PREPARATIONS, check_images
 from attune.config.settings import Location, Preprocess, ScorerConfig
 
@@ -75,7 +82,8 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """
     model = load_model(config.path, config.hidden_act)
     patch, _, size = config.model.split("/")[1].partition("@")
-    vision = model.config.vision_config
+    vision = vision_config(model.config)
     if (vision.patch_size, vision.image_size) != (int(patch), int(size or 224)):
         raise ValueError(f"{config.path} is no {config.model}: patches {vision.patch_size}, images {vision.image_size}")
-    return Scorer(model.to(device), load_tokenizer(config.path), config)
+    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    return Scorer(model, load_tokenizer(config.path), config)

@@ -48,7 +48,7 @@ class Config(ScorerConfig):
     license: str = Field("Apache-2.0", description="licence of the weights")
 
     @model_validator(mode="after")
-    def _is_the_version_it_says(self):
+    def _is_the_version_it_says(self) -> Config:
         for version, name in (("2.0", "HPS_v2_compressed"), ("2.1", "HPS_v2.1_compressed")):
             if name in self.path and self.version != version:
                 raise ValueError(f"version is {self.version}, but {name} is {version}")
@@ -99,4 +99,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     file = fetch_file(parse(config.path), config.sha256)
     tokenizer = load_tokenizer(config.tokenizer)
     model = load_open_clip(file, tokenizer, config.hidden_act)
-    return Scorer(model.to(device), tokenizer, config)
+    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    return Scorer(model, tokenizer, config)

@@ -1,4 +1,4 @@
-"""ImageReward 1.0: a BLIP that reads the prompt while it looks at the image, trained on human rankings.
+"""ImageReward 1.0: a BLIP text encoder with cross-attention to the image, trained on human rankings.
 
 Source: Xu et al. 2023, arXiv:2304.05977; authors' code `ImageReward.py`, `score_gard`. Score = (head(h) - mean) / std,
 h the first token's last state, mean and std of the training set: about 0 for Stable Diffusion 1.4, -2 to 2.
@@ -173,7 +173,7 @@ class Scorer:
         check_images(images, prompts)
         device = self.model.vision.device
         with full_precision(device):
-            size = self.model.vision.config.image_size
+            size: Any = self.model.vision.config.image_size
             pixels = self._prepare(images.to(device).float(), size, rounded_crop)
             tokens = self.tokenizer(
                 list(prompts), padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -105,12 +107,16 @@ def importances(study: optuna.Study, spec: StudySpec) -> list[dict[str, float]] 
     try:
         with warnings.catch_warnings(action="ignore"):  # that low values are taken for the better ones, hence the sign
             found = [
-                optuna.importance.get_param_importances(study, target=lambda trial, i=i: -trial.values[i])
+                optuna.importance.get_param_importances(study, target=partial(_negated, i))
                 for i in range(len(spec.objectives))
             ]
     except (ValueError, RuntimeError):
         return None
     return found if all(found) and all(np.isfinite(list(shares.values())).all() for shares in found) else None
+
+
+def _negated(objective: int, trial: FrozenTrial) -> float:
+    return -trial.values[objective]
 
 
 def importance(shares: list[dict[str, float]], spec: StudySpec) -> Figure:
@@ -144,13 +150,14 @@ def pareto(trials: list[FrozenTrial], front: list[int], spec: StudySpec) -> Figu
 def _points(axes: Axes, x: list[float], trials: list[FrozenTrial], spec: StudySpec, objective: int) -> None:
     """Complete trials as dots, pruned ones as crosses."""
     y = [scores(trial, spec)[objective] for trial in trials]
-    for label, state, style in (
-        ("complete", TrialState.COMPLETE, {"color": FULL, "marker": "o"}),
-        ("pruned", TrialState.PRUNED, {"color": EDGE, "marker": "x"}),
+    for label, state, colour, marker in (
+        ("complete", TrialState.COMPLETE, FULL, "o"),
+        ("pruned", TrialState.PRUNED, EDGE, "x"),
     ):
         of_it = [i for i, trial in enumerate(trials) if trial.state == state]
         if of_it:
-            axes.scatter([x[i] for i in of_it], [y[i] for i in of_it], label=label, zorder=3, **style)
+            points = [x[i] for i in of_it], [y[i] for i in of_it]
+            axes.scatter(*points, label=label, zorder=3, color=colour, marker=marker)
 
 
 def _panels(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
@@ -166,7 +173,7 @@ def _panels(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 def _legend(figure: Figure, panels: np.ndarray) -> None:
     """One legend for all panels, below them."""
-    known = {}
+    known: dict[str, Any] = {}
     for axes in panels.flat:
         known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
+    figure.legend(list(known.values()), list(known), loc="outside lower center", ncols=len(known), frameon=False)

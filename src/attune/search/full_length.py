@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from attune.evaluation.statistics import Comparison, compare_paired
 from attune.files import values_sha
 from attune.search.figures import draw_finalists
 from attune.search.results import ranked, table, write_best
-from attune.search.space import fixed_settings, rounded_params
+from attune.search.space import Distribution, fixed_settings, rounded_params
 from attune.search.study import StudySpec, connect, pending, study_lock
 
 INCUMBENT = "incumbent"  # attribute of a search's study: the settings in use when it began
@@ -47,8 +47,8 @@ def rerun_spec(spec: StudySpec, study: optuna.Study, n: int, settings: Mapping[s
         study.set_user_attr(FINALISTS, points)
     incumbent = study.user_attrs[INCUMBENT]
     space = {key: _widened(kind, incumbent[key], [point[key] for point in points]) for key, kind in spec.space.items()}
-    changes = {"space": space, "grid_points": tuple(points), "n_trials": len(points), "sampler": "grid"}
-    return replace(spec, name=name, pruner="none", **changes)
+    rerun = replace(spec, name=name, sampler="grid", pruner="none", space=space)
+    return replace(rerun, grid_points=tuple(points), n_trials=len(points))
 
 
 def _incumbent(spec: StudySpec, study: optuna.Study) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def _incumbent(spec: StudySpec, study: optuna.Study) -> list[dict[str, Any]]:
     return [] if any(known[key] is None for key in numbers) else [known]
 
 
-def _widened(kind: BaseDistribution, incumbent: Any, values: Sequence[Any]) -> BaseDistribution:
+def _widened(kind: Distribution, incumbent: Any, values: Sequence[Any]) -> Distribution:
     """The distribution made wide enough for the values, as Optuna stores no others; nothing is drawn from it.
 
     Optuna wants the same choices in every session, so they hold all that may ever be among the values.
@@ -90,7 +90,7 @@ def write(
     if pending(spec, trials) or not (ended := ranked(study, spec)):
         return None
     best = ended[0]
-    facts = {"before": incumbent}
+    facts: dict[str, Any] = {"before": incumbent}
     if best.number in compared:
         low, high = compared[best.number].difference_ci95
         facts |= {"difference": round(compared[best.number].difference, 6), "ci95": [round(low, 6), round(high, 6)]}
@@ -107,7 +107,9 @@ def compare_with_incumbent(study: optuna.Study, spec: StudySpec, incumbent: dict
     ended = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     scores = {trial.number: np.array(trial.user_attrs["scores"][spec.objectives[0]]) for trial in ended}
     base = next((trial.number for trial in ended if has_settings(trial, incumbent)), None)
-    others = [number for number in scores if number != base] if base is not None else []
+    if base is None:
+        return {}
+    others = [number for number in scores if number != base]
     return {number: compare_paired(scores[number], scores[base], seed=spec.seed) for number in others}
 
 

@@ -36,7 +36,7 @@ class SweepPlan:
     @property
     def method(self) -> str:
         """A file of attune/methods."""
-        return self.training.method.name
+        return self.training.trained_method.name
 
     @property
     def seed(self) -> int:
@@ -45,7 +45,7 @@ class SweepPlan:
     @property
     def config(self) -> MethodConfig:
         """The run's settings now, an instance of the method's Config."""
-        return self.training.method.config
+        return self.training.trained_method.config
 
     @property
     def scorers(self) -> dict[str, Plugin]:

@@ -5,35 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from attune.config.schema import SearchRange, StrictModel, number_type, set_path
 
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
+K = TypeVar("K")
 DIGITS = 3  # significant digits of a float: more would only be harder to read
 
 
-def distributions(space: Mapping[str, SearchRange], method: type[StrictModel]) -> dict[str, BaseDistribution]:
+def distributions(space: Mapping[str, SearchRange], method: type[StrictModel]) -> dict[str, Distribution]:
     """Dotted key -> its distribution, of whole numbers where the method's Config has an int."""
     return {key: _distribution(searched, method, key) for key, searched in space.items()}
 
 
-def _distribution(searched: SearchRange, method: type[StrictModel], key: str) -> BaseDistribution:
+def _distribution(searched: SearchRange, method: type[StrictModel], key: str) -> Distribution:
     if searched.choices is not None:
         return CategoricalDistribution(searched.choices)
+    low, high = searched.ends
     if number_type(method, key, key) is int:
-        return IntDistribution(int(searched.low), int(searched.high), log=searched.log)
-    return FloatDistribution(searched.low, searched.high, log=searched.log)
+        return IntDistribution(int(low), int(high), log=searched.log)
+    return FloatDistribution(low, high, log=searched.log)
 
 
 def grid_points(space: Mapping[str, SearchRange]) -> list[dict[str, Any]]:
     """Every combination of the choices, the last key changing fastest."""
-    choices = [searched.choices for searched in space.values()]
+    choices = [searched.choices or [] for searched in space.values()]
     return [dict(zip(space, values, strict=True)) for values in product(*choices)]
 
 
-def rounded_params(params: Mapping[str, Any]) -> dict[str, Any]:
+def rounded_params(params: Mapping[K, Any]) -> dict[K, Any]:
     """A trial's parameters as they are trained with and written to files: floats have three significant digits."""
     return {key: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for key, v in params.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import optuna
 from filelock import FileLock
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from attune.files import values_sha
+from attune.search.space import Distribution
 
 LOG = logging.getLogger("attune.search")
 RANDOM_TRIALS = 6  # before tpe and gp use the scores so far: half of a search of twelve
@@ -36,7 +36,8 @@ SCHEMES = ("sqlite:///", "postgresql+psycopg://")
 HEARTBEAT = "heartbeat"  # user attribute of a running trial: time.time() of the last sign of life
 RETRY_OF = "retry_of"  # user attribute of a trial: the number of the one whose worker was killed
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -50,7 +51,7 @@ class StudySpec:
 
     name: str
     storage: str = field(repr=False)  # sqlite:///..., postgresql+psycopg://..., or a journal file; may hold a password
-    space: dict[str, BaseDistribution]
+    space: Mapping[str, Distribution]
     n_trials: int  # over all sessions and hosts
     objectives: tuple[str, ...] = ("score",)  # all are maximized
     grid_points: tuple[dict[str, Any], ...] = ()
@@ -118,7 +119,8 @@ def connect(storage: str) -> BaseStorage:
     if storage.startswith("sqlite"):
         return RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
     # Optuna's own lock is a file: if its process is killed, the others wait 30 s for it
-    return JournalStorage(JournalFileBackend(storage, lock_obj=FileLock(f"{storage}.writing", timeout=LOCK_SECONDS)))
+    lock = FileLock(f"{storage}.writing", timeout=LOCK_SECONDS)
+    return JournalStorage(JournalFileBackend(storage, lock_obj=lock))  # type: ignore[arg-type]  # has what is called
 
 
 def retry_on_outage(call: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
@@ -152,7 +154,7 @@ def claim_trial(
         if not has_budget(spec, trials):
             return None
         study.sampler = sampler(spec, len(trials))
-        trial = study.ask(spec.space)
+        trial = study.ask(dict(spec.space))
         for key, value in owner.items():
             trial.set_user_attr(key, value)
     return trial

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -103,7 +104,8 @@ def study_spec(plan: SweepPlan, root: Path) -> StudySpec:
     search = plan.search
     settings = with_values(plan.config.model_dump(), search.fixed)
     points = grid_points(search.space) if search.sampler == "grid" else []
-    n_trials = min(search.trials or len(points), len(points)) if points else search.trials
+    budget = search.trials or len(points)
+    n_trials = min(budget, len(points)) if points else budget
     name = f"{plan.profile}-{plan.run}-{study_hash(plan)[:8]}"
     shortest, longest = _batches(search, settings["batches"])
     return StudySpec(
@@ -123,7 +125,7 @@ def study_spec(plan: SweepPlan, root: Path) -> StudySpec:
 def _batches(search: Config, batches: int) -> tuple[int, int]:
     """Batches of the shortest and of the longest trial."""
     searched = search.space.get("batches")
-    lengths = [batches] if searched is None else searched.choices or [searched.low, searched.high]
+    lengths: Sequence[Any] = [batches] if searched is None else searched.choices or searched.ends
     return int(min(lengths)), int(max(lengths))
 
 

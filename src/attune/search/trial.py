@@ -22,10 +22,9 @@ from attune.search.study import retry_on_outage
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from attune.diffusion.policy import Policy
-    from attune.interfaces import Reward
+    from attune.interfaces import Reward, Score
 
 PRUNE_TRAINING = ("median", "hyperband")  # pruners that stop a training, and so need its validation scores
 
@@ -128,17 +127,17 @@ def train(
     """Trains with these settings and saves the model; `on_score` gets (batch, score) of each validation."""
     from attune.finetune import finetune
 
-    method = plan.training.method.model_copy(update={"settings": config.model_dump(mode="json")})
+    method = plan.training.trained_method.model_copy(update={"settings": config.model_dump(mode="json")})
     training = plan.training.model_copy(update={"method": method, "scorers": plan.scorers})
     finetune(training, run, folder, on_score=on_score, samples=0)
 
 
-def load_trained(plan: SweepPlan, folder: Path) -> tuple[Policy, Callable[..., Tensor]]:
+def load_trained(plan: SweepPlan, folder: Path) -> tuple[Policy, Score]:
     """The trained policy, and the objectives as one scorer."""
     from attune.build import load_policy, load_scorer
 
     policy = load_policy(plan.training.model)
-    policy.load(str(folder))
+    policy.load(str(folder), may_be_zero=True)
     return policy, stack_scorers([load_scorer(plan.objectives[name]) for name in plan.search.objectives])
 
 
@@ -150,7 +149,7 @@ def report_or_prune(trial: optuna.Trial, reports: Mapping[int, float]) -> None:
         raise optuna.TrialPruned
 
 
-def stack_scorers(scorers: Sequence[Reward]) -> Callable[..., Tensor]:
+def stack_scorers(scorers: Sequence[Reward]) -> Score:
     """Scorers as one with scores (images, scorers), so that images are sampled once for all of them."""
     import torch
 

@@ -157,14 +157,15 @@ def _exit_with(parent: Any) -> None:
 
 
 def run_trial(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> None:
-    """Runs a trial and tells the study how it ended. An interrupted trial stays RUNNING until `reap` finds it.
+    """Runs a trial and reports its result to the study. An interrupted trial stays RUNNING until `reap` finds it.
 
     A trial that another host has taken for killed is retried there, and its result here is dropped.
 
     Raises:
-        Exception: one that would meet every trial; this one is told FAIL before.
+        Exception: one that would meet every trial; the study has this one as FAIL before.
     """
-    start, values, attrs, fatal = time.time(), None, {}, None
+    start, values, fatal = time.time(), None, None
+    attrs: dict[str, Any] = {}
     try:
         with heartbeat(trial):
             values, state = objective(trial), TrialState.COMPLETE
@@ -212,13 +213,13 @@ def heartbeat(trial: optuna.Trial) -> Iterator[None]:
 
 
 def reap(spec: StudySpec, study: optuna.Study) -> list[int]:
-    """Tells FAIL to trials whose process was killed, enqueues each once more, and returns their numbers."""
+    """Sets trials whose process was killed to FAIL, enqueues each once more, and returns their numbers."""
     with study_lock(spec):
         trials = study.get_trials(deepcopy=False)
         retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
         dead = [trial for trial in trials if trial.state == TrialState.RUNNING and is_dead(trial)]
         for trial in dead:
-            # enqueued before it is told FAIL: if this process is killed in between, the next one still finds the trial
+            # enqueued before it is set to FAIL: if this process is killed in between, the next one finds the trial
             if trial.number not in retried and RETRY_OF not in trial.user_attrs:
                 params = trial.system_attrs.get("fixed_params", {}) | trial.params
                 study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number})

@@ -1,8 +1,9 @@
-"""How often the step-aware preference model picks the better image of held-out pairs, by timestep."""
+"""How often the step-aware preference model picks the better image of validation pairs, by timestep."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,12 +16,11 @@ from attune.spm.objective import SPMObjective
 TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
 
 
-def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[str, dict[str, list[float]]]:
-    """How often each model picks the truly better image of held-out pairs, seen through one-step predictions.
+def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[str, dict[str, list[Any]]]:
+    """How often each model picks the better image of validation pairs, from one-step predictions.
 
-    The truth is the noise-free utility where the source knows it, else people's labels. The untimed model is
-    the CLIP the training started from: the same weights asked without knowing t. Without validation pairs
-    there is nothing to tell: {}.
+    The better image is the one of higher noise-free utility where the source knows it, else the one people chose.
+    `untimed` is the CLIP that training started from, which has no timestep. {} without validation pairs.
     """
     data = PreparedData.read(prepared, "validation", objective.base.device)
     if data.pairs.empty:
@@ -33,7 +33,9 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
     size = objective.config.batch_size
     parts = [range(start, min(start + size, len(truth))) for start in range(0, len(truth), size)]
-    curves = {name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models}
+    curves: dict[str, dict[str, list[Any]]] = {
+        name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models
+    }
     for t in tqdm(TIMESTEPS, desc="accuracy by t", unit="t"):
         gaps: dict[str, list[float]] = {name: [] for name in models}
         for rows in parts:

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer
+from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer, vision_config
 from attune.clip.pixels import normalise, rounded_crop
 from attune.hub import fetch_folder, parse, read_json, read_tensors
 from attune.pretrained import build_with, misfit
@@ -51,17 +52,17 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t).to(next(self.mlp.parameters()).dtype))
 
 
 class StepAwareLayer(CLIPEncoderLayer):
     """A vision layer whose attention and MLP are shifted, scaled and gated by a condition (B, 1, D)."""
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.adaLN_modulation = _modulation(config.hidden_size, 6)
 
-    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]  # only we call it
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=-1)
         attended, _ = self.self_attn(self.layer_norm1(hidden) * (1 + scale_a) + shift_a, attention_mask=None)
         hidden = hidden + gate_a * attended
@@ -81,13 +82,18 @@ class StepAwareCLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.model = CLIPModel(config)
-        vision, width = self.model.vision_model, config.vision_config.hidden_size
-        depth = config.vision_config.num_hidden_layers
+        vision, width = self.model.vision_model, vision_config(config).hidden_size
+        depth = vision_config(config).num_hidden_layers
         # the tower's own config, not `config`'s: transformers records the attention kernel there
         vision.encoder.layers = nn.ModuleList(StepAwareLayer(vision.config) for _ in range(depth))
         vision.adaLN_modulation = _modulation(width, 2)
         self.model.t_embedder = TimestepEmbedder(width)
         self.init_identity()
+
+    @property
+    def t_embedder(self) -> TimestepEmbedder:
+        """The timestep embedding; it is a part of `model` under the name that released files give it."""
+        return cast(TimestepEmbedder, self.model.t_embedder)
 
     @torch.no_grad()
     def init_identity(self, seed: int = 0) -> None:
@@ -99,7 +105,7 @@ class StepAwareCLIP(nn.Module):
                 layer.adaLN_modulation[1].bias.unflatten(0, (6, -1))[gate] = 1.0
         _zero(vision.adaLN_modulation[1])
         generator = torch.Generator().manual_seed(seed)  # its own: the same start whatever ran before
-        for linear in (self.model.t_embedder.mlp[0], self.model.t_embedder.mlp[2]):
+        for linear in (module for module in self.t_embedder.mlp if isinstance(module, nn.Linear)):
             linear.weight.copy_(0.02 * torch.randn(linear.weight.shape, generator=generator, device="cpu"))
             linear.bias.zero_()
 
@@ -110,7 +116,7 @@ class StepAwareCLIP(nn.Module):
     def image_features(self, pixel_values: Tensor, t: Tensor) -> Tensor:
         """Projected features (B, D), not normalised, of pixel values (B, 3, S, S) predicted at t (B,)."""
         vision = self.model.vision_model
-        condition = self.model.t_embedder(t)
+        condition = self.t_embedder(t)
         hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
         for layer in vision.encoder.layers:
             if self.checkpointing and self.training:

@@ -12,16 +12,16 @@ back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from attune.clip.model import image_size, load_tokenizer, tokenise
+from attune.clip.model import image_size, load_tokenizer, text_config, tokenise
 from attune.config.settings import PreferenceConfig as Config
 from attune.distributed import Shard
 from attune.hub import fetch_file, parse
@@ -30,22 +30,8 @@ from attune.spm.model import StepAwareCLIP, from_clip, load, training_pixels
 from attune.spm.noising import one_step_latents
 
 if TYPE_CHECKING:
+    from attune.data.batches import PairBatch
     from attune.diffusion.policy import Policy
-
-
-class Pairs(Protocol):
-    """What is used of `attune.data.batches.PairBatch`: B labelled pairs of scaled latents (B, C, h, w)."""
-
-    prompts: Sequence[str]
-    cond: Conditioning
-    latents_0: Tensor
-    latents_1: Tensor
-    label_0: Tensor
-    weight: Tensor
-
-    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
-
-    def __getitem__(self, rows: slice) -> Pairs: ...
 
 
 @dataclass(frozen=True)
@@ -137,7 +123,7 @@ class SPMObjective:
         """The trainable weights: vision and text tower, projections and temperature."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
-    def minibatches(self, batch: Pairs, generator: torch.Generator) -> Iterable[NoisedPairs]:
+    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedPairs]:
         shard, n = self.shard, len(batch.prompts)
         t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
         if shard.world_size == 1:
@@ -147,24 +133,24 @@ class SPMObjective:
             ours = self.pixels(batch[rows], t[rows], noise[rows])[:, : shard.count(n)]
             yield self._with_text(batch, t, shard.gather(ours.transpose(0, 1)).transpose(0, 1))
 
-    def prepare_batch(self, batch: Pairs, t: Tensor, noise: Tensor) -> NoisedPairs:
+    def prepare_batch(self, batch: PairBatch, t: Tensor, noise: Tensor) -> NoisedPairs:
         """The pairs as the model is given them: noised to t (B,) with noise (B, C, h, w), and predicted back."""
         return self._with_text(batch, t, self.pixels(batch, t, noise))
 
-    def pixels(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
+    def pixels(self, batch: PairBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Pixel values (2, B, 3, S, S) of both images of each pair, noised to t (B,) and predicted back."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
         return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)
 
-    def _with_text(self, batch: Pairs, t: Tensor, pixels: Tensor) -> NoisedPairs:
+    def _with_text(self, batch: PairBatch, t: Tensor, pixels: Tensor) -> NoisedPairs:
         """Adds token ids, labels and weights to the pixel values of a batch, on the model's device."""
         clip = self.model.model
-        ids = tokenise(self.tokenizer, batch.prompts, clip.config.text_config.max_position_embeddings)
+        ids = tokenise(self.tokenizer, batch.prompts, text_config(clip.config).max_position_embeddings)
         return NoisedPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
-    def one_step_images(self, batch: Pairs, t: Tensor, noise: Tensor) -> Tensor:
+    def one_step_images(self, batch: PairBatch, t: Tensor, noise: Tensor) -> Tensor:
         """Both images of each pair as the base predicts them at t: (2B, 3, H, W), images 0 then images 1.
 
         At t = 0 they are the images themselves, because there SPO scores finished images. (The authors noise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attune.config.plan import RunPlan
 from attune.paths import Paths, project_root
 from attune.stages.common import is_main_process, launch, planned, remember_run, stage
@@ -21,7 +23,8 @@ def main() -> None:
         from attune.stages.run_json import write_run_json
 
         if plan.method is None:
-            history, facts = [], {}
+            history: list[dict[str, float]] = []
+            facts: dict[str, Any] = {}
         else:
             from attune.finetune import finetune
 

@@ -59,7 +59,9 @@ def launch(module: str) -> None:
     if "RANK" in env or (processes in ("", "1") and not launcher):
         return
     if env.get("ATTUNE_LAUNCHED"):
-        sys.exit(f"ATTUNE_LAUNCH: {launcher[0]!r} has started a single process that is not told its RANK; {_HINT}")
+        sys.exit(
+            f"ATTUNE_LAUNCH: {launcher[0]!r} has started a single process without RANK in its environment; {_HINT}"
+        )
     if not launcher and not (processes.isdecimal() and int(processes) > 0):
         sys.exit(f"ATTUNE_PROCESSES: a number of processes is wanted, not {processes!r}")
     if not launcher:

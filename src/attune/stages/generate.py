@@ -35,7 +35,7 @@ def generate(plan: GeneratePlan) -> np.ndarray:
     index = image_index(plan)
     policy = load_policy(plan.model)
     if (source := model_of(plan)) is not None:
-        policy.load(source)
+        policy.load(source, may_be_zero=source == str(paths.model(plan.run)))
     prompts, ordinals = index.prompt.tolist(), index.ordinal.tolist()
     sampling, folder = plan.generate.sampling, paths.generated(plan.run)
     images = generate_images(policy, prompts, ordinals, sampling, plan.seed, f"generate {plan.run}")

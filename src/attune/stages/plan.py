@@ -16,7 +16,7 @@ from attune import hub
 from attune.config.plan import FOLDER, to_json
 from attune.config.profile import BASE
 from attune.config.resolve import Settings, load
-from attune.config.schema import ConfigError
+from attune.config.schema import ConfigError, StrictModel
 from attune.config.settings import locations
 from attune.files import write_atomically
 from attune.paths import TIMES, Paths, project_root
@@ -81,7 +81,7 @@ def _rows_here(settings: Settings) -> dict[str, int]:
 
 def _downloads(settings: Settings) -> dict[str, float | None]:
     """Stage -> bytes to download: None where something on the Hub is not in the cache and its size is not known."""
-    configs = {
+    configs: dict[str, list[StrictModel | None]] = {
         "prepare": [settings.model, settings.data],
         "train_preference": [settings.preference],
         f"evaluate@{BASE}": [scorer.config for scorer in settings.scorers.values()],
@@ -92,12 +92,25 @@ def _downloads(settings: Settings) -> dict[str, float | None]:
 
 def _missing_on_the_hub(settings: Settings) -> Iterator[str]:
     """What the settings name on the Hub and the Hub does not have."""
-    configs = [settings.model, settings.data, settings.preference, *settings.runs.values()]
+    configs: list[StrictModel | None] = [settings.model, settings.data, settings.preference, *settings.runs.values()]
     configs += [scorer.config for scorer in settings.scorers.values()]
     sources = [source for config in configs if config for source in locations(config).values()]
     for source in dict.fromkeys(sources):
-        if source.commit is not None and (problem := hub.problem_online(source)):
+        if source.commit is not None and (problem := _problem_on_the_hub(source)):
             yield problem
+
+
+def _problem_on_the_hub(source: hub.Source) -> str | None:
+    """Why a source cannot be fetched, as a line; None if it can. It may be a model or a data set."""
+    problems = []
+    for repo_type in ("model", "dataset"):
+        try:
+            there = hub.list_files(source, repo_type)
+        except hub.HubError as error:
+            problems.append(str(error))
+        else:
+            return None if there else f"{source}: the repository has no such file at this commit"
+    return problems[0]
 
 
 if __name__ == "__main__":

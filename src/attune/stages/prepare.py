@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 from attune.config import plugins
 from attune.config.plan import PreparePlan, Session, read
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import planned, stage
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
     rules = Rules(Quota.of(config), **limits, wanted=read(Session, "session").wanted)
     policy = cache(lambda: load_policy(plan.model))
 
-    def generate(prompts, ordinals, desc):
+    def generate(prompts: Sequence[str], ordinals: Sequence[int], desc: str) -> np.ndarray:
         return generate_images(policy(), prompts, ordinals, plan.sampling, plan.seed, desc)
 
     try:

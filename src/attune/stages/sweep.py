@@ -56,7 +56,7 @@ def ask(name: str | None) -> None:
     """Adds the run to sweeps/asked.yaml, whose runs are the stages of sweeps/dvc.yaml."""
     try:
         runs = load().runs
-        if name not in runs:
+        if name is None or name not in runs:
             raise ConfigError(f"runs: has no {name!r}, so there is nothing to search; there are {', '.join(runs)}")
         if name not in read_yaml(ASKED)["asked"]:
             update_params_file({f"asked.{name}": {"after": runs[name].after}}, ASKED)

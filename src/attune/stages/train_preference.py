@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def train_preference(plan: PreferencePlan, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Trains and saves the model; returns its curve and its held-out accuracy by timestep.
+    """Trains and saves the model; returns its curve and its validation accuracy by timestep.
 
     Where several processes train together, the main process saves it, and it alone measures its accuracy.
     """

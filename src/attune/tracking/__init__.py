@@ -1,4 +1,4 @@
-"""Tracking: a stage, a sweep or a trial as an MLflow run. It is a view: no work waits for the store.
+"""Tracking: a stage, a sweep or a trial as an MLflow run. No work waits for the store.
 
 What a run logs goes to an outbox on disk (`outbox.py`), and from there by a thread (`sender.py`) to the store
 (`store.py`). A store that is away gets it later, each point once and with its own time: docs/tracking.md. The record of
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeGuard
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def _tracked(name: str, params: Tree, tags: Tree, uri: str | None, root: Path | 
         tracked._end(kind=tags["kind"], **end)
 
 
-def _is_on(uri: str | None) -> bool:
+def _is_on(uri: str | None) -> TypeGuard[str]:
     env = os.environ.get
     return uri is not None and env("ATTUNE_TRACKING", "").lower() != "off" and env("RANK", "0") == "0"
 
@@ -169,15 +169,22 @@ class Run:
 
         None if tracking is off.
         """
-        return self._outbox and (self._outbox.run_id or self._outbox.uid)
+        return None if self._outbox is None else self._outbox.run_id or self._outbox.uid
+
+    @property
+    def _out(self) -> outboxes.Outbox:
+        """The outbox, for methods that are `_safe`: they do nothing while there is none."""
+        if self._outbox is None:
+            raise RuntimeError(OFF)
+        return self._outbox
 
     @_safe
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a point at `step` to each curve; NaN and inf go to the curve `nonfinite`."""
-        self._step, points = _whole(step), _points(metrics)
-        self._outbox.append("log", step=self._step, metrics=points)
+        self._step, points = _int64(step), _points(metrics)
+        self._out.append("log", step=self._step, metrics=points)
         self._points += len(points)
-        if self._points >= WAKE_POINTS:
+        if self._points >= WAKE_POINTS and self._sender is not None:
             self._points = 0
             self._sender.wake()
 
@@ -189,7 +196,7 @@ class Run:
     def note(self, run_id: str | None, metrics: Mapping[str, float]) -> None:
         """Log scores on another run, so that a training's row shows them; None: on no run."""
         if run_id is not None:
-            self._outbox.append("note", run=run_id, step=self._step, metrics=_points(metrics))
+            self._out.append("note", run=run_id, step=self._step, metrics=_points(metrics))
 
     @_safe
     def image(self, key: str, image: Any, step: int) -> None:
@@ -200,26 +207,26 @@ class Run:
         """
         picture = _picture(image)
         stem = sanitize_key(key).replace("/", "~")
-        stem += f"+step+{int(step)}+timestamp+{outboxes.now_ms()}+{self._outbox.uid.removeprefix(outboxes.UID)}"
+        stem += f"+step+{int(step)}+timestamp+{outboxes.now_ms()}+{self._out.uid.removeprefix(outboxes.UID)}"
         small = picture.copy()
         small.thumbnail(THUMBNAIL)
         for part, name in ((picture, f"{stem}.png"), (small, f"{stem}+compressed.webp")):
-            path, place = self._outbox.reserve(name)
+            path, place = self._out.reserve(name)
             part.save(path)
-            self._outbox.append("artifact", file=place, to="images")
-        self._outbox.append("tags", tags={"mlflow.loggedImages": "True"})
+            self._out.append("artifact", file=place, to="images")
+        self._out.append("tags", tags={"mlflow.loggedImages": "True"})
 
     @_safe
     def dataset(self, path: str | Path, name: str, rows: int, context: str = "training") -> None:
         """Record a file or folder as input, with a digest of its content; context: training or eval."""
         source, profile = json.dumps({"uri": str(path)}), json.dumps({"num_rows": int(rows)})
         about = {"name": name, "digest": digest(Path(path)), "source": source, "profile": profile}
-        self._outbox.append("dataset", context=context, **about)
+        self._out.append("dataset", context=context, **about)
 
     @_safe
     def artifact(self, path: str | Path) -> None:
         """Copy a file or folder to the run's artifacts."""
-        self._outbox.append("artifact", file=self._outbox.copy_in(Path(path)))
+        self._out.append("artifact", file=self._out.copy_in(Path(path)))
 
     @_safe
     def _open(self, name: str, params: Tree, tags: Tree, uri: str, root: Path | None, place: Tree) -> None:
@@ -243,12 +250,13 @@ class Run:
     @_safe
     def _end(self, kind: str, status: str, state: str | None = None) -> None:
         if kind == "trial" and state:
-            self._outbox.append("tags", tags={"trial.state": state})
-        self._outbox.append("end", status=status, kind=kind)
-        self._sender.finish()
+            self._out.append("tags", tags={"trial.state": state})
+        self._out.append("end", status=status, kind=kind)
+        if self._sender is not None:
+            self._sender.drain()
 
 
-def _whole(step: int) -> int:
+def _int64(step: int) -> int:
     """The step as an integer of 64 bits; a database fails on a larger one, and the record would be sent for ever."""
     if not -(2**63) <= int(step) < 2**63:
         raise ValueError(f"step {step} does not fit into 64 bits")

@@ -98,7 +98,14 @@ class Outbox:
             line = file.readline()
         return _parse(line) if line.endswith(b"\n") else {}
 
-    def begin(self, run_id: str) -> None:
+    @property
+    def known_run_id(self) -> str:
+        """The store's id of the run. Raises RuntimeError before the store has one."""
+        if self.run_id is None:
+            raise RuntimeError(f"{self.folder}: the store does not know the run yet")
+        return self.run_id
+
+    def set_run_id(self, run_id: str) -> None:
         """Notes the run's id in the store. A new id means a new run there, which needs all records again."""
         if run_id != self.run_id:
             self.run_id, self.offset, self.ended, self.pending_artifacts, self.failed = run_id, 0, False, [], {}
@@ -126,10 +133,10 @@ class Outbox:
     def end_for_killed(self) -> None:
         """Adds the `end` that a killed process could not write: KILLED, at the time of its last record."""
         content = (self.folder / RECORDS).read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        last = _parse(whole.rstrip(b"\n").rpartition(b"\n")[2])
+        complete = content[: content.rfind(b"\n") + 1]
+        last = _parse(complete.rstrip(b"\n").rpartition(b"\n")[2])
         if last.get("op") != "end":
-            os.truncate(self._file, len(whole))
+            os.truncate(self._file, len(complete))
             kind = self.opening().get("tags", {}).get("kind")
             self.append("end", status="KILLED", at=last.get("time", now_ms()), kind=kind)
 

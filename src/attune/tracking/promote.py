@@ -67,7 +67,7 @@ def _compare(candidate: Candidate, champion: registry.Version, store: tuple[str,
 
 def _describe(who: str, champion: registry.Version | None, found: Comparison | None, scorer: str) -> str:
     """What happened, with the numbers it rests on."""
-    if found is None:
+    if champion is None or found is None:
         replaced = ": there was none" if champion is None else f" in the place of {champion.number}"
         return f"{who} is the champion{replaced}"
     low, high = found.difference_ci95

@@ -17,7 +17,8 @@ from typing import Any, ParamSpec, TypeVar
 from attune.tracking import store as stores
 from attune.tracking.labels import redact
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 CHAMPION, CHALLENGER = "champion", "challenger"
 LIBRARIES = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
 

@@ -66,7 +66,7 @@ class Sender(threading.Thread):
         """Sends now, without waiting for the next flush."""
         self._wake.set()
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Sends the rest, for as long as the store accepts it."""
         self._progress = time.monotonic()
         self._ending.set()
@@ -205,7 +205,7 @@ def replay(root: Path) -> dict[str, Exception | None]:
 
 def _reopen(store: Store, outbox: Outbox) -> None:
     """Finds or creates the outbox's run. Where the store has lost the run, all records are sent again."""
-    outbox.begin(stores.open_run(store, outbox.opening()))
+    outbox.set_run_id(stores.open_run(store, outbox.opening()))
 
 
 def _send_one(store: Store, outbox: Outbox, files: bool) -> Exception | None:
@@ -244,15 +244,16 @@ def _batches(outbox: Outbox) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
 
 
 def _send_batch(store: Store, outbox: Outbox, batch: list[Mapping[str, Any]], warn: Warn) -> None:
+    run_id = outbox.known_run_id
     try:
         if len(batch) > 1:
-            stores.send_points(store, outbox.run_id, batch)
+            stores.send_points(store, run_id, batch)
         else:
-            stores.deliver(store, outbox.run_id, batch[0], outbox.folder)
+            stores.deliver(store, run_id, batch[0], outbox.folder)
     except Exception as error:
         if not stores.is_refusal(error):
             raise
-        if stores.is_deleted(store, outbox.run_id) or len(batch) == 1:
+        if stores.is_deleted(store, run_id) or len(batch) == 1:
             op = str(batch[0].get("op"))
             warn(op, f"{op}: left something out", error)
             return

@@ -24,10 +24,10 @@ from attune.tracking.labels import HOST, is_alive
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
 # A shared view of the UI, `?viewStateShareKey=attune`: trainings and trials in one table by what was set and scored.
-SHOWN = ("tags.`method`", "tags.`trial.state`", "tags.`round`", "params.`beta`", "params.`lr`")
-SHOWN += ("params.`batches`", "metrics.`score`")
-SHOWN += tuple(f"metrics.`{s}`" for s in ("oracle", "pickscore", "hpsv2", "aesthetic", "imagereward", "clipscore"))
-VIEW = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
+SHOWN = ["tags.`method`", "tags.`trial.state`", "tags.`round`", "params.`beta`", "params.`lr`"]
+SHOWN += ["params.`batches`", "metrics.`score`"]
+SHOWN += [f"metrics.`{s}`" for s in ("oracle", "pickscore", "hpsv2", "aesthetic", "imagereward", "clipscore")]
+VIEW: dict[str, Any] = {"selectedColumns": SHOWN, "searchFilter": "tags.tuned = 'true'"}
 VIEW |= {"orderByKey": "attributes.run_name", "orderByAsc": True}  # sorted by start, children are folded away
 TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
 DEFAULT = "sqlite:///mlflow.db"

@@ -34,7 +34,7 @@ SHOWN = ("loss", "margin", "accuracy")
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the main process is told during training. Nothing here changes the weights."""
+    """What the training loop calls in the main process. Nothing here changes the weights."""
 
     desc: str = "train"  # in front of the progress bar
     log: Log = lambda metrics, step: None  # the metrics of every optimizer step
@@ -154,7 +154,8 @@ def epoch_rows(n: int, batch_size: int, batch: int, seed: int) -> Tensor:
     """
     if n == 0:
         raise ValueError("nothing to learn from: data/<profile>/prepared holds 0 rows (pairs, or prompts) to train on")
-    rows, position = [], batch * batch_size
+    rows: list[int] = []
+    position = batch * batch_size
     while len(rows) < batch_size:
         epoch, offset = divmod(position + len(rows), n)
         rows += epoch_order(n, epoch, seed)[offset : offset + batch_size - len(rows)].tolist()

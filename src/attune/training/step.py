@@ -184,7 +184,7 @@ def learning_rate(config: TrainingConfig, history: Sequence[Mapping[str, float]]
 
 def build_optimizer(parameters: list[Tensor], config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer that the configuration names, at its full rate."""
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -64,9 +65,11 @@ def misread(scene: Scene, rng: np.random.Generator) -> Scene:
         choices = list(COLOURS) if field == "colours" else list(SHAPES)
         taken = set(values) if field == "colours" else {values[place]}
         values[place] = _other(choices, taken, rng)
-        return replace(scene, **{field: tuple(values)})
-    choices = {"background": BACKGROUNDS, "size": SIZES, "count": COUNTS.values(), "relation": RELATIONS}[field]
-    return replace(scene, **{field: _other(list(choices), {getattr(scene, field)}, rng)})
+        changed: dict[str, Any] = {field: tuple(values)}
+    else:
+        others = {"background": BACKGROUNDS, "size": SIZES, "count": COUNTS.values(), "relation": RELATIONS}[field]
+        changed = {field: _other(list(others), {getattr(scene, field)}, rng)}
+    return replace(scene, **changed)
 
 
 def _other(choices: list, taken: set, rng: np.random.Generator) -> object:

@@ -13,6 +13,7 @@ training prompt has. So a method that only memorised its training prompts gains 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -132,8 +133,8 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _any(words: object) -> str:
-    return "|".join(words)  # type: ignore[arg-type]
+def _any(words: Iterable[str]) -> str:
+    return "|".join(words)
 
 
 _PATTERN = re.compile(

@@ -82,9 +82,9 @@ def _judge_one(image: np.ndarray, scene: Scene) -> Verdict:
     blobs = _find_blobs(membership)
     parts = _faithfulness(scene, membership, blobs)
     faithfulness = float(np.prod([parts[name] ** weight for name, weight in _WEIGHTS.items()]))
-    looks = _appeal(image, membership)
-    appeal = float(np.prod(list(looks.values())) ** (1 / len(looks)))
-    return Verdict(float(np.sqrt(faithfulness * appeal)), faithfulness, appeal, **parts, **looks)
+    appeal_parts = _appeal(image, membership)
+    appeal = float(np.prod(list(appeal_parts.values())) ** (1 / len(appeal_parts)))
+    return Verdict(float(np.sqrt(faithfulness * appeal)), faithfulness, appeal, **parts, **appeal_parts)
 
 
 def _memberships(image: np.ndarray) -> np.ndarray:
@@ -129,14 +129,14 @@ def _faithfulness(scene: Scene, membership: np.ndarray, blobs: list[_Blob]) -> d
     found = _assign(scene, blobs)
     colours = [PALETTE_NAMES.index(c) for c in scene.colours]
     right = sum(membership[..., c].sum() for c in set(colours))
-    painted = membership[..., : len(COLOURS)].sum()
+    object_area = membership[..., : len(COLOURS)].sum()
     shapes = [SHAPES.index(s) for s in scene.shapes]
     wanted = list(zip(colours, shapes, strict=True)) * (scene.count if scene.kind == "count" else 1)
     shape = [blob.shape[s] if blob else 0.0 for blob, (_, s) in zip(found, wanted, strict=True)]
     present = [float(blob is not None and blob.colour == c) for blob, (c, _) in zip(found, wanted, strict=True)]
     parts = {
         "background": _background(scene, membership),
-        "colour": float(right / max(painted, 1e-6)) * float(np.mean(present)) if painted > 8 else 0.0,
+        "colour": float(right / max(object_area, 1e-6)) * float(np.mean(present)) if object_area > 8 else 0.0,
         "shape": float(np.prod(np.maximum(shape, 0.02)) ** (1 / len(shape))),
         "layout": _layout(scene, found, blobs, membership.shape[0]),
     }
@@ -175,14 +175,15 @@ def _layout(scene: Scene, found: list[_Blob | None], blobs: list[_Blob], size: i
     extra = np.exp(-1.5 * abs(len(blobs) - scene.count))
     if scene.kind == "count":
         return float(extra)
-    if any(blob is None for blob in found):
+    there = [blob for blob in found if blob is not None]
+    if len(there) < len(found):
         return 0.0
     if scene.kind == "one":
-        radius = np.sqrt(found[0].area / np.pi) * 1.06 * IMAGE_SIZE / size
-        log_ratio = np.log(radius / RADII[scene.size])
+        radius = np.sqrt(there[0].area / np.pi) * 1.06 * IMAGE_SIZE / size
+        log_ratio = np.log(radius / RADII[str(scene.size)])
         return float(np.exp(-((max(abs(log_ratio) - 0.1, 0) / 0.2) ** 2)) * extra)
-    offset = (found[0].centre - found[1].centre) * IMAGE_SIZE / size
-    direction = np.array(RELATIONS[scene.relation], dtype=float)
+    offset = (there[0].centre - there[1].centre) * IMAGE_SIZE / size
+    direction = np.array(RELATIONS[str(scene.relation)], dtype=float)
     along, across = offset @ direction, abs(offset @ direction[::-1])
     return float(np.clip(0.5 + (along - across) / 8, 0, 1) * extra)
 
@@ -223,5 +224,5 @@ def _edge_spread(image: np.ndarray) -> float:
         lines = n > 0
         widths.append(total[lines] ** 2 / squares[lines] / n[lines])
         weights.append(total[lines])
-    widths, weights = np.concatenate(widths), np.concatenate(weights)
-    return float((widths * weights).sum() / weights.sum()) if len(widths) else 9.0
+    width, weight = np.concatenate(widths), np.concatenate(weights)
+    return float((width * weight).sum() / weight.sum()) if len(width) else 9.0

@@ -58,8 +58,8 @@ def render(scenes: Sequence[Scene], rng: np.random.Generator, size: int = IMAGE_
     centre = np.array([p[2] for p in placed]) * size / IMAGE_SIZE
     radius = radius * size / IMAGE_SIZE
     colour = np.array([p[3] for p in placed], dtype=np.float32)
-    image = np.array([BACKGROUNDS[s.background] for s in scenes], dtype=np.float32)[:, None, None, :]
-    image = np.broadcast_to(image, (len(scenes), size, size, 3)).copy()
+    plain = np.array([BACKGROUNDS[s.background] for s in scenes], dtype=np.float32)[:, None, None, :]
+    image: np.ndarray = np.broadcast_to(plain, (len(scenes), size, size, 3)).copy()
     grid = np.arange(size) + 0.5
     for slot in range(_MOST_OBJECTS):
         x = grid[None, None, :] - centre[:, slot, 0, None, None]
@@ -78,7 +78,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[floa
     """Shape numbers, radii, centres and colours of up to three objects (32 px units)."""
     middle = IMAGE_SIZE / 2
     if scene.kind == "one":
-        radius = RADII[scene.size] * rng.uniform(0.95, 1.05)
+        radius = RADII[str(scene.size)] * rng.uniform(0.95, 1.05)
         slack = max(middle - 1.35 * radius - 0.5, 0.3)
         centres = [tuple(middle + rng.uniform(-1, 1, 2) * min(slack, 4.0))]
         radii = [radius]
@@ -86,7 +86,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> tuple[list[int], list[floa
         radii = list(GROUP_RADIUS * rng.uniform(0.94, 1.06) * np.ones(scene.count) * (0.88 if scene.count == 3 else 1))
         centres = _scatter(scene.count, rng)
     else:
-        direction = np.array(RELATIONS[scene.relation], dtype=float)
+        direction = np.array(RELATIONS[str(scene.relation)], dtype=float)
         half = direction * rng.uniform(7.6, 8.6) + direction[::-1] * rng.uniform(-2.5, 2.5)
         origin = middle + rng.uniform(-0.8, 0.8, 2)
         centres = [tuple(origin + half), tuple(origin - half)]
@@ -107,6 +107,6 @@ def _scatter(count: int, rng: np.random.Generator) -> list[tuple]:
     """Centres of two or three equal objects that do not touch: a rotated bar or triangle, jittered."""
     angle = rng.uniform(0, 2 * np.pi)
     reach = rng.uniform(7.8, 8.8) if count == 2 else rng.uniform(8.8, 9.6)
-    turns = angle + 2 * np.pi * np.arange(count) / count
+    angles = angle + 2 * np.pi * np.arange(count) / count
     middle = IMAGE_SIZE / 2 + rng.uniform(-0.8, 0.8, 2)
-    return [(middle[0] + reach * np.cos(a), middle[1] + reach * np.sin(a)) for a in turns]
+    return [(middle[0] + reach * np.cos(a), middle[1] + reach * np.sin(a)) for a in angles]

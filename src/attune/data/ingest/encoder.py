@@ -35,7 +35,7 @@ class ImageEncoder:
         """The image's row of the latents. An image that has none yet must come with its pixels."""
         if image.digest not in self._rows:
             self._rows[image.digest] = len(self._rows)
-            self._pending.append(resize_center_crop(image.image, self._backbone.resolution))
+            self._pending.append(resize_center_crop(image.pixels, self._backbone.resolution))
             if len(self._pending) == self._batch_size:
                 self.flush()
         return self._rows[image.digest]

@@ -75,7 +75,7 @@ class Ingest:
         if self._rows % CHECK_EVERY == 0:
             self._quarantine.check(self._rows, self._rules.max_bad_share)
 
-    def finish(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def to_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Prompts, split by split, and pairs; a prompt found in several splits stays in the last of them only.
 
         The prompts depend on the prompts and splits of the good rows and on their order, not on what their images,
@@ -94,7 +94,7 @@ class Ingest:
 
     def counts(self, prompts: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, float]:
         """Sizes of the splits, share of ties, pairs of images of different size, and bad rows by reason."""
-        found = {"prompts": len(prompts), "pairs": len(pairs)}
+        found: dict[str, float] = {"prompts": len(prompts), "pairs": len(pairs)}
         found |= {f"prompts/{split}": int((prompts.split == split).sum()) for split in SPLITS}
         found |= {f"pairs/{split}": int((pairs.split == split).sum()) for split in SPLITS}
         found["tie_share"] = float((pairs.label_0 == 0.5).mean()) if len(pairs) else 0.0

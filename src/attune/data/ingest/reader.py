@@ -25,6 +25,13 @@ class DecodedImage:
     size: tuple[int, int]  # width, height
     image: Image.Image | None
 
+    @property
+    def pixels(self) -> Image.Image:
+        """The image. Raises ValueError where its pixels were not asked for."""
+        if self.image is None:
+            raise ValueError("the image was read without its pixels")
+        return self.image
+
 
 class ImageReader:
     """Reads and decodes images. Equal bytes are one image, whichever files or rows they come from.
@@ -61,8 +68,12 @@ class ImageReader:
     def _decode(self, ref: ImageRef, data: bytes | None) -> Image.Image:
         if isinstance(ref, np.ndarray):
             image = Image.fromarray(ref)
+        elif data is None and isinstance(ref, Path):
+            image = decode(ref.read_bytes())
+        elif data is not None:
+            image = decode(data)
         else:
-            image = decode(ref.read_bytes() if data is None else data)
+            raise RejectedRow("missing_image")
         if min(image.size) < self._min_side:
             raise RejectedRow("too_small")
         return image

@@ -29,7 +29,7 @@ class ImageScorer:
         """Scores the image when its batch is full. One that is still wanted must come with its pixels."""
         if self.wants(image.digest, prompt):
             self._scores[image.digest, prompt] = {}
-            self._pending.append((image.digest, prompt, image.image))
+            self._pending.append((image.digest, prompt, image.pixels))
             if len(self._pending) == self._batch_size:
                 self.flush()
 

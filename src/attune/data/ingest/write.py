@@ -51,7 +51,7 @@ def write_prepared(
         ingest = _ingest(backbone, scorers, latents, quarantine, rules)
         for row in tqdm(rows, desc="prepare", unit="row"):
             ingest.add(row)
-        prompts, pairs = ingest.finish()
+        prompts, pairs = ingest.to_tables()
     counts = ingest.counts(prompts, pairs)
     _check_counts(counts, rules)
     prompts.to_parquet(part / "prompts.parquet", index=False)

@@ -3,7 +3,7 @@
     Config                          its settings, a `SourceConfig`: the `data` block without `source`
     HAS_PAIRS: bool                 whether it gives pairs; methods that learn from pairs need one that does
     FREE_PROMPTS: bool              whether its prompts may be any text; False: all are of the embedded grammar,
-                                    the only prompts that the scorer `oracle` can judge
+                                    the only prompts that the scorer `oracle` can score
     read(config, seed, generate_images, quota) -> Iterator[Row]
     needs_files(config) -> list[Path]
     split_sizes(config) -> dict[str, int] | None

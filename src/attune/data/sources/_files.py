@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,7 +64,7 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _local(files: Sequence[Path], root: Path) -> list[DataFile]:
-    return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, lambda f=f: f) for f in files]
+    return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, partial(Path, f)) for f in files]
 
 
 def _on_hub(path: str) -> list[DataFile]:
@@ -74,9 +75,9 @@ def _on_hub(path: str) -> list[DataFile]:
         raise SourceError(f"data.path: {error}") from error
     if source.commit is None:
         raise SourceError(f"data.path: {path} is neither here nor a data set on the Hub, {NOTATION}")
-    whole = replace(source, inner="")
+    repository = replace(source, inner="")
     return [
-        DataFile(name, size, lambda name=name: fetch_file(whole / name, repo_type="dataset"))
+        DataFile(name, size, partial(fetch_file, repository / name, repo_type="dataset"))
         for name, size in sorted(sizes.items())
     ]
 

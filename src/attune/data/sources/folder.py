@@ -57,9 +57,9 @@ def listed_prompts(config: Config) -> Iterator[str]:
 
 def _rows(config: Config) -> Iterator[Row]:
     root = Path(config.path)
-    sides = [_images(root / side) for side in ("chosen", "rejected")]
+    chosen, rejected = (_images(root / side) for side in ("chosen", "rejected"))
     captions = _captions(root)
-    return chain(listed_test_prompts(config.test_list), _pairs(*sides, captions, config))
+    return chain(listed_test_prompts(config.test_list), _pairs(chosen, rejected, captions, config))
 
 
 def _images(folder: Path) -> dict[str, Path]:

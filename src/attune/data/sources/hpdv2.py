@@ -99,10 +99,12 @@ def _prompt(entry: Any) -> str | None:
 
 
 def _pairs(entry: Any, split: str, row: int, root: Path, file: str) -> Iterator[Pair | BadRow]:
-    prompt, ranks, names = _prompt(entry), None, None
+    prompt = _prompt(entry)
+    ranks: Any = None
+    names: Any = None
     if isinstance(entry, Mapping):
         names = entry.get("image_path", entry.get("file_path"))
-        chosen = entry.get("human_preference")
+        chosen: Any = entry.get("human_preference")
         ranks = [-c for c in chosen] if _numbers(chosen) else entry.get("rank")
     if not (_numbers(ranks) and isinstance(names, list) and len(names) == len(ranks) > 1):
         yield BadRow("malformed_row", file, row, prompt)

@@ -8,7 +8,7 @@ Shards are read in two layouts:
                 original_prompt is another name of caption (sayakpaul/pickapic_v2_webdataset)
 
 A shard's split is in its file's or folder's name, as `train-00001-of-00645.parquet` or `validation_unique/0.tar`.
-If train, validation and test are all there, these are the splits, the held-out ones read first; if not, prompts
+If train, validation and test are all there, these are the splits, validation and test read first; if not, prompts
 are hashed into splits. Hub shards are downloaded when their turn comes and not at all once enough pairs are found.
 """
 
@@ -162,7 +162,12 @@ def _tar(path: Path, name: str) -> Iterator[tuple[str, Mapping[str, Any]] | BadR
     with tarfile.open(path, "r|") as tar:  # read once from front to back
         named = ((*_key_and_column(member.name), member) for member in tar if member.isreg())
         for key, members in groupby(named, lambda item: item[0]):
-            yield _sample(key, {column: tar.extractfile(member).read() for _, column, member in members}, name)
+            yield _sample(key, {column: _content(tar, member) for _, column, member in members}, name)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()  # None: of what is no regular file
 
 
 def _key_and_column(name: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ Validation and test prompts have lists of their own or are taken from `path` by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -66,5 +66,9 @@ def _rows(config: Config) -> Iterator[Prompt | BadRow]:
         0.0 if config.test_list else config.test_share,
     ]
     own = partial(hashed_split, validation_share=shares[0], test_share=shares[1])
-    lists = [(config.test_list, lambda prompt: "test"), (config.validation_list, lambda prompt: "validation")]
-    return chain.from_iterable([prompt_list(path, split) for path, split in (*lists, (config.path, own)) if path])
+    lists: list[tuple[str | None, Callable[[str], str]]] = [
+        (config.test_list, lambda prompt: "test"),
+        (config.validation_list, lambda prompt: "validation"),
+        (config.path, own),
+    ]
+    return chain.from_iterable([prompt_list(path, split) for path, split in lists if path])

@@ -84,6 +84,6 @@ def _pair(row: Mapping[str, Any], number: int, path: Path, config: Config) -> Pa
         return BadRow("malformed_row", path.name, number, prompt if isinstance(prompt, str) else None)
     label_0 = as_float(row.get("label_0"))
     label_1 = as_float(row["label_1"]) if "label_1" in row else None if label_0 is None else 1 - label_0
-    images = (inside(path.parent, row.get(name)) for name in ("image_0", "image_1"))
+    image_0, image_1 = (inside(path.parent, row.get(name)) for name in ("image_0", "image_1"))
     split = split or hashed_split(prompt, config.validation_share, config.test_share)
-    return Pair(prompt, *images, label_0, label_1, split, path.name, number)
+    return Pair(prompt, image_0, image_1, label_0, label_1, split, path.name, number)

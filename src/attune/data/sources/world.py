@@ -123,10 +123,10 @@ def draw_prompts(split: str, n: int, rng: np.random.Generator) -> pd.DataFrame:
     pools = [[s.prompt for s in all_scenes() if s.split == split and s.kind == kind] for kind in KINDS]
     pools = [list(rng.permutation(pool)) for pool in pools]
     _check_grammar_has(n, split, sum(map(len, pools)))
-    drawn: list[str] = []
-    while len(drawn) < n:
-        drawn += [str(pool.pop()) for pool in pools if pool]
-    return pd.DataFrame({"prompt": drawn[:n], "split": split})
+    sampled: list[str] = []
+    while len(sampled) < n:
+        sampled += [str(pool.pop()) for pool in pools if pool]
+    return pd.DataFrame({"prompt": sampled[:n], "split": split})
 
 
 def label_pairs(prompts: list[str], utility: np.ndarray, temperature: float, rng: np.random.Generator) -> pd.DataFrame:

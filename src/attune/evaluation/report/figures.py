@@ -21,7 +21,7 @@ from attune.evaluation.summary import ALPHA, ComparisonEntry, Summary
 __all__ = ["accuracy_by_t_plot", "image_grid", "score_difference_plot", "training_curves", "win_rate_plot"]
 
 LINE = "#e4e7ec"
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey
+# Okabe and Ito's palette: distinct for colour-blind readers, and in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DPI = 200
 _DASHES = (0, (4, 3))
@@ -65,7 +65,7 @@ def accuracy_by_t_plot(metrics: Mapping[str, Mapping[str, Sequence[Any]]]) -> Im
             axes.fill_between(t, low, high, color=colour, alpha=0.15, lw=0)
     _rule(axes, 0.5, "chance")
     axes.set(xlabel="timestep t (noise grows to the right)", ylabel="pair accuracy")
-    axes.set_title("Which picture will people prefer? Judged through noise", loc="left", size=10.5, color=INK)
+    axes.set_title("Pair accuracy of the preference model by timestep", loc="left", size=10.5, color=INK)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return _render(figure)
 
@@ -144,14 +144,14 @@ def _forest_row(axes: Axes, y: int, entry: ComparisonEntry, shown: Value, note: 
     """One interval with its dot and its number; grey and hollow unless significant."""
     is_share = shown == "win_rate"
     value, (low, high) = (entry.win_rate, entry.ci95) if is_share else (entry.difference, entry.difference_ci95)
-    significant = entry.p_holm < ALPHA
+    significant = entry.p_corrected < ALPHA
     colour = (COLOURS[0] if entry.difference > 0 else COLOURS[1]) if significant else SOFT
     axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="round", zorder=2)
     axes.plot(value, y, "o", ms=7, mfc=colour if significant else "white", mec=colour, mew=1.6, zorder=3)
     text = (f"{100 * value:.1f} %" if is_share else f"{value:+.3g}") + note
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # or the dashed line runs through the number
-    offset = {"xytext": (0, 7), "textcoords": "offset points"}
-    axes.annotate(text, (value, y), **offset, ha="center", size=8, color=colour, bbox=box)
+    style: dict[str, Any] = {"ha": "center", "size": 8, "color": colour, "bbox": box}
+    axes.annotate(text, (value, y), (0, 7), textcoords="offset points", **style)
 
 
 def _tidy(axes: Axes) -> Axes:

@@ -57,12 +57,12 @@ def make_report(
         diagnostics=diagnostics(tables, generated, reports / "features", base),
         seed=seed,
     )
-    drawn = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
+    plots = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
     if summary.tuned:
-        drawn["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))
-        drawn["difference"] = ("Score difference to base", figures.score_difference_plot(summary))
-    drawn |= _training_figures(runs, reports / "train")
-    write_report(reports, summary, _save(drawn, reports / "figures"))
+        plots["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))
+        plots["difference"] = ("Score difference to base", figures.score_difference_plot(summary))
+    plots |= _training_figures(runs, reports / "train")
+    write_report(reports, summary, _save(plots, reports / "figures"))
     return summary
 
 
@@ -88,20 +88,20 @@ def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated
 
 def _training_figures(runs: Sequence[str], train: Path) -> dict[str, tuple[str, Image.Image]]:
     """What the trainings here logged, if there were any: the runs' curves, and the preference model's accuracy."""
-    drawn = {}
+    plots = {}
     if curves := {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}:
-        drawn["curves"] = ("Training curves", figures.training_curves(curves))
+        plots["curves"] = ("Training curves", figures.training_curves(curves))
     preference = train / "preference.json"
     if preference.exists() and (accuracy := json.loads(preference.read_text())["accuracy_by_t"]):
-        drawn["accuracy_by_t"] = ("Preference accuracy by timestep", figures.accuracy_by_t_plot(accuracy))
-    return drawn
+        plots["accuracy_by_t"] = ("Preference accuracy by timestep", figures.accuracy_by_t_plot(accuracy))
+    return plots
 
 
-def _save(drawn: Mapping[str, tuple[str, Image.Image]], folder: Path) -> list[Picture]:
+def _save(plots: Mapping[str, tuple[str, Image.Image]], folder: Path) -> list[Picture]:
     """Writes name -> (title, picture) as <name>.png."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for name, (title, picture) in drawn.items():
+    for name, (title, picture) in plots.items():
         picture.save(folder / f"{name}.png")
         pictures.append(Picture(title, f"{folder.name}/{name}.png", (folder / f"{name}.png").read_bytes()))
     return pictures

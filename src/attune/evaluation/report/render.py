@@ -84,8 +84,8 @@ _SELECTED = (
     "evidence either."
 )
 _HACKING = (
-    "Gains are in units of the base's spread over prompts. A method that serves its judge rather than the "
-    "reader shows a large gap between trained and held-out scorers, falling diversity, or rising saturation "
+    "Gains are in units of the base's spread over prompts. A method that over-optimises the scorers it was trained on "
+    "shows a large gap between trained and held-out scorers, falling diversity, or rising saturation "
     "or high-frequency energy against the base."
 )
 _NO_FEATURES = (

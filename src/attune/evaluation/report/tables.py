@@ -11,7 +11,7 @@ from attune.evaluation.summary import ComparisonEntry, MethodSummary, Summary
 
 def overview(summary: Summary) -> Table:
     """Methods by scorers: mean, difference to the base, marks."""
-    rows = []
+    rows: list[tuple[Cell | str, ...]] = []
     for name, method in summary.methods.items():
         rows.append((name, *(_overview_cell(summary, method, scorer) for scorer in summary.scorers)))
     return Table(("method", *summary.scorers), tuple(rows))
@@ -47,7 +47,7 @@ def _evidence(entry: ComparisonEntry, digits: int) -> list[Cell | str]:
         f"{low:+.{digits}f} to {high:+.{digits}f}",
         percent(entry.win_rate),
         f"{100 * entry.ci95[0]:.1f} to {percent(entry.ci95[1])}",
-        p_text(entry.p_holm).removeprefix("p ").removeprefix("= "),
+        p_text(entry.p_corrected).removeprefix("p ").removeprefix("= "),
         f"{mde:.{digits}f}" if math.isfinite(mde) else "",
     ]
 
@@ -67,7 +67,7 @@ def parts_table(summary: Summary, parts: Sequence[str]) -> Table:
 
 def pairs_table(summary: Summary) -> Table:
     """Each two methods on each scorer."""
-    rows = []
+    rows: list[tuple[Cell | str, ...]] = []
     for pair in summary.pairs:
         cells = []
         for scorer in summary.scorers:
@@ -103,6 +103,7 @@ def extremes_table(summary: Summary) -> Table:
     rows = tuple(
         (name, Cell(f"{row.difference:+.{digits}f}", tone), row.prompt)
         for name, method in summary.tuned.items()
+        if method.extremes is not None
         for tone, side in (("good", method.extremes.gained), ("bad", method.extremes.lost))
         for row in side
     )
@@ -141,7 +142,7 @@ def _tone(entry: ComparisonEntry) -> str:
 
 def _stars(entry: ComparisonEntry) -> str:
     """A star for each level that the corrected p-value is below."""
-    return "*" * sum(entry.p_holm < level for level in (0.05, 0.01, 0.001))
+    return "*" * sum(entry.p_corrected < level for level in (0.05, 0.01, 0.001))
 
 
 def _or_dash(value: float, spec: str) -> str:

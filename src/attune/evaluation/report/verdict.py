@@ -41,7 +41,7 @@ def _claim(summary: Summary, scorer: str, method: MethodSummary) -> str:
     support = [
         f"95 % CI {low:+.{digits}f} to {high:+.{digits}f}",
         f"win rate {percent(entry.win_rate)}",
-        f"{p_text(entry.p_holm)} after Holm",
+        f"{p_text(entry.p_corrected)} after Holm",
     ]
     if entry.evidence == "no evidence" and math.isfinite(entry.minimum_detectable_effect):
         mde = f"{entry.minimum_detectable_effect:.{digits}f}"
