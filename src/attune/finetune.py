@@ -74,7 +74,8 @@ def finetune(
         if main:
             policy.save(folder)
     validated = {"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}
-    return history, {"trained_on": plan.trained_on, "start": start, **validated}
+    trained_on = read(Session, "session").trained_on.get(plan.run, [])
+    return history, {"trained_on": trained_on, "start": start, **validated}
 
 
 def start_of(plan: RunPlan) -> str | None:

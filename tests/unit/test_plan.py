@@ -13,10 +13,10 @@ import params as files
 from attune.config.plan import EvaluatePlan, PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
 from attune.planning import code
-from attune.planning.costs import facts, rows
+from attune.planning.costs import as_text, facts, rows
 from attune.planning.local_files import Digests
 from attune.planning.make import make, trained_on
-from attune.planning.problems import Machine, missing_files, problems
+from attune.planning.problems import Machine, missing_files, problems, too_large
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(gpus=0, gpu_bytes=0, ram_bytes=16 * 10**9, free_disk_bytes=10**11)
@@ -94,6 +94,27 @@ def test_a_method_that_learns_from_pairs_and_a_source_without(settings, tmp_path
     data = {"source": "prompts", "path": str(tmp_path / "list.txt"), "score_with": []}
     lines = said(settings(data=data, scorers__oracle=...))
     assert any(line.startswith("runs.dpo: dpo learns from pairs, and data.source prompts has none") for line in lines)
+
+
+def sizes(found: Settings, seconds: dict | None = None, **machine) -> list[str]:
+    return list(too_large(found, list(rows(found, {}, seconds or {}, {})), dataclasses.replace(GPU_BOX, **machine)))
+
+
+def test_full_fine_tuning_of_sdxl_does_not_fit_a_small_gpu(settings):
+    """2.57 thousand million weights of 18 to 20 bytes each are some 50 GB; an adapter leaves the weights alone."""
+    full = settings("sdxl", methods__dpo__lora=None)
+    (line,) = sizes(full, gpu_bytes=24 * 10**9)
+    assert line.startswith("params/sdxl.yaml:methods.dpo: align@dpo needs 5")
+    assert "has 24.0 GB; train an adapter (lora)" in line
+    assert sizes(full) == sizes(settings("sdxl"), gpu_bytes=24 * 10**9) == []
+
+
+def test_what_is_to_be_written_must_fit_the_disk(settings):
+    assert sizes(settings(), free_disk_bytes=10**9) == []
+    (line,) = sizes(settings(), free_disk_bytes=10**6)
+    assert line.startswith("params/tiny.yaml: the stages that have not run here write about")
+    ran = {row.stage: 1.0 for row in rows(settings(), {}, {}, {})}
+    assert sizes(settings(), ran, free_disk_bytes=0) == []
 
 
 @pytest.mark.parametrize("profile", ["sd15", "sdxl"])
@@ -248,8 +269,16 @@ def test_the_table_names_every_stage_and_says_what_is_unknown(settings):
     found = {row.stage: row for row in rows(settings(), {}, {"report": 3.0}, {})}
     assert list(found)[:2] == ["prepare", "train_preference"]
     assert found["align@dpo"].sees == "3,200 pairs, 1.33 epochs"
-    assert found["report"].time == "3 s (last time)"
-    assert found["align@dpo"].time == "unknown"
+    assert (found["report"].time, found["align@dpo"].time) == (3.0, None)
+    text = as_text(list(found.values()))
+    assert "3 s (last time)" in text
+    assert "unknown" in text
+
+
+def test_a_preference_model_that_is_not_trained_sees_no_pairs(settings):
+    found = {row.stage: row for row in rows(settings(preference__batches=0), {}, {}, {})}
+    assert found["train_preference"].does == "nothing is trained: the weights as they are"
+    assert found["train_preference"].sees == ""
 
 
 def test_make_plan_ends_with_the_problems(tmp_path):

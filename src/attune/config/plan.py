@@ -75,8 +75,6 @@ class RunPlan(StagePlan):
     after: str | None  # the run whose model the training starts from
     needs_preference: bool
     scorers: Mapping[str, Plugin]  # asked while training: as rewards, or for validation
-    trained_on: list[str]
-    selected_by: list[str]
 
     @property
     def trained_method(self) -> Plugin:
@@ -127,6 +125,7 @@ class Session(StrictModel):
     tracking: str | None
     threads: int
     samples: Sampling  # of the images that show a training's progress
+    trained_on: Mapping[str, list[str]]  # run -> scorers, for the notes beside models and curves
     wanted: Mapping[str, int]  # `prompts/<split>`, `pairs/<split>` -> the fewest that prepare must find
 
 

@@ -30,16 +30,16 @@ PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is n
 
 @dataclass(frozen=True)
 class Row:
-    """A stage of the table; every cell is text."""
+    """A stage of the table: sizes in bytes, None where unknown."""
 
     stage: str
     does: str
     sees: str = ""
-    gpu: str = ""  # memory on the GPU; on the host, if there is none
-    host: str = ""  # memory on the host
-    disk: str = ""
-    download: str = ""
-    time: str = UNKNOWN
+    gpu: float | None = 0  # memory on the GPU, without activations; on the host, if there is none
+    host: float | None = 0  # memory on the host
+    disk: float | None = 0
+    download: float | None = 0
+    time: float | None = None  # seconds
 
 
 class Facts(Protocol):
@@ -68,8 +68,7 @@ def rows(
     """
     for row in _rows(s, facts(s), known_rows(s) | dict(rows_here)):
         stage = row.stage
-        took = f"{_duration(seconds[stage])} (last time)" if stage in seconds else UNKNOWN
-        yield replace(row, download=_size(downloads.get(stage, 0)), time=took)
+        yield replace(row, download=downloads.get(stage, 0), time=seconds.get(stage))
 
 
 def known_rows(s: Settings) -> dict[str, int]:
@@ -89,13 +88,13 @@ def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row
     found = f"source {s.source}: {_many(prompts)} training prompts, {_many(pairs)} pairs"
     latents = None if pairs is None else 2 * pairs * pixels / 64 * BYTES_PER_LATENT  # no image in two pairs, at most
     tables = (pairs or 0) * BYTES_PER_PAIR
-    yield Row("prepare", found, gpu=_size(frozen), host=_size(frozen + tables), disk=_size(latents))
+    yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=latents)
     yield _preference(s, weights, pairs)
     for name, run in s.runs.items():
         yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
     for name in s.runs:
-        host, disk = _size(frozen + images * pixels * 6), _size(images * pixels * BYTES_PER_PIXEL)
-        yield Row(f"generate@{name}", f"{images:,} images", gpu=_size(frozen), host=host, disk=disk)
+        host, disk = frozen + images * pixels * 6, images * pixels * BYTES_PER_PIXEL
+        yield Row(f"generate@{name}", f"{images:,} images", gpu=frozen, host=host, disk=disk)
     for name in s.runs:
         yield Row(f"evaluate@{name}", f"{images:,} images by {', '.join(s.scorers)}")
     yield Row("report", f"{len(s.runs)} runs compared")
@@ -105,12 +104,14 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     config = s.preference
     if config is None or not any(needs(run.method, "preference_model") for run in s.runs.values()):
         return Row("train_preference", "nothing: no run needs the preference model")
+    if not config.batches:
+        return Row("train_preference", "nothing is trained: the weights as they are")
     clip = Path(config.clip)
     own = count_parameters(clip) if clip.is_dir() else PREFERENCE_WEIGHTS
     frozen = _frozen(s, weights)
     does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
     gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
-    return Row("train_preference", does, sees, _size(gpu), _size(own * 4 + frozen), _size(disk))
+    return Row("train_preference", does, sees, gpu, own * 4 + frozen, disk)
 
 
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
@@ -119,7 +120,7 @@ def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> 
     does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
     gpu, host = _training_memory(config, s, weights), _frozen(s, weights)
-    return Row(f"align@{name}", does, sees, _size(gpu), _size(host), _size(disk))
+    return Row(f"align@{name}", does, sees, gpu, host, disk)
 
 
 def _training(config: TrainingConfig, kind: str) -> str:
@@ -146,7 +147,8 @@ def _training_memory(config: MethodConfig, s: Settings, weights: Facts) -> float
     return frozen + weights.denoiser * (STATE[config.optimizer] + 4 - BYTES[s.model.dtype])
 
 
-def _size(n: float | None) -> str:
+def size(n: float | None) -> str:
+    """A number of bytes, to be read."""
     if n is None:
         return UNKNOWN
     return "" if n == 0 else f"{n / GB:.1f} GB" if n >= 0.1 * GB else f"{n / 1e6:.0f} MB"
@@ -156,21 +158,24 @@ def _many(n: int | None) -> str:
     return UNKNOWN if n is None else f"{n:,}"
 
 
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 100:
+        return f"{seconds:.0f} s (last time)"
+    return f"{seconds / 60:.0f} min (last time)" if seconds < 6000 else f"{seconds / 3600:.1f} h (last time)"
+
+
+def _cells(row: Row) -> list[str]:
+    sizes = [size(n) for n in (row.gpu, row.host, row.disk, row.download)]
+    return [row.stage, row.does, row.sees, *sizes, _duration(row.time)]
 
 
 def as_text(table: list[Row]) -> str:
     """The table with aligned columns, for a terminal."""
     names = {"gpu": "GPU, without activations", "host": "host memory"}
     columns = [field.name for field in fields(Row)]
-    lines = [[names.get(name, name) for name in columns]] + [[getattr(row, name) for name in columns] for row in table]
+    lines = [[names.get(name, name) for name in columns], *map(_cells, table)]
     used = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in used}
     return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)

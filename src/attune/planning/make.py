@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from attune.config import plugins
@@ -35,12 +35,13 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
     plans: dict[Path, StrictModel] = {
         plan_file("prepare"): _prepare(settings, digests),
         plan_file("preference"): _preference(settings, digests),
-        plan_file("report"): _report(settings, runs),
+        plan_file("report"): _report(settings),
         plan_file("session"): Session(
             profile=settings.profile,
             tracking=settings.tracking,
             threads=settings.threads,
             samples=settings.generate.sampling,
+            trained_on=by_run(trained_on, settings),
             wanted=wanted_rows(settings),
         ),
     }
@@ -73,10 +74,8 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         after=None if run.after in (DATA, PREFERENCE) else run.after,
         needs_preference=needs(run.method, "preference_model"),
         scorers={scorer: _scorer(scorer, settings) for scorer in asked},
-        trained_on=trained_on(name, settings),
-        selected_by=selected_by(name, settings),
         files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
-        code=code_digests(modules if config else ["attune.stages.align"]),
+        code=code_digests(modules if config else ["attune.stages.run_json"]),
     )
 
 
@@ -200,15 +199,20 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
     )
 
 
-def _report(settings: Settings, runs: Mapping[str, RunPlan]) -> ReportPlan:
+def _report(settings: Settings) -> ReportPlan:
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
-        runs=[BASE, *(name for name in runs if name != BASE)],
-        trained_on={name: run.trained_on for name, run in runs.items() if run.trained_on},
-        selected_by={name: run.selected_by for name, run in runs.items() if run.selected_by},
+        runs=[BASE, *(name for name in settings.runs if name != BASE)],
+        trained_on=by_run(trained_on, settings),
+        selected_by=by_run(selected_by, settings),
         code=code_digests(["attune.stages.report"]),
     )
+
+
+def by_run(what: Callable[[str, Settings], list[str]], settings: Settings) -> dict[str, list[str]]:
+    """Run -> `what(run, settings)`, of the runs for which it is not empty."""
+    return {name: found for name in settings.runs if (found := what(name, settings))}
 
 
 def _search(run: RunPlan, settings: Settings, digests: Digests) -> SearchPlan:

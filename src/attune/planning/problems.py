@@ -6,7 +6,7 @@ Each line names the key that is to blame and what to do. Nothing here loads a mo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from attune.config.schema import ConfigError, StrictModel, check, number_type, s
 from attune.config.settings import locations
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
+from attune.planning.costs import Row, size
 from attune.planning.make import needs, wanted_rows
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
@@ -211,6 +212,33 @@ def _machine(s: Settings, denoiser_weights: int, here: Machine) -> Iterator[str]
             f"params/{s.profile}.yaml:allow_cpu: this machine has no GPU, and training a denoiser of "
             f"{denoiser_weights / 1e6:.0f} million weights on a CPU takes weeks; use a GPU, or set allow_cpu: true"
         )
+
+
+def too_large(s: Settings, table: Iterable[Row], here: Machine) -> Iterator[str]:
+    """Stages that cannot fit the smallest GPU, and all together the disk.
+
+    What is counted is the least that is needed; a stage whose time is known has run here, so its files count no more.
+    """
+    where, disk = f"params/{s.profile}.yaml", 0.0
+    for row in table:
+        disk += 0 if row.time else row.disk or 0
+        if here.gpus and (row.gpu or 0) > here.gpu_bytes:
+            yield (
+                f"{where}:{_block(row.stage)}: {row.stage} needs {size(row.gpu)} of GPU memory for weights, gradients "
+                f"and the optimizer's state alone, and this machine's GPU has {size(here.gpu_bytes)}; train an adapter "
+                f"(lora), take optimizer adamw8bit or adafactor, model.dtype bfloat16, or a larger GPU"
+            )
+    if disk > here.free_disk_bytes:
+        yield (
+            f"{where}: the stages that have not run here write about {size(disk)} (make plan lists them), and the "
+            f"disk has {size(here.free_disk_bytes)} free; free some, or take fewer data.pairs or generate.prompts"
+        )
+
+
+def _block(stage: str) -> str:
+    """The block of settings that a stage's memory depends on."""
+    kind, _, run = stage.partition("@")
+    return {"align": f"methods.{run}", "train_preference": "preference"}.get(kind, "model")
 
 
 def missing_files(s: Settings) -> Iterator[str]:

@@ -23,7 +23,7 @@ from attune.paths import TIMES, Paths, project_root
 from attune.planning import costs
 from attune.planning.local_files import Digests
 from attune.planning.make import make
-from attune.planning.problems import machine, missing_files, problems
+from attune.planning.problems import machine, missing_files, problems, too_large
 
 
 def main() -> None:
@@ -35,10 +35,11 @@ def main() -> None:
         settings = load()
     except ConfigError as error:
         sys.exit(str(error))
-    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, machine())]
-    found += list(_missing_on_the_hub(settings)) if given.online else []
+    here, table = machine(), list(costs.rows(settings, _downloads(settings), _seconds(), _rows_here(settings)))
+    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, here)]
+    found += [*too_large(settings, table, here), *(_missing_on_the_hub(settings) if given.online else ())]
     if given.show:
-        say(costs.as_text(list(costs.rows(settings, _downloads(settings), _seconds(), _rows_here(settings)))))
+        say(costs.as_text(table))
     if found:
         sys.exit("\n".join(found))
     if not given.show:

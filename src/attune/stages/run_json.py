@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from attune.config.plan import RunPlan
+from attune.config.plan import RunPlan, Session, read
 from attune.files import write_atomically
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
@@ -25,7 +25,7 @@ def write_run_json(plan: RunPlan, folder: Path) -> None:
         "base": plan.model.model_dump(mode="json"),
         "from": plan.released,
         "starts_from": plan.after,
-        "trained_on": plan.trained_on,
+        "trained_on": read(Session, "session").trained_on.get(plan.run, []),
         "seed": plan.seed,
         "files": dict(plan.files),
         "commit": commit(),
