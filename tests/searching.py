@@ -17,6 +17,7 @@ import optuna
 
 from attune import tracking
 from attune.config import plugins
+from attune.config.plan import Plugin, RunPlan
 from attune.config.search import Config
 from attune.config.settings import Model, Sampling
 from attune.search.plan import SweepPlan
@@ -33,34 +34,47 @@ SEARCH = {
 }
 
 
-def sweep_plan(folder: Path, search: dict[str, Any] | None = None, **changes: Any) -> SweepPlan:
-    """The plan of a search of dpo's settings; the prepared data in `folder` need not exist.
+def sweep_plan(
+    folder: Path,
+    search: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+    **changes: Any,
+) -> SweepPlan:
+    """The plan of a search of dpo's settings; the prepared data need not exist.
 
     Args:
         search: changes of the block `search.dpo`; None takes a key out.
-        changes: fields of the plan.
+        settings: changes of SETTINGS.
+        inputs: instead of the ones here.
+        changes: fields of the run's plan.
     """
     block = {key: value for key, value in {**SEARCH, **(search or {})}.items() if value is not None}
-    oracle = plugins.config_class("rewards", "oracle").model_validate({})
-    plan = {
+    config = plugins.config_class("methods", "dpo").model_validate({**SETTINGS, **(settings or {})})
+    run = {
         "profile": "tiny",
         "run": "dpo",
-        "method": "dpo",
         "seed": 0,
-        "threads": 1,
         "model": Model(backbone="sd", path="base"),
-        "config": plugins.config_class("methods", "dpo").model_validate(SETTINGS),
-        "search": Config.model_validate(block),
-        "sampling": Sampling(steps=10, eta=0.0, guidance_scale=5.0, batch_size=8),
-        "scorers": {name: ("oracle", oracle) for name in block["objectives"]},
-        "prepared": folder / "prepared",
-        "preference": None,
-        "start": None,
-        "report": folder / "reports" / "sweeps" / "dpo",
-        "tracking": None,
-        "inputs": {"base": "1234"},
+        "method": Plugin(kind="methods", name="dpo", settings=config.model_dump()),
+        "released": None,
+        "after": None,
+        "needs_preference": False,
+        "scorers": {},
+        "files": {},
+        "code": {},
     }
-    return SweepPlan(**{**plan, **changes})
+    oracle = Plugin(kind="rewards", name="oracle", settings={})
+    return SweepPlan(
+        training=RunPlan(**{**run, **changes}),
+        threads=1,
+        search=Config.model_validate(block),
+        sampling=Sampling(steps=10, eta=0.0, guidance_scale=5.0, batch_size=8),
+        objectives=dict.fromkeys(block["objectives"], oracle),
+        report=folder / "reports" / "sweeps" / "dpo",
+        tracking=None,
+        inputs=inputs or {"base": "1234"},
+    )
 
 
 @dataclass(frozen=True)

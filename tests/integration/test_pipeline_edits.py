@@ -82,13 +82,13 @@ def test_a_setting_of_spo_concerns_spo_alone(project):
 
 
 def test_a_new_scorer_concerns_evaluation_alone(project):
-    """HPSv2 a second time, resized as at its publication: two of a kind stand side by side, each under its name."""
+    """PickScore a second time, resized in another way: two of a kind stand side by side, each under its name."""
     before = project.hashes()
-    block = {"scorer": "hpsv2", **PROFILE["scorers"]["hpsv2"], "antialias": False}
-    with project.changed("params/short.yaml", project.params("scorers.hpsv2_first", block)):
+    block = {"scorer": "pickscore", **PROFILE["scorers"]["pickscore"], "preprocess": "tensor"}
+    with project.changed("params/short.yaml", project.params("scorers.resized", block)):
         assert sorted(project.repro()) == sorted([*(f"evaluate@{run}" for run in RUNS), "report"])
         scores = json.loads(project.read("reports/short/summary.json"))["methods"]["dpo"]["scores"]
-        assert scores["hpsv2_first"] != scores["hpsv2"]
+        assert scores["resized"] != scores["pickscore"]
     project.repro()
     assert project.hashes() == before
 
@@ -114,8 +114,9 @@ def test_a_replaced_local_adapter_is_noticed(project):
 
 def test_a_pair_added_to_a_folder_elsewhere_is_noticed(project):
     """Own data outside of data/raw: what learns from pairs is trained again, and the base's images stay as they are."""
-    own = project.folder.parent / "own"
-    images = sorted((project.folder / "data/short/generated/base").glob("*.png"))
+    own, kept = project.folder.parent / "own", project.folder.parent / "kept"
+    shutil.copytree(project.folder / "data/short/generated/base", kept)  # as `dvc repro` will make fewer of them
+    images = sorted(kept.glob("*.png"))
     for side, offset in (("chosen", 0), ("rejected", 1)):
         (own / side).mkdir(parents=True)
         for i in range(4):

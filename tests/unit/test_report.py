@@ -180,6 +180,7 @@ def test_a_report_is_made_of_what_finished_stages_left(tmp_path, trained):
             Image.new("RGB", (8, 8), (40, 90, 200 * seed)).save(generated / name / file)
     if trained:
         pd.DataFrame({"step": range(5), "loss": 0.69}).to_csv(reports / "train/spo.csv")
+        pd.DataFrame({"step": [], "loss": []}).to_csv(reports / "train/base.csv")  # nothing trained, and no panel
         accuracy = {"spm": {"t": [0, 500], "accuracy": [0.8, 0.6]}}
         (reports / "train/preference.json").write_text(json.dumps({"accuracy_by_t": accuracy}))
     summary = make_report(
@@ -191,6 +192,9 @@ def test_a_report_is_made_of_what_finished_stages_left(tmp_path, trained):
     assert summary.methods["spo"].diagnostics.indices["saturation"] == 0
     drawn = {path.stem for path in (reports / "figures").iterdir()}
     assert drawn == {"samples", "win_rate", "difference"} | ({"curves", "accuracy_by_t"} if trained else set())
+    if trained:
+        curves = figures.training_curves({"spo": pd.read_csv(reports / "train/spo.csv")})
+        assert Image.open(reports / "figures/curves.png").size == curves.size
     text = (reports / "report.md").read_text()
     assert all(f"](figures/{name}.png)" in text for name in drawn)
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from attune.config import plugins
+from attune.paths import Paths
 from attune.search import study, sweep
 from attune.search.plan import SweepPlan
 from attune.search.trial import Trial
-from searching import SETTINGS, sweep_plan
-
-DPO = plugins.config_class("methods", "dpo")
+from searching import sweep_plan
 
 
 def name(plan: SweepPlan) -> str:
@@ -42,7 +40,7 @@ def test_what_changes_scores_makes_another_study(tmp_path):
     searches = [{"prompts": 59}, {"fixed": {"batches": 61}}, {"pruner": "none"}, {"objectives": ["oracle"]}]
     searches.append({"space": {"beta": {"low": 100, "high": 5001}}})
     changes: list[dict[str, Any]] = [{"seed": 1}, {"inputs": {"base": "5678"}}]
-    changes.append({"config": DPO.model_validate({**SETTINGS, "batch_size": 3})})
+    changes.append({"settings": {"batch_size": 3}})
     others = [sweep_plan(tmp_path, search) for search in searches] + [
         sweep_plan(tmp_path, **change) for change in changes
     ]
@@ -54,19 +52,20 @@ def test_a_study_stays_the_same_when_its_result_is_applied(tmp_path):
     space = {"space": {"lr": {"low": 3e-5, "high": 1e-3}, "lora.rank": {"choices": [4, 8]}}}
 
     def tuned(rank: int) -> str:
-        config = DPO.model_validate({**SETTINGS, "lr": 1e-3 / rank, "lora": {"rank": rank}})
-        return name(sweep_plan(tmp_path, space, config=config))
+        return name(sweep_plan(tmp_path, space, {"lr": 1e-3 / rank, "lora": {"rank": rank}}))
 
     assert tuned(4) == tuned(8)
 
 
-def test_other_contents_of_data_and_models_make_another_study(tmp_path):
+def test_other_contents_of_data_and_models_make_another_study(tmp_path, monkeypatch):
     """Of the prepared tables, the preference model and the model that training starts from."""
-    files = [tmp_path / file for file in ("prepared/pairs.parquet", "preference/weights", "start/weights")]
+    monkeypatch.chdir(tmp_path)
+    paths = Paths("tiny")
+    files = [paths.prepared / "pairs.parquet", paths.preference / "weights", paths.model("sft") / "weights"]
     for file in files:
-        file.parent.mkdir()
+        file.parent.mkdir(parents=True)
         file.touch()
-    plan = sweep_plan(tmp_path, preference=tmp_path / "preference", start=tmp_path / "start")
+    plan = sweep_plan(tmp_path, needs_preference=True, after="sft")
     names = [name(plan)]
     assert name(plan) == names[0]
     for file in files:
@@ -75,9 +74,10 @@ def test_other_contents_of_data_and_models_make_another_study(tmp_path):
     assert len(set(names)) == 4
 
 
-def test_a_missing_model_is_named(tmp_path):
-    with pytest.raises(study.SearchError, match="nowhere"):
-        name(sweep_plan(tmp_path, preference=tmp_path / "nowhere"))
+def test_a_missing_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(study.SearchError, match="models/tiny/nowhere"):
+        name(sweep_plan(tmp_path, after="nowhere"))
 
 
 def test_the_first_report_is_that_of_the_shortest_trial(tmp_path):

@@ -81,7 +81,7 @@ class Profile(StrictModel):
     methods: Mapping[RunName, Mapping[str, Any]] = Field(
         {}, description="a run -> settings of its method that differ from the paper's"
     )
-    generate: Generate
+    generate: Generate = Field(description="the images of test prompts that runs are compared by")
     scorers: Mapping[ScorerName, Mapping[str, Any]] = Field(
         min_length=1, description="a name -> `scorer`, a file of attune/rewards (the name, if absent), and its settings"
     )

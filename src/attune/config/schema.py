@@ -29,7 +29,7 @@ Float = Annotated[float, BeforeValidator(_whole_number_as_float)]
 class SearchRange(StrictModel):
     """A searched setting: from `low` to `high`, or one of `choices`."""
 
-    low: Float | None = None
+    low: Float | None = Field(None, description="included")
     high: Float | None = Field(None, description="included")
     log: bool = Field(False, description="drawn evenly in the logarithm")
     choices: list[bool | int | float | str | None] | None = Field(None, min_length=1, description="a grid's points")

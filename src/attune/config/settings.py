@@ -49,7 +49,7 @@ class Model(StrictModel):
 class Sampling(StrictModel):
     """How images are drawn from a model: DDIM."""
 
-    steps: int = Field(ge=1, le=999)
+    steps: int = Field(ge=1, le=999, description="DDIM steps")
     eta: Float = Field(ge=0, le=1, description="0 deterministic, 1 ancestral")
     guidance_scale: Float = Field(ge=0, description="classifier-free guidance w, 1 = off")
     batch_size: int = Field(ge=1, description="images at a time; changes speed and memory only")
@@ -58,7 +58,7 @@ class Sampling(StrictModel):
 class Lora(StrictModel):
     """The adapter that is trained; alpha equals rank, so the file needs no metadata to be read right."""
 
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, description="of the two factors of each weight's change")
     targets: Literal["attention", "all"] | list[str] = Field(
         "attention",
         description="attention: the projections of every attention; all: every Linear and Conv2d but conv_in and "
@@ -69,14 +69,16 @@ class Lora(StrictModel):
 class TrainingConfig(StrictModel):
     """What every trained thing decides for the one loop. Method configs extend it with their own fields."""
 
-    lr: Float = Field(gt=0)
+    lr: Float = Field(gt=0, description="learning rate")
     batches: int = Field(ge=1, description="batches from the loader; for online methods, rollouts")
     batch_size: int = Field(ge=1, description="pairs or prompts per batch")
     accumulation: int = Field(1, ge=1, description="minibatches per optimizer step")
     warmup: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
-    weight_decay: Float = Field(1e-2, ge=0)
+    weight_decay: Float = Field(1e-2, ge=0, description="of AdamW, decoupled from the gradient")
     max_grad_norm: Float | None = Field(1.0, gt=0, description="null = no clipping; grad_norm is logged regardless")
-    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = Field(
+        "adamw", description="adamw8bit and adafactor need less memory for their state"
+    )
     schedule: Literal["constant", "linear"] = Field(
         "constant", description="after warm-up; linear: down to 0 over the remaining batches"
     )

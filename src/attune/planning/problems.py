@@ -225,8 +225,8 @@ def too_large(s: Settings, table: Iterable[Row], here: Machine) -> Iterator[str]
         if here.gpus and (row.gpu or 0) > here.gpu_bytes:
             yield (
                 f"{where}:{_block(row.stage)}: {row.stage} needs {size(row.gpu)} of GPU memory for weights, gradients "
-                f"and the optimizer's state alone, and this machine's GPU has {size(here.gpu_bytes)}; train an adapter "
-                f"(lora), take optimizer adamw8bit or adafactor, model.dtype bfloat16, or a larger GPU"
+                f"and the optimizer's state alone, and this machine's GPU has {size(here.gpu_bytes)}; "
+                f"{_smaller(row.stage)}model.dtype bfloat16, or a larger GPU"
             )
     if disk > here.free_disk_bytes:
         yield (
@@ -239,6 +239,12 @@ def _block(stage: str) -> str:
     """The block of settings that a stage's memory depends on."""
     kind, _, run = stage.partition("@")
     return {"align": f"methods.{run}", "train_preference": "preference"}.get(kind, "model")
+
+
+def _smaller(stage: str) -> str:
+    """What makes a stage's own part smaller."""
+    optimizer = "take optimizer adamw8bit or adafactor, " if stage.startswith(("align", "train")) else "take "
+    return f"train an adapter (lora), {optimizer}" if stage.startswith("align") else optimizer
 
 
 def missing_files(s: Settings) -> Iterator[str]:

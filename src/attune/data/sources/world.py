@@ -27,8 +27,8 @@ FREE_PROMPTS = False
 
 class Config(SourceConfig):
     train_prompts: int = Field(ge=1, description="training prompts; kinds in equal parts")
-    validation_prompts: int = Field(ge=1)
-    test_prompts: int = Field(ge=2)
+    validation_prompts: int = Field(ge=1, description="prompts for early stopping and searches")
+    test_prompts: int = Field(ge=2, description="prompts for the report, asked nowhere else")
     pair_prompts: int = Field(ge=1, description="training prompts that get pairs")
     images_per_prompt: int = Field(ge=2, description="m images of a prompt make m (m - 1) / 2 pairs")
     temperature: Float = Field(gt=0, description="Bradley-Terry temperature, in oracle score")

@@ -89,7 +89,8 @@ def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated
 def _training_figures(runs: Sequence[str], train: Path) -> dict[str, tuple[str, Image.Image]]:
     """What the trainings here logged, if there were any: the runs' curves, and the preference model's accuracy."""
     plots = {}
-    if curves := {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}:
+    logged = {name: pd.read_csv(path) for name in runs if (path := train / f"{name}.csv").exists()}
+    if curves := {name: frame for name, frame in logged.items() if len(frame)}:  # a run without training has no rows
         plots["curves"] = ("Training curves", figures.training_curves(curves))
     preference = train / "preference.json"
     if preference.exists() and (accuracy := json.loads(preference.read_text())["accuracy_by_t"]):
