@@ -8,6 +8,7 @@ from pathlib import Path
 
 CHECKPOINTS = Path(".checkpoints")  # below the project root; neither in git nor in DVC
 TIMES = CHECKPOINTS / "seconds.json"  # how long each stage took the last time
+BEST_SETTINGS = "best_params.yaml"  # in the folder of a search
 TRACKED_RUNS = CHECKPOINTS / "runs"  # run ids mean something in one tracking store only
 
 
@@ -55,6 +56,10 @@ class Paths:
 
     def search(self, run: str) -> Path:
         return self.reports / "sweeps" / run
+
+    def best_settings(self, run: str) -> Path:
+        """What a search found, for a person to apply."""
+        return self.search(run) / BEST_SETTINGS
 
 
 def project_root() -> Path:

@@ -12,10 +12,11 @@ import pytest
 import params as files
 from attune.config.plan import EvaluatePlan, PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
+from attune.paths import Paths
 from attune.planning import code
 from attune.planning.costs import as_text, facts, rows
 from attune.planning.local_files import Digests
-from attune.planning.make import make, trained_on
+from attune.planning.make import make, selected_by, trained_on
 from attune.planning.problems import Machine, missing_files, problems, too_large
 
 ROOT = Path(__file__).parents[2]
@@ -229,6 +230,20 @@ def test_a_preference_model_of_another_clip_is_no_pickscore(settings):
 def test_early_stopping_selects(settings, tmp_path):
     found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
     assert found[plan_file("report")].selected_by == {"dpo": ["hpsv2"]}
+
+
+def test_a_search_selects_once_its_best_settings_are_applied(settings, tmp_path, monkeypatch):
+    """And what goes on from such a run is selected by it too."""
+    runs = {"runs__on": {"method": "sft", "after": "dpo"}}
+    before, applied = settings(runs=runs), settings(runs=runs, methods__dpo__beta=123.0, methods__dpo__lora__rank=3)
+    monkeypatch.chdir(tmp_path)
+    file = Paths("tiny").best_settings("dpo")
+    file.parent.mkdir(parents=True)
+    file.write_text("profile: tiny\nrun: dpo\nscores: {hpsv2: 0.2}\nparams: {beta: 123, lora.rank: 3}\n")
+    assert (selected_by("dpo", before), selected_by("on", before)) == ([], [])
+    assert (selected_by("dpo", applied), selected_by("on", applied)) == (["hpsv2"], ["hpsv2"])
+    file.write_text("profile: tiny\nrun: dpo\nscores: {hpsv2: 0.2}\nparams: {ai_feedback.scorer: hpsv2}\n")
+    assert selected_by("dpo", applied) == []
 
 
 def test_a_replaced_adapter_changes_the_plan_of_its_run(settings, tmp_path):

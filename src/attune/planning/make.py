@@ -20,9 +20,10 @@ from attune.config.plan import (
     plan_file,
 )
 from attune.config.profile import BASE, DATA, PREFERENCE
-from attune.config.resolve import Settings
-from attune.config.schema import StrictModel
+from attune.config.resolve import Settings, read_yaml
+from attune.config.schema import ConfigError, StrictModel, set_path
 from attune.config.settings import MethodConfig, locations
+from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 
@@ -110,12 +111,32 @@ def preference_trained_on(settings: Settings) -> list[str]:
 
 
 def selected_by(name: str, settings: Settings) -> list[str]:
-    """The scorers by which a run was selected: its early stopping, and a search of its settings."""
-    found: list[str] = []
-    config = settings.methods.get(name)
-    if config is not None and name in settings.runs and config.validation and config.validation.patience:
+    """The scorers by which a run was selected.
+
+    Those of its early stopping, of the search whose best settings it has, and of the run it goes on from.
+    """
+    run = settings.runs.get(name)
+    if run is None or run.method is None:
+        return []
+    config = settings.methods[name]
+    found = [] if run.after in (DATA, PREFERENCE, name) else selected_by(run.after, settings)
+    if config.validation and config.validation.patience:
         found.append(config.validation.scorer)
+    found += _searched_by(name, config, Paths(settings.profile))
     return list(dict.fromkeys(found))
+
+
+def _searched_by(name: str, config: MethodConfig, paths: Paths) -> list[str]:
+    """The objectives of the last search of a run, if its settings are the best that this found."""
+    file = paths.best_settings(name)
+    if not file.exists():
+        return []
+    found, values = read_yaml(file), config.model_dump()
+    try:
+        applied = all(set_path(values, key, value) == values for key, value in found["params"].items())
+    except ConfigError:  # of a block that the run no longer has
+        return []
+    return list(found["scores"]) if applied else []
 
 
 def needs(method: str | None, what: str) -> bool:

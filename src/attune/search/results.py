@@ -14,10 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 from attune.config.edit import write_yaml
 from attune.config.resolve import read_yaml
 from attune.config.schema import ConfigError
+from attune.paths import BEST_SETTINGS
 from attune.search.space import rounded_params
 from attune.search.study import RETRY_OF, StudySpec
-
-BEST = "best_params.yaml"
 
 
 def table(trials: Sequence[FrozenTrial], spec: StudySpec) -> pd.DataFrame:
@@ -84,7 +83,7 @@ def write_best(found: FrozenTrial, spec: StudySpec, names: dict[str, str], folde
     """Writes best_params.yaml: a trial's settings and scores, and `more`."""
     facts: dict[str, Any] = {**names, "study": spec.name, "trial": found.number}
     facts["scores"] = dict(zip(spec.objectives, (round(value, 6) for value in found.values), strict=True))
-    write_yaml(facts | more | {"params": rounded_params(found.params)}, folder / BEST)
+    write_yaml(facts | more | {"params": rounded_params(found.params)}, folder / BEST_SETTINGS)
 
 
 def apply(folder: Path, profile: str, run: str, write: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def apply(folder: Path, profile: str, run: str, write: Callable[[Mapping[str, An
     Raises:
         ConfigError: there are none, they are those of another profile or run, or the search is not over.
     """
-    file = folder / BEST
+    file = folder / BEST_SETTINGS
     if not file.exists():
         raise ConfigError(f"{file}: is not there; run the search first")
     found = read_yaml(file)
