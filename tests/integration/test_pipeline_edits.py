@@ -82,13 +82,13 @@ def test_a_setting_of_spo_concerns_spo_alone(project):
 
 
 def test_a_new_scorer_concerns_evaluation_alone(project):
-    """PickScore a second time, resized in another way: two of a kind stand side by side, each under its name."""
+    """PickScore a second time, with other weights: two of a kind stand side by side, each under its name."""
     before = project.hashes()
-    block = {"scorer": "pickscore", **PROFILE["scorers"]["pickscore"], "preprocess": "tensor"}
-    with project.changed("params/short.yaml", project.params("scorers.resized", block)):
+    block = {"scorer": "pickscore", **PROFILE["scorers"]["pickscore"], "path": "models/embedded/aesthetic"}
+    with project.changed("params/short.yaml", project.params("scorers.other", block)):
         assert sorted(project.repro()) == sorted([*(f"evaluate@{run}" for run in RUNS), "report"])
         scores = json.loads(project.read("reports/short/summary.json"))["methods"]["dpo"]["scores"]
-        assert scores["resized"] != scores["pickscore"]
+        assert scores["other"] != scores["pickscore"]
     project.repro()
     assert project.hashes() == before
 

@@ -48,6 +48,26 @@ def test_a_profile_is_plain_block_style():
         ]
 
 
+@pytest.mark.parametrize("file", ["params.yaml", *(f"params/{name}.yaml" for name in PROFILES)])
+def test_dvc_and_a_search_change_one_line_of_what_is_shipped(file, tmp_path):
+    """DVC breaks lines at 80 and loses what follows a list, so the files are laid out as it writes them."""
+    from dvc.utils.hydra import apply_overrides
+
+    key, value = ("tracking", "none") if file == "params.yaml" else ("seed", 77)
+    before = (ROOT / file).read_text().splitlines()
+    for change in (
+        lambda path: apply_overrides(str(path), [f"{key}={value}"]),
+        lambda path: update_params_file({key: value}, path),
+    ):
+        copy = tmp_path / "copy.yaml"
+        copy.write_text((ROOT / file).read_text())
+        change(copy)
+        after = copy.read_text().splitlines()
+        assert len(after) == len(before)
+        (changed,) = [new for old, new in zip(before, after, strict=True) if old != new]
+        assert changed == f"{key}: {value}"
+
+
 WRONG = {
     "unknown key": ("model.backbon", "sd", "known keys: backbone, path"),
     "unknown section": ("metods", {}, "known keys: seed, threads"),

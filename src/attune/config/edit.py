@@ -14,6 +14,8 @@ from attune.config.resolve import merged, read_yaml
 from attune.config.schema import ConfigError
 from attune.files import write_atomically
 
+LONG = 4096  # characters of a line
+
 
 def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     """Sets values by dotted key, in one step: a reader sees the old file or the new one.
@@ -24,8 +26,9 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
         ConfigError: the value is shared with another block by an anchor, and both would change.
     """
     path = Path(path)
-    yaml, wanted, written = round_trip(), read_yaml(path), StringIO()
+    wanted, written = read_yaml(path), StringIO()
     text = path.read_bytes().decode("utf-8")
+    yaml = like(text)
     values = yaml.load(text)
     for dotted, value in changes.items():
         *blocks, last = dotted.split(".")
@@ -45,8 +48,18 @@ def write_yaml(values: Mapping[str, Any], path: Path) -> None:
     round_trip().dump(dict(values), path)
 
 
-def round_trip() -> YAML:
-    """ruamel's YAML that keeps quotes and long lines; nothing behind a key is null, as DVC writes it."""
+def like(text: str) -> YAML:
+    """The YAML that writes a text as it is laid out: with lines of any length, or broken at 80 as DVC breaks them."""
+    for width in (80, LONG):
+        yaml, written = round_trip(width), StringIO()
+        yaml.dump(yaml.load(text), written)
+        if written.getvalue() == text.replace("\r\n", "\n"):
+            return yaml
+    return round_trip()
+
+
+def round_trip(width: int = LONG) -> YAML:
+    """ruamel's YAML that keeps quotes; nothing behind a key is null, as DVC writes it."""
     yaml = YAML()
-    yaml.width, yaml.preserve_quotes = 4096, True
+    yaml.width, yaml.preserve_quotes = width, True
     return yaml

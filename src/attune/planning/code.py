@@ -17,18 +17,22 @@ NO_EFFECT = ("attune.tracking", "attune.config", "attune.planning")
 """Packages that change no result: tracking is a view, and what config decides is in the plan itself."""
 
 
-def code_digests(start: Iterable[str]) -> dict[str, str]:
-    """Module -> digest of its code, of all modules that importing and running `start` reaches."""
-    return {module: digest(module) for module in sorted(closure(start))}
+def code_digests(start: Iterable[str], without: str = "") -> dict[str, str]:
+    """Module -> digest of its code, of all modules that importing and running `start` reaches.
+
+    Args:
+        without: a module that is imported and not run, with what only it reaches.
+    """
+    return {module: digest(module) for module in sorted(closure(start, without))}
 
 
-def closure(start: Iterable[str]) -> set[str]:
+def closure(start: Iterable[str], without: str = "") -> set[str]:
     """The modules of attune that `start` reaches by imports, themselves included, packages too."""
     seen: set[str] = set()
     todo = [module for module in start]
     while todo:
         module = todo.pop()
-        if module in seen or module.startswith(NO_EFFECT):
+        if module in (without, *seen) or module.startswith(NO_EFFECT):
             continue
         seen.add(module)
         todo += imports(module)

@@ -59,8 +59,9 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
     run = settings.runs[name]
     config = settings.methods[name] if run.method is not None else None
     asked = _asked(config)
-    modules = ["attune.stages.align", plugins.module_name("backbones", settings.model.backbone)]
+    modules = ["attune.stages.align"]
     if run.method is not None:
+        modules.append(plugins.module_name("backbones", settings.model.backbone))
         modules.append(plugins.module_name("methods", run.method))
     if needs(run.method, "preference_model"):
         modules.append("attune.spm.model")
@@ -76,7 +77,7 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         needs_preference=needs(run.method, "preference_model"),
         scorers={scorer: _scorer(scorer, settings) for scorer in asked},
         files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
-        code=code_digests(modules if config else ["attune.stages.run_json"]),
+        code=code_digests(modules, without="" if config else "attune.finetune"),
     )
 
 
