@@ -166,7 +166,7 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min (last time)" if seconds < 6000 else f"{seconds / 3600:.1f} h (last time)"
 
 
-def _cells(row: Row) -> list[str]:
+def _texts(row: Row) -> list[str]:
     sizes = [size(n) for n in (row.gpu, row.host, row.disk, row.download)]
     return [row.stage, row.does, row.sees, *sizes, _duration(row.time)]
 
@@ -175,7 +175,7 @@ def as_text(table: list[Row]) -> str:
     """The table with aligned columns, for a terminal."""
     names = {"gpu": "GPU, without activations", "host": "host memory"}
     columns = [field.name for field in fields(Row)]
-    lines = [[names.get(name, name) for name in columns], *map(_cells, table)]
+    lines = [[names.get(name, name) for name in columns], *map(_texts, table)]
     used = [i for i in range(len(columns)) if any(line[i] for line in lines[1:])]
     widths = {i: max(len(line[i]) for line in lines) for i in used}
     return "\n".join("  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines)
