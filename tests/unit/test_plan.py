@@ -59,6 +59,11 @@ def test_more_test_prompts_than_the_world_has(settings):
     (line,) = said(settings(generate__prompts=241))
     assert line.startswith("params/tiny.yaml:data: 240 test prompts, but 241 are needed by generate.prompts")
     assert "data.test_prompts" in line
+    lines = said(settings(generate__prompts=241, methods__dpo__validation={**VALIDATION, "prompts": 61}))
+    assert [line.split(", but")[0] for line in lines] == [
+        "params/tiny.yaml:data: 60 validation prompts",
+        "params/tiny.yaml:data: 240 test prompts",
+    ]
 
 
 def test_own_data_without_test_prompts(settings, tmp_path):

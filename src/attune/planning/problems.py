@@ -134,10 +134,21 @@ def _data(s: Settings) -> Iterator[str]:
             yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use one that has"
     if s.preference is not None and not source.HAS_PAIRS and any(r.after == PREFERENCE for r in s.runs.values()):
         yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
+    yield from (f"{where}:{problem}" for problem in _too_few(s))
+
+
+def _too_few(s: Settings) -> Iterator[str]:
+    """Splits that are too small, as far as their sizes are known before any work."""
     try:
-        check_splits(source.split_sizes(s.data) or {}, wanted_rows(s))
+        sizes = plugins.load("sources", s.source).split_sizes(s.data) or {}
     except SourceError as error:
-        yield f"{where}:{error}"
+        yield str(error)
+        return
+    for split, n in wanted_rows(s).items():
+        try:
+            check_splits(sizes, {split: n})
+        except SourceError as error:
+            yield str(error)
 
 
 def _prompts(s: Settings) -> Iterator[str]:
