@@ -5,6 +5,7 @@ In the project that all tests of the pipeline share; each test puts back what it
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -155,6 +156,68 @@ def test_a_mistake_stops_the_pipeline_at_once(project):
         assert "params/short.yaml:seed: Input should be greater than or equal to 0" in said
         assert "Traceback" not in said
     assert project.repro() == []
+    assert project.hashes() == before
+
+
+NEW_SCORER = """
+from attune.clip.pixels import check_images
+from attune.config.settings import ScorerConfig
+
+
+class Config(ScorerConfig):
+    pass
+
+
+class Scorer:
+    differentiable = True
+    license = "part of this repository"
+
+    def __init__(self, config):
+        self.expected_range = config.range_of_mean({})
+
+    def __call__(self, images, prompts):
+        check_images(images, prompts)
+        return images.mean(dim=(1, 2, 3))
+
+
+def load(config, device="cpu"):
+    return Scorer(config)
+"""
+NEW_BASE = "from attune.backbones.sd import downloads, facts, load\n"
+NEW_SOURCE = """
+from attune.data.sources.world import FREE_PROMPTS, HAS_PAIRS, Config, listed_prompts, needs_files, read, split_sizes
+"""
+
+
+def test_a_new_scorer_is_one_file_and_one_entry(project):
+    before, file = project.hashes(), project.folder / "src/attune/rewards/brightness.py"
+    file.write_text(NEW_SCORER)
+    with project.changed("params/short.yaml", project.params("scorers.brightness", {})):
+        assert sorted(project.repro()) == sorted([*(f"evaluate@{run}" for run in RUNS), "report"])
+        mean = json.loads(project.read("reports/short/summary.json"))["methods"]["base"]["scores"]["brightness"]["mean"]
+        assert 0 < mean < 1
+    file.unlink()
+    project.repro()
+    assert project.hashes() == before
+
+
+def test_a_new_base_model_and_a_new_source_are_one_file_and_one_entry_each(project):
+    """As both do what others do under another name, everything runs again and nothing of the results changes."""
+    before = project.hashes()
+    new = {"backbones/mine.py": NEW_BASE, "data/sources/ours.py": NEW_SOURCE}
+    for name, text in new.items():
+        (project.folder / "src/attune" / name).write_text(text)
+    values = YAML(typ="safe").load(project.folder / "params/short.yaml")
+    values["model"]["backbone"], values["data"]["source"] = "mine", "ours"
+    text = io.StringIO()
+    YAML().dump(values, text)
+    with project.changed("params/short.yaml", text.getvalue()):
+        assert {"prepare", "train_preference", *(f"align@{run}" for run in METHODS)} <= set(project.repro())
+        changed = {path for path, digest in project.hashes().items() if digest != before[path]}
+        assert not [path for path in changed if path.startswith(("data/", "reports/short/scores"))]
+    for name in new:
+        (project.folder / "src/attune" / name).unlink()
+    project.repro()
     assert project.hashes() == before
 
 
