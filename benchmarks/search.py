@@ -33,7 +33,7 @@ from attune.config.schema import check
 from attune.config.search import Config
 from attune.evaluation.statistics import Comparison, compare_paired
 from attune.finetune import finetune, validation_scores
-from attune.search.results import BEST
+from attune.paths import BEST_SETTINGS
 from attune.search.space import current_settings, with_values
 from attune.search.sweep import sweep
 from attune.search.trial import stack_scorers
@@ -64,7 +64,7 @@ def compared(run: str, settings: Settings) -> dict[str, Any]:
     for name, search in searches(settings.search[run]).items():
         plan = plans_of(replace(settings, search={run: search}))[plan_file("sweep", run)]
         result["searches"][name] = timed(plan, folder / name)
-        result["settings"][name] = read_yaml(folder / name / BEST)["params"]
+        result["settings"][name] = read_yaml(folder / name / BEST_SETTINGS)["params"]
     for seconds in ("wall_seconds", "cpu_seconds"):
         result["searches"]["tpe"][seconds] += result["searches"]["short"][seconds]
     plans = plans_of(settings)
