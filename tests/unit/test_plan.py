@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import params as files
+from attune import hub
 from attune.config.plan import EvaluatePlan, PlanError, RunPlan, plan_file, read, to_json
 from attune.config.resolve import Settings, load
 from attune.paths import Paths
@@ -18,6 +19,7 @@ from attune.planning.costs import as_text, facts, rows
 from attune.planning.local_files import Digests
 from attune.planning.make import make, selected_by, trained_on
 from attune.planning.problems import Machine, missing_files, problems, too_large
+from attune.stages.plan import _missing_on_the_hub
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = Machine(gpus=0, gpu_bytes=0, ram_bytes=16 * 10**9, free_disk_bytes=10**11)
@@ -330,3 +332,19 @@ def test_a_mistake_ends_the_stage_plan_at_once_and_leaves_the_plans_as_they_are(
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("params/tiny.yaml:methods.dpo.betta: Extra inputs are not permitted; known keys: ")
     assert {path.name: path.read_text() for path in (folder / "plan").iterdir()} == before
+
+
+def test_what_the_hub_does_not_have_is_named_by_its_key(settings, monkeypatch):
+    """Each asked for once, under the first key that names it; also what a method starts from."""
+    commit, asked = "a" * 40, []
+
+    def list_files(source, repo_type):
+        asked.append((str(source), repo_type))
+        raise hub.HubError(f"{source}: there is no such repository")
+
+    monkeypatch.setattr(hub, "list_files", list_files)
+    runs = {"runs__theirs": {"from": f"them/adapter@{commit}", "after": "data"}}
+    found = settings(runs=runs, methods__dpo__start=f"me/start@{commit}")
+    lines = list(_missing_on_the_hub(found))
+    assert [line.split(": ")[0] for line in lines] == ["params/tiny.yaml:methods.dpo.start", "runs.theirs.from"]
+    assert len(asked) == len(set(asked)) == 4

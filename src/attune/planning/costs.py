@@ -16,7 +16,7 @@ from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
 from attune.hub import count_parameters
-from attune.planning.make import needs
+from attune.planning.make import needs_preference_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"
@@ -102,7 +102,7 @@ def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row
 
 def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     config = s.preference
-    if config is None or not any(needs(run.method, "preference_model") for run in s.runs.values()):
+    if config is None or not needs_preference_model(s):
         return Row("train_preference", "nothing: no run needs the preference model")
     if not config.batches:
         return Row("train_preference", "nothing is trained: the weights as they are")

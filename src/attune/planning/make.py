@@ -145,6 +145,11 @@ def needs(method: str | None, what: str) -> bool:
     return method is not None and what in plugins.load("methods", method).Method.needs
 
 
+def needs_preference_model(settings: Settings) -> bool:
+    """Whether any run does, so that the model is trained at all."""
+    return any(needs(run.method, "preference_model") for run in settings.runs.values())
+
+
 def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
     source = plugins.load("sources", settings.source)
     modules = ["attune.stages.prepare", plugins.module_name("sources", settings.source)]
@@ -171,7 +176,7 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
     validation = [each.prompts for each in watched if each] + [
         search.prompts for name, search in settings.search.items() if name in trained
     ]
-    pairs = "pairs" in consumed or any(needs(method, "preference_model") for method in trained.values())
+    pairs = "pairs" in consumed or needs_preference_model(settings)
     wanted = {
         "prompts/train": int(bool(trained)),
         "prompts/validation": max(validation, default=0),
@@ -182,9 +187,7 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
 
 
 def _preference(settings: Settings, digests: Digests) -> PreferencePlan:
-    config = (
-        settings.preference if any(needs(run.method, "preference_model") for run in settings.runs.values()) else None
-    )
+    config = settings.preference if needs_preference_model(settings) else None
     modules = ["attune.stages.train_preference", plugins.module_name("backbones", settings.model.backbone)]
     return PreferencePlan(
         profile=settings.profile,

@@ -18,7 +18,7 @@ from attune.config.settings import locations
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
 from attune.planning.costs import Row, size
-from attune.planning.make import needs, wanted_rows
+from attune.planning.make import needs, needs_preference_model, wanted_rows
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -66,7 +66,7 @@ def _runs(s: Settings) -> Iterator[str]:
     for name in s.methods:
         if name in s.runs and s.runs[name].method is None:
             yield f"{where}:methods.{name}: runs.{name} has no method, so its settings are never used; remove them"
-    if s.preference is None and any(needs(run.method, "preference_model") for run in s.runs.values()):
+    if s.preference is None and needs_preference_model(s):
         yield f"{where}:preference: is missing, and a run of spo needs the step-aware preference model"
 
 
@@ -258,17 +258,22 @@ def _smaller(stage: str) -> str:
     return f"train an adapter (lora), {optimizer}" if stage.startswith("align") else optimizer
 
 
+def blocks_of_weights(s: Settings) -> dict[str, StrictModel | None]:
+    """Key -> block, of all that may name weights, here or on the Hub."""
+    where = f"params/{s.profile}.yaml"
+    found: dict[str, StrictModel | None] = {f"{where}:model": s.model, f"{where}:preference": s.preference}
+    found |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
+    found |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
+    return found | {f"runs.{name}": run for name, run in s.runs.items()}
+
+
 def missing_files(s: Settings) -> Iterator[str]:
     """What the settings name here and is not here: weights, and the data that the source reads."""
     where = f"params/{s.profile}.yaml"
     for path in plugins.load("sources", s.source).needs_files(s.data):
         if not Path(path).exists():
             yield f"{where}:data: {path} is not there; put the data there, or correct the path (docs/data.md)"
-    named: dict[str, StrictModel | None] = {f"{where}:model": s.model, f"{where}:preference": s.preference}
-    named |= {f"{where}:methods.{name}": config for name, config in s.methods.items() if name in s.runs}
-    named |= {f"{where}:scorers.{name}": scorer.config for name, scorer in s.scorers.items()}
-    named |= {f"runs.{name}": run for name, run in s.runs.items()}
-    for key, config in named.items():
+    for key, config in blocks_of_weights(s).items():
         for field, source in locations(config).items() if config else ():
             if source.commit is None and not Path(source.place).exists():
                 page = "docs/scorers.md" if "scorers" in key else "docs/full_size.md"

@@ -23,7 +23,7 @@ from attune.paths import TIMES, Paths, project_root
 from attune.planning import costs
 from attune.planning.local_files import Digests
 from attune.planning.make import make
-from attune.planning.problems import machine, missing_files, problems, too_large
+from attune.planning.problems import blocks_of_weights, machine, missing_files, problems, too_large
 
 
 def main() -> None:
@@ -93,12 +93,14 @@ def _downloads(settings: Settings) -> dict[str, float | None]:
 
 def _missing_on_the_hub(settings: Settings) -> Iterator[str]:
     """What the settings name on the Hub and the Hub does not have."""
-    configs: list[StrictModel | None] = [settings.model, settings.data, settings.preference, *settings.runs.values()]
-    configs += [scorer.config for scorer in settings.scorers.values()]
-    sources = [source for config in configs if config for source in locations(config).values()]
-    for source in dict.fromkeys(sources):
+    blocks = {f"params/{settings.profile}.yaml:data": settings.data, **blocks_of_weights(settings)}
+    keys: dict[hub.Source, str] = {}
+    for key, config in blocks.items():
+        for field, source in locations(config).items() if config else ():
+            keys.setdefault(source, f"{key}.{'from' if field == 'released' else field}")
+    for source, key in keys.items():
         if source.commit is not None and (problem := _problem_on_the_hub(source)):
-            yield problem
+            yield f"{key}: {problem}"
 
 
 def _problem_on_the_hub(source: hub.Source) -> str | None:
