@@ -8,7 +8,7 @@ export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help plan repro sweep sweep-apply test pipeline check settings ui champion replay embedded clean
+.PHONY: help plan repro sweep sweep-apply test pipeline check settings ui champion replay embedded clean clean-checkpoints
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ champion: $(READY)  ## register the best run of the report, if it beats the cham
 
 replay: $(READY)  ## send what a tracking store that was away has not got yet
 	python -m attune.stages.replay
+
+clean-checkpoints: $(READY)  ## remove what stopped trainings saved and nothing will resume; ALL=1: all of it
+	@python -m attune.stages.clean_checkpoints $(if $(ALL),--all)
 
 embedded: $(READY)  ## train the embedded family again (about an hour on one core)
 	python -m recipes.embedded.build

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,16 @@ import pandas as pd
 import torch
 
 from attune.build import build_method, load_learner, load_scorer
-from attune.config.plan import Plugin, RunPlan, Session, read
+from attune.config.plan import RunPlan, Session, read
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
 from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
-from attune.evaluation.protocol import scorer_identity
 from attune.files import values_sha
 from attune.interfaces import Method, Score
 from attune.paths import Paths
-from attune.training.checkpoint import Checkpoint, resumable
+from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import Batches, Callbacks, epoch_rows, train
 
@@ -37,7 +35,7 @@ def finetune(
     run: Run,
     folder: Path,
     *,
-    checkpoints: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     on_score: Callable[[int, float], None] = lambda batch, score: None,
     samples: int = SAMPLES,
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
@@ -47,7 +45,7 @@ def finetune(
 
     Args:
         run: where curves, scores and sample images go.
-        checkpoints: the repository's root, for a run that is to be resumable; None for one that is not.
+        checkpoint: of a run that is to be resumable; it stays until the caller has stored what this returns.
         on_score: called with batches done and each validation score; may raise to end the training.
         samples: how many grids of sample images to log on the way.
     """
@@ -59,20 +57,17 @@ def finetune(
     seed = seed_of(plan.seed, start)
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
     run.dataset(paths.prepared / "pairs.parquet", "preference pairs", n)
-    main = policy.shard.is_main_process
-    kept = nullcontext() if checkpoints is None else _checkpoint(plan, checkpoints, paths, start, main)
-    with kept as checkpoint:
-        history, scores = train(
-            method,
-            policy,
-            batches,
-            seed=seed,
-            checkpoint=checkpoint,
-            early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
-            callbacks=_callbacks(plan, policy, run, config, on_score, samples),
-        )
-        if main:
-            policy.save(folder)
+    history, scores = train(
+        method,
+        policy,
+        batches,
+        seed=seed,
+        checkpoint=checkpoint,
+        early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
+        callbacks=_callbacks(plan, policy, run, config, on_score, samples),
+    )
+    if policy.shard.is_main_process:
+        policy.save(folder)
     validated = {"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}
     trained_on = read(Session, "session").trained_on.get(plan.run, [])
     return history, {"trained_on": trained_on, "start": start, **validated}
@@ -128,19 +123,11 @@ def validation_prompts(prepared: Path, n: int) -> list[str]:
     return table.prompt[table.split == "validation"].head(n).tolist()
 
 
-def scorers_seen(scorers: Mapping[str, Plugin]) -> list[tuple[str, str, str]]:
-    """Weights and settings of the scorers asked while a method trains: its checkpoints are of these alone."""
-    return [scorer_identity(name, scorer.config) for name, scorer in scorers.items()]
-
-
-def _checkpoint(
-    plan: RunPlan, root: Path, paths: Paths, start: str | None, writes: bool
-) -> AbstractContextManager[Checkpoint]:
-    """A checkpoint that only a run with the same settings, scorers and inputs finds again."""
-    values = [plan.seed, plan.model.model_dump(), plan.trained_method.model_dump(), scorers_seen(plan.scorers)]
-    inputs = [paths.prepared, *([paths.preference] if plan.needs_preference else [])]
-    inputs += [Path(start)] if start is not None and Path(start).exists() else []
-    return resumable(root, f"align@{plan.profile}-{plan.run}", values, inputs, writes)
+def inputs_of(plan: RunPlan) -> list[Path]:
+    """The outputs of other stages that a training reads."""
+    paths, start = Paths(plan.profile), start_of(plan)
+    preference = [paths.preference] if plan.needs_preference else []
+    return [paths.prepared, *preference, *([Path(start)] if start is not None and Path(start).exists() else [])]
 
 
 def _callbacks(

@@ -74,14 +74,28 @@ def test_resuming_is_exact_under_every_option(new_policy, data, tmp_path, name):
 
 def test_a_large_state_is_saved_less_often(tmp_path, monkeypatch):
     """A save that takes 10 s is not repeated before 200 s have passed, though 60 would do; one of 0 s is after 60."""
-    clock = iter([0, 100, 110, 200, 310, 310, 370, 370])
+    clock = iter([0, 100, 110, 200, 310, 310, 370, 370])  # begun at 0
     monkeypatch.setattr("attune.training.checkpoint.time.monotonic", lambda: next(clock))
     checkpoint, saved = Checkpoint(tmp_path, "a", "k", every_seconds=60), []
     optimizer = torch.optim.SGD([torch.zeros(1)])
     for step in range(4):  # begun at 100 and done at 110; 200 is too early; 310; then 370
-        checkpoint.maybe_save([], optimizer, {"step": step}, last=False)
+        checkpoint.maybe_save([], optimizer, {"step": step})
         saved.append(torch.load(checkpoint.file, weights_only=True)["progress"]["step"])
     assert saved == [0, 0, 2, 3]
+
+
+def test_the_first_saves_come_early(tmp_path, monkeypatch):
+    """After 5 s, then each time the training has run twice as long, until that is every 60 s."""
+    now = [0.0]
+    monkeypatch.setattr("attune.training.checkpoint.time.monotonic", lambda: now[0])
+    checkpoint, saved = Checkpoint(tmp_path, "a", "k", every_seconds=60), []
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    for second in range(1, 260):
+        now[0] = float(second)
+        checkpoint.maybe_save([], optimizer, {"second": second})
+        last = checkpoint.file.exists() and torch.load(checkpoint.file, weights_only=True)["progress"]["second"]
+        saved += [last] if last and last not in saved else []
+    assert saved == [5, 10, 20, 40, 80, 140, 200]
 
 
 def test_the_loss_scale_is_resumed(tmp_path):

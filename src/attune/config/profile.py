@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from attune.config.schema import StrictModel
+from attune.config.schema import Float, StrictModel
 from attune.config.settings import Location, Model, Sampling
 
 BASE = "base"
@@ -73,6 +73,9 @@ class Profile(StrictModel):
 
     seed: int = Field(ge=0, lt=2**63, description="the one seed; all others follow from it")
     threads: int = Field(1, ge=1, description="CPU threads; two on busy cores can be far slower than one")
+    checkpoint_seconds: Float = Field(
+        60, ge=0, description="from one checkpoint of a training to the next; more, where saving takes long"
+    )
     allow_cpu: bool = Field(False, description="train a base model of SD 1.5's size or larger without a GPU")
     model: Model = Field(description="the base model")
     sampling: Sampling = Field(description="how images of training pairs are sampled, by sources that generate them")

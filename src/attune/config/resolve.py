@@ -41,6 +41,7 @@ class Settings:
     tracking: str | None
     seed: int
     threads: int
+    checkpoint_seconds: float
     allow_cpu: bool
     model: Model
     sampling: Sampling
@@ -106,7 +107,8 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
         profile=params.profile,
         runs=params.runs,
         tracking=params.tracking,
-        **{key: getattr(profile, key) for key in ("seed", "threads", "allow_cpu", "model", "sampling", "generate")},
+        **{key: getattr(profile, key) for key in ("seed", "threads", "checkpoint_seconds", "allow_cpu")},
+        **{key: getattr(profile, key) for key in ("model", "sampling", "generate")},
         source=source,
         data=data,
         preference=preference or None,

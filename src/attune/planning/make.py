@@ -41,6 +41,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
             profile=settings.profile,
             tracking=settings.tracking,
             threads=settings.threads,
+            checkpoint_seconds=settings.checkpoint_seconds,
             samples=settings.generate.sampling,
             trained_on=by_run(trained_on, settings),
             wanted=wanted_rows(settings),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attune.config.plan import RunPlan
-from attune.paths import Paths, project_root
-from attune.stages.common import is_main_process, launch, planned, remember_run, stage
+from attune.paths import Paths
+from attune.stages.common import checkpoint_of, is_main_process, launch, planned, remember_run, stage
 
 
 def main() -> None:
@@ -18,24 +18,30 @@ def main() -> None:
     tags = {"method": plan.run, "uses": plan.method.name if plan.method else "none"}
     if plan.method is not None:
         settings["methods"] = {plan.run: dict(plan.method.settings)}
-    with stage(f"align@{plan.run}", plan, settings, **tags) as run:
-        from attune.stages.history import write_history
-        from attune.stages.run_json import write_run_json
+    if plan.method is None:
+        with stage(f"align@{plan.run}", plan, settings, **tags):
+            write(plan, [], {})
+        return
+    from attune.finetune import finetune, inputs_of
 
-        if plan.method is None:
-            history: list[dict[str, float]] = []
-            facts: dict[str, Any] = {}
-        else:
-            from attune.finetune import finetune
-
-            history, facts = finetune(plan, run, paths.model(plan.run), checkpoints=project_root())
+    kept = checkpoint_of(f"align@{plan.profile}-{plan.run}", plan, inputs_of(plan))
+    with kept as checkpoint, stage(f"align@{plan.run}", plan, settings, **tags) as run:
+        history, facts = finetune(plan, run, paths.model(plan.run), checkpoint=checkpoint)
         if not is_main_process():
             return
-        write_run_json(plan, paths.model(plan.run))
-        write_history(paths.training(plan.run), history, facts)
-        if plan.method is not None:
-            remember_run(plan.run, run.run_id)
-            run.artifact(paths.model(plan.run))
+        write(plan, history, facts)
+        remember_run(plan.run, run.run_id)
+        run.artifact(paths.model(plan.run))
+
+
+def write(plan: RunPlan, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
+    """Writes run.json beside the model, and the training's curves and facts."""
+    from attune.stages.history import write_history
+    from attune.stages.run_json import write_run_json
+
+    paths = Paths(plan.profile)
+    write_run_json(plan, paths.model(plan.run))
+    write_history(paths.training(plan.run), history, facts)
 
 
 if __name__ == "__main__":

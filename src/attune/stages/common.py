@@ -8,40 +8,62 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attune import tracking
 from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
 from attune.files import write_atomically
 from attune.paths import TIMES, TRACKED_RUNS, project_root
+from attune.stop import stoppable
+
+if TYPE_CHECKING:  # imports torch, for which stages wait
+    from attune.training.checkpoint import Checkpoint
 
 P = TypeVar("P", bound=StagePlan)
 
 
 @contextmanager
 def stage(name: str, plan: StagePlan, settings: Mapping[str, Any], **tags: str) -> Iterator[tracking.Run]:
-    """Opens a stage: sets CPU threads before torch is imported, starts its tracking run, and notes how long it took.
+    """Opens a stage: starts its tracking run, and notes how long it took.
+
+    SIGTERM and Ctrl-C end it with a line; a training saves before that.
 
     Args:
         name: say `align@spo`.
         settings: what is logged as the run's parameters, every default filled in.
         tags: what the run is to be found by, besides the profile.
     """
-    session = read(Session, "session")
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("OMP_NUM_THREADS", str(session.threads))
     began = time.monotonic()
-    with tracking.run(name, settings, tags={"profile": plan.profile, **tags}, uri=session.tracking) as run:
+    tags = {"profile": plan.profile, **tags}
+    with stoppable(name), tracking.run(name, settings, tags=tags, uri=read(Session, "session").tracking) as run:
         yield run
     if is_main_process():
         note_seconds(name, time.monotonic() - began)
 
 
+def checkpoint_of(name: str, plan: StagePlan, inputs: Sequence[Path]) -> AbstractContextManager[Checkpoint]:
+    """The checkpoint of a training. It is opened around the stage, so that it is removed after everything else.
+
+    Args:
+        inputs: outputs of other stages that it reads.
+    """
+    from attune.training.checkpoint import resumable
+
+    seconds = read(Session, "session").checkpoint_seconds
+    return resumable(project_root(), name, plan, inputs, every_seconds=seconds, writes=is_main_process())
+
+
 def planned(kind: type[P], stage: str) -> P:
-    """The plan of a stage, or of the run it works for; one line and no traceback if there is none."""
+    """The plan of a stage, or of the run it works for; one line and no traceback if there is none.
+
+    Sets the number of CPU threads too, which torch reads when it is imported.
+    """
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
+        os.environ.setdefault("OMP_NUM_THREADS", str(read(Session, "session").threads))
         return read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
     except PlanError as error:
         sys.exit(str(error))
@@ -66,10 +88,6 @@ def launch(module: str) -> None:
         sys.exit(f"ATTUNE_PROCESSES: a number of processes is wanted, not {processes!r}")
     if not launcher:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    try:
-        env.setdefault("OMP_NUM_THREADS", str(read(Session, "session").threads))
-    except PlanError as error:
-        sys.exit(str(error))
     env["ATTUNE_LAUNCHED"] = "1"
     if "--run" in sys.argv:
         env["DVC_STAGE"] = f"align@{run_of_stage()}"

@@ -19,8 +19,9 @@ from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError, StrictModel
 from attune.config.settings import locations
 from attune.files import write_atomically
-from attune.paths import TIMES, Paths, project_root
+from attune.paths import CHECKPOINTS, TIMES, Paths, project_root
 from attune.planning import costs
+from attune.planning.checkpoints import saved_trainings
 from attune.planning.local_files import Digests
 from attune.planning.make import make
 from attune.planning.problems import blocks_of_weights, machine, missing_files, problems, too_large
@@ -42,20 +43,35 @@ def main() -> None:
         say(costs.as_text(table))
     if found:
         sys.exit("\n".join(found))
-    if not given.show:
+    if given.show:
+        say_saved(settings)
+    else:
         write(settings)
+
+
+def texts(settings: Settings) -> dict[Path, str]:
+    """Every plan file and its text."""
+    digests = Digests(project_root() / CHECKPOINTS / "digests.json")
+    plans = {file: to_json(plan) for file, plan in make(settings, digests).items()}
+    digests.save()
+    return plans
 
 
 def write(settings: Settings, folder: Path = FOLDER) -> None:
     """Writes the plans that have changed, and removes those of runs that are gone."""
-    digests = Digests(project_root() / ".checkpoints" / "digests.json")
-    plans = {folder / file.name: to_json(plan) for file, plan in make(settings, digests).items()}
-    digests.save()
+    plans = {folder / file.name: text for file, text in texts(settings).items()}
     for stale in set(folder.glob("*.json")) - set(plans):
         stale.unlink()
     for file, text in plans.items():
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             write_atomically(file, text.encode())
+
+
+def say_saved(settings: Settings) -> None:
+    """Lists the checkpoints of trainings that did not end."""
+    if saved := list(saved_trainings(project_root(), settings.profile, texts(settings))):
+        listed = "\n".join(f"  {training}" for training in saved)
+        say(f"\ncheckpoints of trainings that did not end (make clean-checkpoints removes the stale ones):\n{listed}")
 
 
 def say(text: str) -> None:

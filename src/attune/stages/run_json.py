@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from attune.config.plan import RunPlan, Session, read
 from attune.files import write_atomically
-
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+from attune.versions import versions
 
 
 def write_run_json(plan: RunPlan, folder: Path) -> None:
@@ -29,7 +27,7 @@ def write_run_json(plan: RunPlan, folder: Path) -> None:
         "seed": plan.seed,
         "files": dict(plan.files),
         "commit": commit(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
     }
     write_atomically(folder / "run.json", (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
 

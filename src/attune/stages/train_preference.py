@@ -9,11 +9,12 @@ from attune.config.plan import PreferencePlan
 from attune.config.schema import check
 from attune.config.settings import PreferenceConfig
 from attune.files import write_atomically
-from attune.paths import Paths, project_root
-from attune.stages.common import is_main_process, launch, planned, stage
+from attune.paths import Paths
+from attune.stages.common import checkpoint_of, is_main_process, launch, planned, stage
 
 if TYPE_CHECKING:  # at run time these wait until the plan has been read
     from attune.tracking import Run
+    from attune.training.checkpoint import Checkpoint
 
 
 def main() -> None:
@@ -22,14 +23,16 @@ def main() -> None:
     if plan.settings is not None:
         launch("attune.stages.train_preference")
     settings = {"model": plan.model.model_dump(), "preference": plan.settings, "seed": plan.seed}
-    with stage("train_preference", plan, settings) as run:
-        from attune.stages.history import write_history
+    from attune.stages.history import write_history
 
-        if plan.settings is None:
+    if plan.settings is None:
+        with stage("train_preference", plan, settings):
             write_atomically(paths.preference / "README", b"No run needs the step-aware preference model.\n")
             write_history(paths.training("preference"), [], {"accuracy_by_t": {}})
-            return
-        history, accuracy = train_preference(plan, run)
+        return
+    kept = checkpoint_of(f"train_preference-{plan.profile}", plan, [paths.prepared])
+    with kept as checkpoint, stage("train_preference", plan, settings) as run:
+        history, accuracy = train_preference(plan, run, checkpoint)
         if not is_main_process():
             return
         write_history(paths.training("preference"), history, {"accuracy_by_t": accuracy})
@@ -38,7 +41,9 @@ def main() -> None:
         run.artifact(paths.training("preference").with_suffix(".json"))
 
 
-def train_preference(plan: PreferencePlan, run: Run) -> tuple[list[dict[str, float]], dict[str, Any]]:
+def train_preference(
+    plan: PreferencePlan, run: Run, checkpoint: Checkpoint
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """Trains and saves the model; returns its curve and its validation accuracy by timestep.
 
     Where several processes train together, the main process saves it, and it alone measures its accuracy.
@@ -49,7 +54,6 @@ def train_preference(plan: PreferencePlan, run: Run) -> tuple[list[dict[str, flo
     from attune.spm.accuracy import accuracy_by_t
     from attune.spm.model import save
     from attune.spm.objective import SPMObjective, starting_model
-    from attune.training.checkpoint import resumable
     from attune.training.loop import Callbacks, epoch_rows, train
 
     paths, config = Paths(plan.profile), check(PreferenceConfig, plan.settings, "preference")
@@ -60,20 +64,18 @@ def train_preference(plan: PreferencePlan, run: Run) -> tuple[list[dict[str, flo
     model, tokenizer = starting_model(config)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
     objective.shard = shard()
-    values = [plan.seed, plan.model.model_dump(), config.model_dump()]
-    stage_name, main = f"train_preference-{plan.profile}", objective.shard.is_main_process
-    with resumable(project_root(), stage_name, values, [paths.prepared], main) as checkpoint:
-        history, _ = train(
-            objective,
-            objective,
-            lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, plan.seed)),
-            seed=plan.seed,
-            checkpoint=checkpoint,
-            callbacks=Callbacks(desc="train preference", log=run.log),
-        )
-        if main:
-            save(model, tokenizer, paths.preference)
-    return history, accuracy_by_t(objective, paths.prepared, plan.seed) if main else {}
+    history, _ = train(
+        objective,
+        objective,
+        lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, plan.seed)),
+        seed=plan.seed,
+        checkpoint=checkpoint,
+        callbacks=Callbacks(desc="train preference", log=run.log),
+    )
+    if not objective.shard.is_main_process:
+        return history, {}
+    save(model, tokenizer, paths.preference)
+    return history, accuracy_by_t(objective, paths.prepared, plan.seed)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ model. It is removed when the run succeeds.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +21,15 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from attune.config.plan import StagePlan
 from attune.files import digest, values_sha
+from attune.paths import CHECKPOINTS
+from attune.training.guard import assert_finite
+from attune.versions import versions
 
+LOG = logging.getLogger("attune.checkpoint")
 SAVE_TIME_FACTOR = 20  # a save is followed by 20 times its own duration without one: at most 1/20 of the time is spent
+FIRST_SAVE = 5.0  # seconds
 
 
 class Checkpoint:
@@ -33,7 +42,9 @@ class Checkpoint:
         """`key` identifies the run: a hash of its parameters and inputs, and not of how many processes train."""
         self.folder = root / f"{stage.replace('@', '-')}-{key}"
         self.file = self.folder / "state.pt"
-        self.every_seconds, self._saved_at, self._took, self._writes = every_seconds, time.monotonic(), 0.0, writes
+        self.every_seconds, self._writes = every_seconds, writes
+        self._began = self._saved_at = time.monotonic()
+        self._took = 0.0
         if not self._writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +53,19 @@ class Checkpoint:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise RuntimeError(f"another process is already running {stage}: it holds {self._lock.lock_file}") from None
+
+    def set_aside_if_damaged(self) -> None:
+        """Renames a state that cannot be read, and says so; without one the training starts from the beginning.
+
+        The main process calls this before any process restores.
+        """
+        if not self.file.exists() or (fault := damage(self.file)) is None:
+            return
+        aside = self.folder / f"damaged-{time.time_ns()}.pt"
+        self.file.rename(aside)
+        LOG.warning(
+            "%s is damaged (%s): the training starts from the beginning; the file is now %s", self.file, fault, aside
+        )
 
     def restore(
         self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, default: dict[str, Any]
@@ -57,26 +81,40 @@ class Checkpoint:
         return state["progress"]
 
     def maybe_save(
-        self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], last: bool
+        self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], now: bool = False
     ) -> None:
-        """Saves at the end, and if `every_seconds` have passed since the last time; later, if saving takes long."""
-        wait = max(self.every_seconds, SAVE_TIME_FACTOR * self._took) if self.every_seconds else 0
+        """Saves if it is time, or `now`.
+
+        It is time every `every_seconds`; in the beginning earlier, as soon as the training has run twice as long as
+        at the last save, so that what is stopped again and again gets on; and later, if saving takes long.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; what was saved before is intact.
+        """
         began = time.monotonic()
-        if not self._writes or (not last and began - self._saved_at < wait):
+        if not self._writes or not (now or began - self._saved_at >= self._wait()):
             return
+        assert_finite(parameters)
         state = {
             "parameters": [weight.detach() for weight in parameters],
             "optimizer": optimizer.state_dict(),
             "progress": progress,
         }
-        partial = self.file.with_suffix(".part")
-        with partial.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.file)
+        try:
+            save(state, self.file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            free = shutil.disk_usage(self.folder).free / 1e6
+            LOG.warning(
+                "%s could not be saved (%s), %.0f MB are free there; the training goes on, and if it is stopped now, "
+                "it loses what it did since the last save", self.file, str(error).splitlines()[0], free,
+            )  # fmt: skip
         self._saved_at = time.monotonic()
         self._took = self._saved_at - began
+
+    def _wait(self) -> float:
+        """Seconds from the last save to the next."""
+        early = max(FIRST_SAVE, self._saved_at - self._began)
+        return max(min(self.every_seconds, early), SAVE_TIME_FACTOR * self._took) if self.every_seconds else 0
 
     def discard(self) -> None:
         """Removes the folder: the run succeeded and its outputs are in place."""
@@ -87,15 +125,60 @@ class Checkpoint:
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
 
+def save(state: dict[str, Any], file: Path) -> None:
+    """Replaces `file` in one step; if that fails, the old one stays and nothing else is left."""
+    partial = file.with_suffix(".part")
+    try:
+        with partial.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a saved state; None if it is as it was written.
+
+    torch.save writes a zip archive with a CRC-32 of every tensor, which torch.load does not look at.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if (member := archive.testzip()) is not None:
+                return f"the checksum of {member} is wrong"
+        found = sorted(torch.load(file, map_location="meta", weights_only=True))
+    except Exception as error:  # a damaged archive raises nearly anything
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    expected = sorted(("parameters", "optimizer", "progress"))
+    return None if found == expected else f"it holds {found[:5]}, not {expected}"
+
+
 @contextmanager
 def resumable(
-    root: Path, stage: str, values: Sequence[Any], inputs: Sequence[Path], writes: bool = True
+    root: Path,
+    stage: str,
+    plan: StagePlan,
+    inputs: Sequence[Path],
+    *,
+    every_seconds: float = 60.0,
+    writes: bool = True,
 ) -> Iterator[Checkpoint]:
-    """A checkpoint that only a run with the same values and the same content of `inputs` finds again.
+    """A checkpoint that only a run with the same plan, library versions and content of `inputs` finds again.
 
-    Removed on success.
+    It is removed when the with-body has succeeded, so the body must contain all that a finished training still has to
+    do: a run that is killed before that goes on from its last batch.
+
+    Args:
+        root: the repository.
+        plan: its settings, the digests of its code and of the local files it reads.
+        inputs: outputs of other stages.
     """
-    digests = {str(path): digest(path) for path in inputs}
-    checkpoint = Checkpoint(root / ".checkpoints", stage, values_sha([*values, digests]), writes=writes)
+    values = [plan.model_dump(mode="json"), versions(), {str(path): digest(path) for path in inputs}]
+    checkpoint = Checkpoint(root / CHECKPOINTS, stage, values_sha(values), every_seconds, writes)
+    if writes:
+        about = {"stage": stage, "profile": plan.profile, "plan": values_sha(values[0])}
+        (checkpoint.folder / "about.json").write_text(json.dumps(about) + "\n")
     yield checkpoint
     checkpoint.discard()

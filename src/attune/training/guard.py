@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attune.interfaces import Objective
@@ -15,12 +17,27 @@ class NonFiniteError(RuntimeError):
     """A loss, gradient or validation score became NaN or infinite."""
 
 
+def assert_finite(parameters: Sequence[Tensor]) -> None:
+    """Raises NonFiniteError naming the first trained tensor that is not finite: such a model samples black images."""
+    for i, weight in enumerate(parameters):
+        if not torch.isfinite(weight).all():
+            raise NonFiniteError(
+                f"training has made weights NaN or infinite (the first is trained tensor {i + 1} of {len(parameters)}, "
+                f"of shape {tuple(weight.shape)}): a lower lr, or max_grad_norm, avoids that"
+            )
+
+
 def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) -> str:
-    """Names the first weight of `module` that is not finite, else the first module in it with such an output.
+    """Names the first tensor of the minibatch, else weight of `module`, that is not finite, else the first module.
+
+    That is the first one in `module` with an output that is not finite.
 
     Outputs are those of one more evaluation of the loss of `minibatch`. It runs uncompiled, because compiled code
     ignores hooks that were added after it was compiled.
     """
+    for name, rows in _tensors(minibatch):
+        if bad := [i for i, row in enumerate(rows) if not torch.isfinite(row).all()]:
+            return f"the data, {name} of row {bad[0]} of the minibatch, is not finite"
     root: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     for name, weight in root.named_parameters():
         if not torch.isfinite(weight).all():
@@ -41,3 +58,15 @@ def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) ->
     for hook in hooks:
         hook.remove()
     return f"first bad output in module {found[0] or 'root'}" if found else "every module's output is finite"
+
+
+def _tensors(value: Any, name: str = "minibatch") -> Iterator[tuple[str, Tensor]]:
+    """The tensors with rows in a value, with the names of the fields and keys that lead to them."""
+    if isinstance(value, Tensor):
+        yield from [(name, value)] if value.ndim else []
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name), field.name)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, str(key))

@@ -8,6 +8,8 @@ rollouts, never inside one, and no checkpoint is written while minibatches of an
 from __future__ import annotations
 
 import hashlib
+import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,11 +21,14 @@ from tqdm import tqdm
 
 from attune.distributed import Shard
 from attune.interfaces import Log, Objective
+from attune.stop import SIGNALS, Stopped, stop_requests
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping, OnScore, restore_best
+from attune.training.guard import assert_finite
 from attune.training.progress import Progress
 from attune.training.step import Trainable, TrainStep, learning_rate
 
+LOG = logging.getLogger("attune.training")
 Batches = Callable[[int, torch.Generator], Any]
 """Batch number b, given its generator: offline data picks rows by b, online data picks prompts."""
 
@@ -64,12 +69,13 @@ def train(
     Raises:
         NonFiniteError: a loss, gradient or score is NaN or infinite; the last checkpoint is intact.
         LostProcessError: another process is gone; the last checkpoint is intact.
+        Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved after the batch during which it came.
     """
     config, train_step = objective.config, TrainStep(trainable, objective.config)
     parameters, shard = train_step.parameters, train_step.shard
     callbacks = callbacks if shard.is_main_process else Callbacks()
-    with shard.process_group_guard():
-        progress = resume(train_step, checkpoint)
+    with shard.process_group_guard(), stop_requests() as stop_request:
+        progress = resume(train_step, checkpoint, callbacks)
         pending_microbatches: list[Any] = []
         bar = progress_bar(callbacks.desc, progress.batch, config.batches, shard)
         for b in bar:
@@ -86,15 +92,38 @@ def train(
                 callbacks.log(metrics, progress.step)
                 bar.set_postfix({k: f"{metrics[k]:.4g}" for k in SHOWN if k in metrics}, refresh=False)
             progress.batch = b + 1
-            if checkpoint is not None and not pending_microbatches:
-                progress.scaler = train_step.scaler.state_dict()
-                checkpoint.maybe_save(parameters, train_step.optimizer, vars(progress), last=last)
+            if not pending_microbatches:
+                save_or_stop(checkpoint, train_step, progress, agreed(stop_request(), shard), last)
             if callbacks.sample_images is not None and progress.batch % callbacks.sample_every == 0:
                 callbacks.sample_images(progress.step)
         if early_stopping is not None:
             early_stopping.evaluate(progress, parameters, shard, callbacks.on_score, end=True)
         restore_best(progress, parameters)
+        assert_finite(parameters)
     return progress.history, progress.scores
+
+
+def save_or_stop(
+    checkpoint: Checkpoint | None, train_step: TrainStep, progress: Progress, signum: int, last: bool
+) -> None:
+    """Saves a checkpoint if it is time; if a signal has asked to stop, saves at once and stops.
+
+    Raises:
+        Stopped: a signal has asked for it.
+    """
+    if checkpoint is not None:
+        progress.scaler = train_step.scaler.state_dict()
+        checkpoint.maybe_save(train_step.parameters, train_step.optimizer, vars(progress), now=last or signum != 0)
+    if signum:
+        kept = "nothing of it is kept" if checkpoint is None else f"saved in {checkpoint.folder}, from where it goes on"
+        LOG.warning("%s after batch %d: %s", signal.Signals(signum).name, progress.batch, kept)
+        raise Stopped(signum)
+
+
+def agreed(signum: int, shard: Shard) -> int:
+    """The signal that any of the processes has received, so that all of them stop after the same batch."""
+    received = shard.all_reduce_sum([float(signum == number) for number in SIGNALS])
+    return next((int(number) for number, count in zip(SIGNALS, received, strict=True) if count), 0)
 
 
 def progress_bar(desc: str, done: int, batches: int, shard: Shard) -> Any:
@@ -122,14 +151,17 @@ def groups(minibatches: Iterable[Any], size: int, pending: list[Any], last: bool
         pending.clear()
 
 
-def resume(train_step: TrainStep, checkpoint: Checkpoint | None) -> Progress:
+def resume(train_step: TrainStep, checkpoint: Checkpoint | None, callbacks: Callbacks) -> Progress:
     """Where the checkpoint left off, weights and optimizer put back; the beginning if there is none.
+
+    What was recorded until then is logged again, because the run that logged it first is another one.
 
     Raises:
         RuntimeError: the processes have found different checkpoints.
     """
     if checkpoint is None:
         return Progress()
+    train_step.shard.broadcast_from_main(checkpoint.set_aside_if_damaged)
     progress = Progress(**checkpoint.restore(train_step.parameters, train_step.optimizer, default={}))
     if progress.scaler:
         train_step.scaler.load_state_dict(progress.scaler)
@@ -137,6 +169,10 @@ def resume(train_step: TrainStep, checkpoint: Checkpoint | None) -> Progress:
         raise RuntimeError(
             f"processes would go on from different batches, {sorted(found)}: all must see the same {checkpoint.folder}"
         )
+    for row in progress.history:
+        callbacks.log({name: value for name, value in row.items() if name not in ("step", "batch")}, int(row["step"]))
+    for past in progress.scores:
+        callbacks.on_score(int(past["batch"]), int(past["step"]), past["score"])
     return progress
 
 
