@@ -30,7 +30,7 @@ SCORERS = ["oracle", "pickscore"]
 def protocol_for(prompts: list[str]) -> Protocol:
     scorers = tuple((name, "rev", "raw") for name in SCORERS)
     n = len(prompts)
-    return Protocol(hash_prompts(prompts), n, 2, "ddim", 20, 1, 5, 32, "float32", 0, scorers)
+    return Protocol(hash_prompts(prompts), n, 2, "ddim", 20, 1, 5, 32, "float32", 0, scorers, "v float32")
 
 
 def table(prompts: list[str], shift: float = 0.0, seed: int = 0) -> pd.DataFrame:

@@ -7,7 +7,6 @@ computes its own rows. A single process computes all rows, and every collective 
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,29 +120,18 @@ class Shard:
 
         Raises:
             LostProcessError: a collective failed because another process is gone.
-            SystemExit: the launcher sent SIGTERM.
         """
-        if self.world_size == 1:
-            yield
-            return
-        handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             yield
         except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            handler = signal.SIG_IGN  # the launcher's SIGTERM is next, and must not cut off the message
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is next, and must not cut off the message
             reason = str(error).strip().splitlines()[0]
-            raise LostProcessError(f"{self._cannot_go_on('another is gone')} ({reason})") from None
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-
-    def _on_sigterm(self, *_: Any) -> None:
-        sys.exit(self._cannot_go_on("it was sent SIGTERM, which happens when another has ended"))
-
-    def _cannot_go_on(self, why: str) -> str:
-        process = f"process {self.rank} of the {self.world_size} that train together"
-        return f"{process} cannot go on: {why}. Started again, the training goes on from its last checkpoint."
+            raise LostProcessError(
+                f"process {self.rank} of the {self.world_size} that train together cannot go on: another is gone. "
+                f"Started again, the training goes on from its last checkpoint. ({reason})"
+            ) from None
 
 
 def _comm_device() -> torch.device:

@@ -74,7 +74,8 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[
         yield before
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            if signal.getsignal(number) is handler:  # and not one that the with-body has set for good
+                signal.signal(number, old)
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 NAME = "attune-tiny"
 PROMPTS = [f"prompt {i:02d}" for i in range(40)]
-PROTOCOL = Protocol(hash_prompts(PROMPTS), 40, 1, "ddim", 20, 0.0, 1.0, 32, "float32", 0, (("oracle", "x", "x"),))
+PROTOCOL = Protocol(hash_prompts(PROMPTS), 40, 1, "ddim", 20, 0.0, 1.0, 32, "float32", 0, (("oracle", "x", "x"),), "x")
 BASE = np.random.default_rng(0).normal(0, 0.1, 40)
 
 

@@ -33,6 +33,7 @@ PROTOCOL = Protocol(
     dtype="float32",
     seed=0,
     scorers=(("pickscore", "a4e4367c6dfa", "bicubic 224"), ("oracle", "3f2a", "pixels")),
+    autoencoder="0123456789ab float32",
 )
 OTHER = {
     "prompt_set_sha": "0" * 12,
@@ -46,6 +47,7 @@ OTHER = {
     "dtype": "float16",
     "seed": 1,
     "scorers": (("oracle", "3f2a", "pixels"), ("pickscore", "other", "bicubic 224")),
+    "autoencoder": "0123456789ab float16",
 }
 
 
@@ -75,7 +77,7 @@ def test_sha_is_stable():
     assert len(PROTOCOL.sha) == 12
     canonical = json.dumps(PROTOCOL.to_dict(), sort_keys=True, separators=(",", ":"))
     assert '"eta":1.0' in canonical
-    assert PROTOCOL.sha == "5a4961ef3c97"
+    assert PROTOCOL.sha == "22b684ee663d"
 
 
 def test_dict_round_trip_through_json_and_its_errors():

@@ -16,7 +16,7 @@ from attune.config.schema import ConfigError, Float
 from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.evaluation import scoring
 from attune.evaluation.diagnostics import diagnostics
-from attune.evaluation.protocol import Protocol, hash_prompts, read_scores, scorer_identity
+from attune.evaluation.protocol import Protocol, hash_prompts, read_made_with, read_scores, scorer_identity
 from attune.evaluation.report.render import to_markdown
 from attune.evaluation.summarise import summarise
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
@@ -195,7 +195,8 @@ def generated(tmp_path, monkeypatch):
     for _, _, file in rows:
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / file)
     pd.DataFrame(rows, columns=["prompt", "ordinal", "file"]).to_parquet(folder / "index.parquet")
-    made = Protocol(hash_prompts(prompts), 35, 2, "ddim", 4, 0, 1, 32, "float32", 0, ())
+    made = Protocol(hash_prompts(prompts), 35, 2, "ddim", 4, 0, 1, 32, "float32", 0, (), "v float32")
+    (folder / "made_with.json").write_text('{"torch": "2.13.0"}')
     (folder / "protocol.json").write_text(json.dumps(made.to_dict() | {"scorers": []}))
     blocks = params.shipped()[1]["scorers"]
 
@@ -211,6 +212,10 @@ def test_batches_give_the_scores_of_one_call(generated):
     frame = evaluate(generated("oracle", "pickscore", "aesthetic"))
     stored, protocol = read_scores("reports/tiny/scores/base.parquet")
     assert protocol.scorer_names == ("aesthetic", "oracle", "pickscore")
+    made_with = read_made_with("reports/tiny/scores/base.parquet")
+    assert made_with["generate.torch"] == "2.13.0"
+    assert made_with["evaluate.torch"] == torch.__version__
+    assert made_with["evaluate.device"] == "cpu"
     assert list(stored) == list(frame.columns)
     assert {"oracle.faithfulness", "oracle.appeal"} <= set(stored)
     scorer = pickscore.load(pickscore.Config(path="models/embedded/pickscore"))

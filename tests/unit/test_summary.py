@@ -32,7 +32,7 @@ def test_six_row_table_by_hand():
         }
     )
     method = base.assign(oracle=[2.0, 2, 4, 0, 4, 6])
-    protocol = Protocol("0", 3, 2, "ddim", 1, 0, 1, 8, "float32", 0, (("oracle", "r", "p"),))
+    protocol = Protocol("0", 3, 2, "ddim", 1, 0, 1, 8, "float32", 0, (("oracle", "r", "p"),), "v")
     result = summarise({"base": base, "m": method.sample(frac=1, random_state=0)}, protocol).methods
     assert result["base"] == MethodSummary({"oracle": Location(2.0, 2.0)}, vs_base={})
     assert result["m"].scores["oracle"] == Location(3.0, 2.0)
@@ -62,7 +62,7 @@ def test_summary_is_complete(summary):
 def test_json_holds_everything_and_nothing_that_is_not_there(summary, tables, protocol):
     assert Summary.from_json(summary.to_json()) == summary
     values = json.loads(summary.to_json())
-    assert list(values) == ["protocol", "n_prompts", "base", "scorers", "methods", "pairs"]
+    assert list(values) == ["protocol", "n_prompts", "base", "scorers", "best", "made_with", "methods", "pairs"]
     assert values["n_prompts"] == 40
     assert list(values["methods"]["base"]) == ["scores", "vs_base", "diversity"]
     assert list(values["methods"]["same"]) == ["scores", "vs_base", "trained_on", "gap", "extremes"]

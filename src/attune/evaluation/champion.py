@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from attune.evaluation.protocol import Protocol, assert_comparable, read_scores
-from attune.evaluation.statistics import Comparison, compare_paired, prompt_means
+from attune.evaluation.statistics import Comparison, compare_paired, cross_fitted_choice, prompt_means
 from attune.evaluation.summary import Summary
 from attune.files import digest
 
@@ -33,6 +33,7 @@ class Candidate:
     protocol: Protocol
     adapter: Path  # folder
     scores: Path  # parquet
+    chosen_from: tuple[Path, ...]  # score tables of the runs it is the best of, its own among them
 
     @property
     def tags(self) -> dict[str, str]:
@@ -60,7 +61,8 @@ def find_candidate(reports: Path, models: Path) -> Candidate:
     """
     path = reports / "summary.json"
     summary = Summary.from_json(path.read_text())
-    run = best_run(summary, [name for name in summary.tuned if _is_trained_here(models / name)])
+    runs = [name for name in summary.tuned if _is_trained_here(models / name)]
+    run = best_run(summary, runs)
     if run is None:
         raise NoCandidate(f"no run of the report is better than {summary.base} by {summary.headline} beyond doubt")
     adapter = find_adapter(models / run)
@@ -69,7 +71,8 @@ def find_candidate(reports: Path, models: Path) -> Candidate:
     if protocol != summary.protocol:
         raise ValueError(f"{scores} and {path} are of different protocols: `dvc repro` first")
     difference = summary.methods[run].vs_base[summary.headline].difference
-    return Candidate(run, summary.headline, difference, protocol, adapter, scores)
+    chosen_from = tuple(reports / "scores" / f"{name}.parquet" for name in runs)
+    return Candidate(run, summary.headline, difference, protocol, adapter, scores, chosen_from)
 
 
 def _is_trained_here(folder: Path) -> bool:
@@ -79,9 +82,9 @@ def _is_trained_here(folder: Path) -> bool:
 
 
 def best_run(summary: Summary, runs: Iterable[str]) -> str | None:
-    """The run farthest above the base by the headline scorer, of those whose 95 % interval lies above 0."""
+    """The run farthest above the base by the headline scorer, of those that the report calls better."""
     entries = {name: summary.methods[name].vs_base[summary.headline] for name in runs}
-    better = [name for name, entry in entries.items() if entry.difference_ci95[0] > 0]
+    better = [name for name, entry in entries.items() if entry.evidence == "better"]
     return max(better, key=lambda name: entries[name].difference, default=None)
 
 
@@ -104,6 +107,10 @@ def find_adapter(folder: Path) -> Path:
 def compare_with(candidate: Candidate, champion_scores: Path, *, seed: int) -> Comparison:
     """The candidate against the champion, prompt by prompt, by the headline scorer.
 
+    The candidate is the best of several runs on these very prompts. So what is compared with the champion is, for each
+    half of the prompts, the run that is best on the other half (`statistics.cross_fitted_choice`); where that is the
+    candidate both times, this is the plain comparison.
+
     Args:
         champion_scores: score table of the champion, under the candidate's protocol.
         seed: of the bootstrap.
@@ -111,11 +118,14 @@ def compare_with(candidate: Candidate, champion_scores: Path, *, seed: int) -> C
     Raises:
         ValueError: naming what differs, where the protocols do.
     """
-    ours, _ = read_scores(candidate.scores)
     theirs, protocol = read_scores(champion_scores)
     assert_comparable({"candidate": candidate.protocol, "champion": protocol})
-    policy, base = (_per_prompt(frame, candidate.scorer) for frame in (ours, theirs))
-    return compare_paired(policy, base, seed=seed)
+    runs = np.stack([_per_prompt(read_scores(file)[0], candidate.scorer) for file in candidate.chosen_from])
+    return compare_paired(
+        cross_fitted_choice(runs, by=runs) if runs.shape[1] > 1 else runs[0],
+        _per_prompt(theirs, candidate.scorer),
+        seed=seed,
+    )
 
 
 def _per_prompt(frame: pd.DataFrame, scorer: str) -> np.ndarray:

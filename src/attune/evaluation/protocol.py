@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from attune.config.settings import ScorerConfig
+from attune.config.settings import Model, ScorerConfig
 from attune.files import values_sha, write_atomically
-from attune.hub import identity
+from attune.hub import identity, parse
 
-_METADATA_KEY = b"attune.protocol"
+_METADATA_KEY, _MADE_WITH_KEY = b"attune.protocol", b"attune.made_with"
 KEY_COLUMNS = ("prompt", "ordinal", "file")
 """What identifies an image in a score table; every other column is a score."""
 SCORER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -46,6 +46,7 @@ class Protocol:
     dtype: str
     seed: int
     scorers: tuple[tuple[str, str, str], ...]  # (name, weights, settings), see `scorer_identity`
+    autoencoder: str  # what tells its weights from any others, and its dtype; see `autoencoder_identity`
 
     def __post_init__(self) -> None:
         """Makes equal protocols equal values (5 or 5.0, any order of scorers); refuses impossible ones."""
@@ -90,7 +91,7 @@ class Protocol:
             f"{self.sha}: {self.n_prompts} prompts (set {self.prompt_set_sha[:12]}) x "
             f"{self.images_per_prompt} {images}, {self.sampler} {self.steps} steps, eta {self.eta:g}, "
             f"guidance {self.guidance_scale:g}, "
-            f"{self.resolution} px, {self.dtype}, seed {self.seed}; scorers {scorers}"
+            f"{self.resolution} px, {self.dtype}, autoencoder {self.autoencoder}, seed {self.seed}; scorers {scorers}"
         )
 
 
@@ -110,6 +111,19 @@ def scorer_identity(name: str, config: ScorerConfig) -> tuple[str, str, str]:
     weights = [f"{_plus(field)}{identity(source)}" for field, source in config.locations().items()]
     settings = [f"{key}={value}" for key, value in sorted(config.settings().items())]
     return name, " ".join(weights) or "built-in", " ".join(settings) or "default"
+
+
+def autoencoder_identity(model: Model) -> str:
+    """What decodes the latents: the model's own autoencoder or another one, and the precision it computes in.
+
+    Raises: FileNotFoundError where it is local and not there.
+    """
+    if model.vae is not None:
+        return f"{identity(parse(model.vae))} {model.vae_dtype}"
+    own = parse(model.path)
+    if own.commit is None:  # so that the same autoencoder in another base's folder is the same
+        own = replace(own, place=str(Path(own.place) / "vae"))
+    return f"{identity(own)} {model.vae_dtype}"
 
 
 def _plus(field: str) -> str:
@@ -161,8 +175,13 @@ def check_scores(frame: pd.DataFrame, protocol: Protocol) -> None:
             raise ValueError(f"{bad} of {len(frame)} {column} scores are not finite")
 
 
-def write_scores(path: str | Path, frame: pd.DataFrame, protocol: Protocol) -> None:
+def write_scores(
+    path: str | Path, frame: pd.DataFrame, protocol: Protocol, made_with: Mapping[str, str] | None = None
+) -> None:
     """Stores one method's scores with the protocol they were made under, as parquet, atomically.
+
+    `made_with` (versions, device) is stored beside it. It does not decide whether scores may be compared, because it
+    moves last digits only; but the report says where it differs.
 
     Raises: ValueError as in `check_scores`.
     """
@@ -171,6 +190,7 @@ def write_scores(path: str | Path, frame: pd.DataFrame, protocol: Protocol) -> N
     ordered = frame[[*KEY_COLUMNS, *scores]].astype(dict.fromkeys(scores, "float64"))
     table = pa.Table.from_pandas(ordered, preserve_index=False)
     metadata = {**(table.schema.metadata or {}), _METADATA_KEY: json.dumps(protocol.to_dict()).encode()}
+    metadata[_MADE_WITH_KEY] = json.dumps(dict(made_with or {})).encode()
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), buffer)
     write_atomically(path, buffer.getvalue())
@@ -188,6 +208,11 @@ def read_scores(path: str | Path) -> tuple[pd.DataFrame, Protocol]:
     frame, protocol = table.to_pandas(), Protocol.from_dict(json.loads(stored))
     check_scores(frame, protocol)
     return frame, protocol
+
+
+def read_made_with(path: str | Path) -> dict[str, str]:
+    """What painted and scored the images of a table; {} where that was not recorded."""
+    return json.loads((pq.read_schema(path).metadata or {}).get(_MADE_WITH_KEY, b"{}"))
 
 
 def read_comparable(paths: Mapping[str, str | Path]) -> tuple[dict[str, pd.DataFrame], Protocol]:

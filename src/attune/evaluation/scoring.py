@@ -15,12 +15,14 @@ from tqdm import tqdm
 from attune.evaluation.images import read_images
 from attune.evaluation.protocol import Protocol, write_scores
 from attune.files import write_atomically
+from attune.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from attune.interfaces import Reward
 
+MADE_WITH = "made_with.json"  # beside images: versions and device
 BATCH_SIZE = 32  # images; 1024 px ones take 0.4 GB as float32
 
 
@@ -56,11 +58,21 @@ def evaluate_folder(
         ValueError: scores are missing or not finite.
     """
     frame, features = score_images(folder, scorers)
-    write_scores(reports / "scores" / f"{folder.name}.parquet", frame, protocol)
+    painted = json.loads((folder / MADE_WITH).read_text())
+    made_with = {f"generate.{name}": found for name, found in painted.items()}
+    made_with |= {f"evaluate.{name}": found for name, found in versions_and_device().items()}
+    write_scores(reports / "scores" / f"{folder.name}.parquet", frame, protocol, made_with)
     buffer = io.BytesIO()
     np.save(buffer, features)
     write_atomically(reports / "features" / f"{folder.name}.npy", buffer.getvalue())
     return frame
+
+
+def versions_and_device() -> dict[str, str]:
+    """What computes here: the libraries, and the GPU if there is one."""
+    import torch
+
+    return {**versions(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
 def score_images(folder: Path, scorers: Mapping[str, Callable[[], Reward]]) -> tuple[pd.DataFrame, np.ndarray]:

@@ -29,7 +29,9 @@ class Comparison:
     minimum_detectable_effect: float  # mean difference these prompts find with power 0.8; nan for one prompt
 
 
-def compare_paired(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+def compare_paired(
+    policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES, alpha: float = 0.05
+) -> Comparison:
     """Compares two score vectors prompt by prompt.
 
     Both intervals come from the same resamples of prompts, and every call with one seed and one n draws the
@@ -40,6 +42,8 @@ def compare_paired(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resam
         base: (n,) scores of the same prompts in the same order.
         seed: of the bootstrap.
         resamples: bootstrap resamples.
+        alpha: level at which the minimum detectable effect is to be found. In a family of m tests after Holm it is
+            0.05 / m, what the smallest p-value has to pass.
 
     Raises:
         ValueError: shapes differ, are empty, or a score is not finite.
@@ -58,7 +62,7 @@ def compare_paired(policy: np.ndarray, base: np.ndarray, *, seed: int = 0, resam
         win_rate=float(wins.mean()),
         win_rate_ci95=intervals[1],
         p_value=wilcoxon_p(d),
-        minimum_detectable_effect=minimum_detectable_effect(sd, len(d)),
+        minimum_detectable_effect=minimum_detectable_effect(sd, len(d), alpha=alpha),
     )
 
 
@@ -134,8 +138,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def minimum_detectable_effect(sd: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
     """Smallest true mean difference that n prompts detect with the given power, in the units of `sd`.
 
-    Normal approximation of the paired test: (z_{1 - alpha/2} + z_power) sd / sqrt(n), by default
-    2.80 sd / sqrt(n).
+    Normal approximation: (z_{1 - alpha/2} + z_power) sd / sqrt(n), times sqrt(pi / 3), because of normal differences
+    the signed-rank test needs pi / 3 as many as the t-test (Lehmann 1975, Nonparametrics, section 4.3): by default
+    2.87 sd / sqrt(n).
 
     Args:
         sd: standard deviation of the paired differences.
@@ -143,7 +148,27 @@ def minimum_detectable_effect(sd: float, n: int, *, power: float = 0.8, alpha: f
         power: chance of finding a true effect of that size.
         alpha: two-sided level.
     """
-    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * sd / np.sqrt(n))
+    standard_errors = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    return float(standard_errors * sd * np.sqrt(np.pi / (3 * n)))
+
+
+def cross_fitted_choice(candidates: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """What choosing the best of k candidates gives on prompts that had no part in the choice.
+
+    The candidate with the highest mean of n prompts looks better on them than it is, because chance had a part in the
+    choice. Here every prompt gets the value of the candidate that is best on the other half of the prompts
+    (cross-fitting: Chernozhukov et al. 2018). The halves are the even and the odd rows.
+
+    Args:
+        candidates: (k, n) values to return, of the same n >= 2 prompts.
+        by: (k, n) what the best is chosen by; higher is better.
+
+    Returns:
+        Values (n,), of the two halves' choices.
+    """
+    even = np.arange(candidates.shape[1]) % 2 == 0
+    best_of_odd, best_of_even = (int(by[:, half].mean(axis=1).argmax()) for half in (~even, even))
+    return np.where(even, candidates[best_of_odd], candidates[best_of_even])
 
 
 def standardised_gain(policy: np.ndarray, base: np.ndarray) -> float:

@@ -11,8 +11,17 @@ import numpy as np
 import pandas as pd
 
 from attune.evaluation.protocol import Protocol, check_scores, score_columns
-from attune.evaluation.statistics import compare_paired, holm, prompt_means, standardised_gain
+from attune.evaluation.statistics import (
+    bootstrap_mean_ci,
+    compare_paired,
+    cross_fitted_choice,
+    holm,
+    prompt_means,
+    standardised_gain,
+)
 from attune.evaluation.summary import (
+    ALPHA,
+    Best,
     ComparisonEntry,
     Diagnostics,
     Extreme,
@@ -82,7 +91,26 @@ def summarise(
             diagnostics=diagnostics.get(name, Diagnostics()),
         )
     compared = tuple(PairOfMethods(a, b, entries) for (a, b), entries in pairs.items())
-    return Summary(protocol, base, tuple(scorers), methods, compared)
+    best = _best({name: scores[name][scorers[0]] - scores[base][scorers[0]] for name in tuned}, seed)
+    return Summary(protocol, base, tuple(scorers), methods, compared, best)
+
+
+def _best(differences: Mapping[str, np.ndarray], seed: int) -> Best | None:
+    """The method with the highest mean difference to the base, and what choosing it so gives; None of fewer than two.
+
+    Args:
+        differences: method -> (n,) by the headline scorer.
+    """
+    if len(differences) < 2 or len(next(iter(differences.values()))) < 2:
+        return None
+    table = np.stack(list(differences.values()))
+    choice = cross_fitted_choice(table, by=table)
+    return Best(
+        method=max(differences, key=lambda name: differences[name].mean()),
+        of=len(differences),
+        difference=float(choice.mean()),
+        difference_ci95=bootstrap_mean_ci(choice, seed=seed),
+    )
 
 
 def _check_known(argument: str, names: Mapping[str, Sequence[str]], tables: Mapping[str, pd.DataFrame]) -> None:
@@ -120,8 +148,12 @@ def _locations(scores: Scores) -> dict[str, Location]:
 def _compare_family(
     matches: Mapping[K, tuple[Scores, Scores]], scorers: Sequence[str], seed: int
 ) -> dict[K, dict[str, ComparisonEntry]]:
-    """Each policy against its base, scorer by scorer; p_holm corrects over the scorers of all matches at once."""
-    compared = {key: _compare_scores(policy, base, seed) for key, (policy, base) in matches.items()}
+    """Each policy against its base, scorer by scorer; p_holm corrects over the scorers of all matches at once.
+
+    The minimum detectable effect is what a test finds that has to pass Holm's strictest level.
+    """
+    alpha = ALPHA / max(1, len(matches) * len(scorers))
+    compared = {key: _compare_scores(policy, base, seed, alpha) for key, (policy, base) in matches.items()}
     claims = [(entries, scorer) for entries in compared.values() for scorer in scorers]
     corrected = holm([entries[scorer].p_value for entries, scorer in claims])
     for (entries, scorer), p in zip(claims, corrected, strict=True):
@@ -129,10 +161,10 @@ def _compare_family(
     return compared
 
 
-def _compare_scores(policy: Scores, base: Scores, seed: int) -> dict[str, ComparisonEntry]:
+def _compare_scores(policy: Scores, base: Scores, seed: int, alpha: float) -> dict[str, ComparisonEntry]:
     entries = {}
     for scorer in base:
-        found = compare_paired(policy[scorer], base[scorer], seed=seed)
+        found = compare_paired(policy[scorer], base[scorer], seed=seed, alpha=alpha)
         entries[scorer] = ComparisonEntry(
             win_rate=found.win_rate,
             ci95=found.win_rate_ci95,

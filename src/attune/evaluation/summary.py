@@ -19,6 +19,20 @@ ALPHA = 0.05
 Evidence = Literal["better", "worse", "mixed", "no evidence"]
 
 
+def evidence(p: float, difference_ci95: tuple[float, float], win_rate: float) -> Evidence:
+    """What a comparison allows to say.
+
+    Better or worse needs p < 0.05, an interval of the mean difference that excludes 0, and a win rate on the same
+    side. Significant without the rest is mixed: a few prompts carry the mean, or many small wins the ranks.
+    """
+    low, high = difference_ci95
+    if p >= ALPHA:
+        return "no evidence"
+    if low > 0 and win_rate > 0.5:
+        return "better"
+    return "worse" if high < 0 and win_rate < 0.5 else "mixed"
+
+
 @dataclass(frozen=True)
 class Location:
     """Where the scores of a method lie, over prompts, in the scorer's units."""
@@ -46,18 +60,8 @@ class ComparisonEntry:
 
     @property
     def evidence(self) -> Evidence:
-        """What the comparison allows to say.
-
-        Better or worse needs p_holm < 0.05, an interval of the mean difference that excludes 0, and a win rate on
-        the same side. Significant without the rest is mixed: a few prompts carry the mean, or many small wins the
-        ranks.
-        """
-        (low, high), win_rate = self.difference_ci95, self.win_rate
-        if self.p_holm is None or self.p_holm >= ALPHA:
-            return "no evidence"
-        if low > 0 and win_rate > 0.5:
-            return "better"
-        return "worse" if high < 0 and win_rate < 0.5 else "mixed"
+        """What the comparison allows to say, by the corrected p-value; of a part of a scorer nothing is claimed."""
+        return "no evidence" if self.p_holm is None else evidence(self.p_holm, self.difference_ci95, self.win_rate)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,20 @@ class PairOfMethods:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The method with the highest mean by the headline scorer, and what choosing the best of all gives.
+
+    The method's own difference to the base is of the prompts by which it was chosen. The one here is of prompts that
+    had no part in the choice (`statistics.cross_fitted_choice`).
+    """
+
+    method: str
+    of: int  # methods it was chosen from
+    difference: float
+    difference_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Summary:
     """All methods under one protocol, the base first."""
 
@@ -133,6 +151,8 @@ class Summary:
     scorers: tuple[str, ...]  # in the order of the tables; the first is the headline
     methods: Mapping[str, MethodSummary]
     pairs: tuple[PairOfMethods, ...]
+    best: Best | None = None  # None of fewer than two methods
+    made_with: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # method -> versions and device
 
     @property
     def headline(self) -> str:
@@ -151,6 +171,8 @@ class Summary:
             "n_prompts": self.protocol.n_prompts,
             "base": self.base,
             "scorers": self.scorers,
+            "best": self.best and asdict(self.best),
+            "made_with": self.made_with,
             "methods": {name: _method_to_dict(method) for name, method in self.methods.items()},
             "pairs": [
                 {"method": pair.method, "other": pair.other, "scores": _entries_to_dict(pair.scores)}
@@ -167,6 +189,9 @@ class Summary:
             protocol=Protocol.from_dict(values["protocol"]),
             base=values["base"],
             scorers=tuple(values["scorers"]),
+            best=values["best"]
+            and Best(**values["best"] | {"difference_ci95": tuple(values["best"]["difference_ci95"])}),
+            made_with=values["made_with"],
             methods={name: _method_from_dict(method) for name, method in values["methods"].items()},
             pairs=tuple(
                 PairOfMethods(pair["method"], pair["other"], _entries_from_dict(pair["scores"]))

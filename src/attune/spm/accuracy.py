@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from attune.data.store import PreparedData
-from attune.evaluation.statistics import bootstrap_mean_ci
+from attune.evaluation.statistics import bootstrap_mean_ci, prompt_means
 from attune.spm.model import from_clip
 from attune.spm.objective import SPMObjective
 
@@ -47,7 +49,18 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
                     scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
                 gaps[name] += (scores_0 - scores_1).tolist()
         for name, gap in gaps.items():
-            right = (gap * truth.to_numpy() > 0).astype(float)
-            curves[name]["accuracy"].append(float(right.mean()))
-            curves[name]["ci95"].append([float(x) for x in bootstrap_mean_ci(right, seed=seed)])
+            mean, interval = accuracy(np.array(gap), truth.to_numpy(), data.pairs.prompt.tolist(), seed)
+            curves[name]["accuracy"].append(mean)
+            curves[name]["ci95"].append(list(interval))
     return curves
+
+
+def accuracy(
+    gaps: np.ndarray, truth: np.ndarray, prompts: Sequence[str], seed: int
+) -> tuple[float, tuple[float, float]]:
+    """How often score differences (n,) of pairs have the sign of the true ones, as mean over prompts; its interval.
+
+    Prompts are resampled and not pairs, because the pairs of a prompt share images. Equal scores are wrong.
+    """
+    right, _ = prompt_means(gaps * truth > 0, prompts)
+    return float(right.mean()), bootstrap_mean_ci(right, seed=seed)

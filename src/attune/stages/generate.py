@@ -30,6 +30,7 @@ def generate(plan: GeneratePlan) -> np.ndarray:
 
     from attune.build import load_policy
     from attune.diffusion.generate import generate_images
+    from attune.evaluation.scoring import MADE_WITH, versions_and_device
 
     paths = Paths(plan.profile)
     index = image_index(plan)
@@ -45,6 +46,7 @@ def generate(plan: GeneratePlan) -> np.ndarray:
     index.to_parquet(folder / "index.parquet", index=False)
     protocol = generation_protocol(plan, index.prompt.unique().tolist(), images.shape[1])
     (folder / "protocol.json").write_text(json.dumps(protocol.to_dict(), indent=2) + "\n")
+    (folder / MADE_WITH).write_text(json.dumps(versions_and_device(), indent=2) + "\n")
     return images
 
 
@@ -74,7 +76,7 @@ def image_index(plan: GeneratePlan) -> pd.DataFrame:
 
 def generation_protocol(plan: GeneratePlan, prompts: list[str], resolution: int) -> Protocol:
     """How these images were made; evaluate adds who scored them."""
-    from attune.evaluation.protocol import Protocol, hash_prompts
+    from attune.evaluation.protocol import Protocol, autoencoder_identity, hash_prompts
 
     sampling = plan.generate.sampling
     return Protocol(
@@ -89,6 +91,7 @@ def generation_protocol(plan: GeneratePlan, prompts: list[str], resolution: int)
         dtype=plan.model.dtype,
         seed=plan.seed,
         scorers=(),
+        autoencoder=autoencoder_identity(plan.model),
     )
 
 

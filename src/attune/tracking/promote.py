@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attune.evaluation.champion import Candidate, compare_with
 from attune.evaluation.statistics import Comparison
+from attune.evaluation.summary import evidence
 from attune.tracking import registry
 
 
@@ -48,7 +49,7 @@ def promote(
     champion = registry.get_by_alias(name, registry.CHAMPION, *store)
     found = None if champion is None or anew else _compare(candidate, champion, store, seed)
     version = registry.register(name, candidate.adapter, base, candidate.scores, tags, store)
-    wins = found is None or found.difference_ci95[0] > 0
+    wins = found is None or _is_better(found)
     registry.set_alias(name, registry.CHAMPION if wins else registry.CHALLENGER, version.number, *store)
     return _describe(f"{candidate.run}, version {version.number} of {name},", champion, found, candidate.scorer)
 
@@ -65,6 +66,11 @@ def _compare(candidate: Candidate, champion: registry.Version, store: tuple[str,
         return compare_with(candidate, registry.download_scores(champion, Path(folder), *store), seed=seed)
 
 
+def _is_better(found: Comparison) -> bool:
+    """By the same standard as the report; there is one test here, so nothing is corrected."""
+    return evidence(found.p_value, found.difference_ci95, found.win_rate) == "better"
+
+
 def _describe(who: str, champion: registry.Version | None, found: Comparison | None, scorer: str) -> str:
     """What happened, with the numbers it rests on."""
     if champion is None or found is None:
@@ -73,6 +79,6 @@ def _describe(who: str, champion: registry.Version | None, found: Comparison | N
     low, high = found.difference_ci95
     numbers = f"{scorer} {found.difference:+.4f}, 95 % [{low:+.4f}, {high:+.4f}], n = {found.n_prompts} prompts"
     beaten = f"version {champion.number} ({champion.tags['run']})"
-    if low > 0:
+    if _is_better(found):
         return f"{who} is the champion: it beats {beaten}, {numbers}"
     return f"{who} is registered as challenger: it does not beat {beaten} beyond doubt, {numbers}"

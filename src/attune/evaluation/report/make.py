@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.images import read_images
-from attune.evaluation.protocol import read_comparable
+from attune.evaluation.protocol import read_comparable, read_made_with
 from attune.evaluation.report import figures
 from attune.evaluation.report.document import Picture
 from attune.evaluation.report.render import to_html, to_markdown
@@ -57,6 +58,8 @@ def make_report(
         diagnostics=diagnostics(tables, generated, reports / "features", base),
         seed=seed,
     )
+    made_with = {name: read_made_with(reports / "scores" / f"{name}.parquet") for name in runs}
+    summary = replace(summary, made_with=made_with)
     plots = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
     if summary.tuned:
         plots["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))

@@ -23,7 +23,7 @@ from attune.evaluation.report.tables import (
     parts_table,
     scorer_table,
 )
-from attune.evaluation.report.verdict import verdict
+from attune.evaluation.report.verdict import best_text, differing_versions, verdict
 from attune.evaluation.summary import Summary
 
 TITLE = "attune: methods compared with their base"
@@ -44,9 +44,13 @@ def _blocks(summary: Summary, figures: Sequence[Picture]) -> Iterator[DocumentBl
     methods = summary.methods.values()
     yield Heading("Verdict")
     yield verdict(summary)
+    if summary.best is not None:
+        yield Paragraph(best_text(summary, summary.best))
     yield Heading("Results")
     yield overview(summary)
     yield protocol
+    if differing := differing_versions(summary.made_with):
+        yield Paragraph(differing)
     yield Paragraph(_LEGEND + (_SELECTED if any(method.selected_by for method in methods) else ""))
     yield from figures
     for scorer in summary.scorers:
@@ -77,7 +81,8 @@ _LEGEND = (
     "*** p < 0.001: two-sided Wilcoxon signed-rank over prompts, after Holm correction over all methods and "
     "scorers. (trained) marks a scorer the method optimised; only the others are independent evidence. "
     "Intervals are 95 % paired bootstrap percentiles; win rates count ties half; MDE is the smallest mean "
-    "difference this many prompts detect with power 0.8."
+    "difference that this many prompts detect four times in five, at the level that the correction demands of the "
+    "smallest p-value."
 )
 _SELECTED = (
     " (selected by) marks a scorer that early stopping or a search chose the method by: it is no independent "

@@ -7,16 +7,39 @@ A claim is made only where both the corrected test and the interval of the mean 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from attune.evaluation.report.document import DocumentBlock, Items, Paragraph
 from attune.evaluation.report.tables import decimals, not_held_out, p_text, percent
-from attune.evaluation.summary import Evidence, MethodSummary, Summary
+from attune.evaluation.summary import Best, Evidence, MethodSummary, Summary
 
 
 def verdict(summary: Summary) -> DocumentBlock:
     """One item per method; a paragraph where only the base was scored."""
     items = tuple((name, _sentences(summary, method)) for name, method in summary.tuned.items())
     return Items(items) if items else Paragraph("Only the base has been scored; there is nothing to compare.")
+
+
+def best_text(summary: Summary, best: Best) -> str:
+    """The best method and by how much, by its own prompts and by prompts that had no part in the choice."""
+    digits = decimals(summary, summary.headline)
+    seen, (low, high) = summary.methods[best.method].vs_base[summary.headline].difference, best.difference_ci95
+    return (
+        f"The highest of {best.of} by {summary.headline} is {best.method}, {seen:+.{digits}f}. The best of several "
+        "looks better than it is on the prompts it was chosen by. Chosen by one half of the prompts and judged by the "
+        f"other, and the other way round, the best gains {best.difference:+.{digits}f} (95 % CI {low:+.{digits}f} to "
+        f"{high:+.{digits}f})."
+    )
+
+
+def differing_versions(made_with: Mapping[str, Mapping[str, str]]) -> str:
+    """A warning where methods were not painted and scored by the same versions on the same device; else nothing."""
+    names = sorted({name for found in made_with.values() for name in found})
+    differing = [name for name in names if len({found.get(name) for found in made_with.values()}) > 1]
+    listed = (f"{name} ({', '.join(f'{m}: {v.get(name)}' for m, v in made_with.items())})" for name in differing)
+    if not differing:
+        return ""
+    return f"Not all methods were made with the same {'; '.join(listed)}: the last digits of their scores may differ."
 
 
 def _sentences(summary: Summary, method: MethodSummary) -> str:
