@@ -184,3 +184,15 @@ def test_high_frequency_limits():
 def test_images_out_of_contract_are_refused(image):
     with pytest.raises(ValueError, match="images must"):
         dv.saturation(image)
+
+
+def test_intervals_are_a_little_wider_than_plain_percentiles():
+    """n = 60: sqrt(60 / 59) times the t quantile -2.00100 of 59 degrees is -2.01789, below which lies 0.0218."""
+    assert st._expanded_tail(60) == pytest.approx(0.021802, abs=1e-6)
+    assert st._expanded_tail(1) == 0.025
+    assert st._expanded_tail(10**7) == pytest.approx(0.025, abs=1e-6)
+    values = np.random.default_rng(0).normal(size=60)
+    low, high = st.bootstrap_mean_ci(values)
+    rows = np.random.default_rng(0).integers(60, size=(st.RESAMPLES, 60))
+    means = values[rows].mean(axis=1)
+    assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.1802, 97.8198])), abs=1e-5)

@@ -85,10 +85,13 @@ def prompt_means(scores: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray
 
 
 def bootstrap_mean_ci(values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of values (n,).
+    """95 % bootstrap interval of the mean of values (n,), by expanded percentiles.
 
-    Source: Efron and Tibshirani 1993, ch. 13. Resamples never leave the data's range: n equal values give an
-    interval of no width, so read the interval of a handful of prompts with care.
+    Source: Efron and Tibshirani 1993, ch. 13; the percentiles are those of Hesterberg 2015, "What Teachers Should Know
+    About the Bootstrap", section 5.2: plain ones are too narrow by sqrt((n - 1) / n) and by the difference between the
+    normal and the t distribution, and hold the truth in 93.3 instead of 95 of 100 experiments of 60 prompts.
+    Resamples never leave the data's range: n equal values give an interval of no width, so read the interval of a
+    handful of prompts with care.
 
     Raises: ValueError if there are no values or one is not finite.
     """
@@ -106,8 +109,14 @@ def _percentile_intervals(columns: np.ndarray, seed: int, resamples: int) -> lis
     for start in range(0, resamples, block):
         rows = rng.integers(n, size=(min(block, resamples - start), n))
         means.append(np.stack([column[rows].mean(axis=1) for column in columns.T], axis=1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    tail = 100 * _expanded_tail(n)
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail], axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _expanded_tail(n: int) -> float:
+    """Share of resampled means below the interval, a little less than 0.025; of one value, just that."""
+    return float(stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))) if n > 1 else 0.025
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:

@@ -22,6 +22,15 @@ from attune.stop import stoppable
 if TYPE_CHECKING:  # imports torch, for which stages wait
     from attune.training.checkpoint import Checkpoint
 
+LESS_MEMORY = {
+    "prepare": "sampling.batch_size, or model.resolution",
+    "train_preference": "preference.batch_size, with accumulation as many times higher",
+    "align": "batch_size of the run in methods, with accumulation as many times higher, or set gradient_checkpointing",
+    "generate": "generate.sampling.batch_size",
+    "evaluate": "the number of other programs on this machine, or score with fewer scorers",
+}
+"""What a stage's need of memory depends on."""
+
 P = TypeVar("P", bound=StagePlan)
 
 
@@ -29,7 +38,7 @@ P = TypeVar("P", bound=StagePlan)
 def stage(name: str, plan: StagePlan, settings: Mapping[str, Any], **tags: str) -> Iterator[tracking.Run]:
     """Opens a stage: starts its tracking run, and notes how long it took.
 
-    SIGTERM and Ctrl-C end it with a line; a training saves before that.
+    SIGTERM and Ctrl-C end it with a line; a training saves before that. So does a lack of memory, with what to lower.
 
     Args:
         name: say `align@spo`.
@@ -38,10 +47,22 @@ def stage(name: str, plan: StagePlan, settings: Mapping[str, Any], **tags: str) 
     """
     began = time.monotonic()
     tags = {"profile": plan.profile, **tags}
-    with stoppable(name), tracking.run(name, settings, tags=tags, uri=read(Session, "session").tracking) as run:
-        yield run
+    try:
+        with stoppable(name), tracking.run(name, settings, tags=tags, uri=read(Session, "session").tracking) as run:
+            yield run
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or ["MemoryError"])[0]
+        sys.exit(f"{name}: out of memory ({said}): lower {LESS_MEMORY.get(name.partition('@')[0], 'batch_size')}")
     if is_main_process():
         note_seconds(name, time.monotonic() - began)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was lacking, of the GPU or of the machine; torch has no class of its own for the latter."""
+    texts = ("can't allocate memory", "out of memory", "can't start new thread", "realloc of size")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def checkpoint_of(name: str, plan: StagePlan, inputs: Sequence[Path]) -> AbstractContextManager[Checkpoint]:
