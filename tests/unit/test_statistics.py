@@ -14,7 +14,8 @@ def test_six_prompts_by_hand():
 
     Mean 9 / 6 = 1.5; five of six won. Signed ranks: W- = 6, W+ = 15; of 64 sign patterns those with W <= 6
     number 1 + 1 + 1 + 2 + 2 + 3 + 4 = 14, so p = 28 / 64 = 0.4375. Squared deviations from 1.5 sum to
-    0.25 + 0.25 + 2.25 + 6.25 + 12.25 + 56.25 = 77.5, so sd^2 = 15.5 and MDE = 2.8016 sqrt(15.5 / 6 pi / 3).
+    0.25 + 0.25 + 2.25 + 6.25 + 12.25 + 56.25 = 77.5, so sd^2 = 15.5 and, with t quantiles of 5 degrees of
+    freedom, MDE = (2.5706 + 0.9195) sqrt(15.5 / 6 pi / 3).
     """
     base = np.arange(1.0, 7.0)
     result = st.compare_paired(base + np.array([1, 2, 3, 4, 5, -6]), base)
@@ -22,7 +23,7 @@ def test_six_prompts_by_hand():
     assert result.difference == pytest.approx(1.5)
     assert result.win_rate == pytest.approx(5 / 6)
     assert result.p_value == pytest.approx(0.4375)
-    assert result.minimum_detectable_effect == pytest.approx(2.8016 * np.sqrt(15.5 / 6 * np.pi / 3), rel=1e-4)
+    assert result.minimum_detectable_effect == pytest.approx(3.4901 * np.sqrt(15.5 / 6 * np.pi / 3), rel=1e-4)
     assert result.difference_ci95[0] < 0 < result.difference_ci95[1]
     assert result.win_rate_ci95[0] < 5 / 6 <= result.win_rate_ci95[1] <= 1
 
@@ -116,12 +117,12 @@ def test_holm_worked_example():
 
 
 def test_minimum_detectable_effect_by_hand():
-    """(1.95996 + 0.84162) 0.5 / sqrt(100) sqrt(pi / 3) = 0.140079 * 1.023327 = 0.143347.
+    """t of 99 degrees: (1.98422 + 0.84523) 0.5 / sqrt(100) sqrt(pi / 3) = 0.1414725 * 1.023327 = 0.144773.
 
-    Half of it needs four times the prompts.
+    Of 10^8 prompts, the normal quantiles: (1.95996 + 0.84162) 0.5 / 10^4 sqrt(pi / 3).
     """
-    assert st.minimum_detectable_effect(0.5, 100) == pytest.approx(0.143347, abs=1e-6)
-    assert st.minimum_detectable_effect(0.5, 400) == pytest.approx(0.0716734, abs=1e-6)
+    assert st.minimum_detectable_effect(0.5, 100) == pytest.approx(0.144773, abs=2e-6)
+    assert st.minimum_detectable_effect(0.5, 10**8) == pytest.approx(1.43347e-4, rel=1e-5)
 
 
 def test_standardised_gain_by_hand():

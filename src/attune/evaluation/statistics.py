@@ -147,9 +147,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def minimum_detectable_effect(sd: float, n: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
     """Smallest true mean difference that n prompts detect with the given power, in the units of `sd`.
 
-    Normal approximation: (z_{1 - alpha/2} + z_power) sd / sqrt(n), times sqrt(pi / 3), because of normal differences
-    the signed-rank test needs pi / 3 as many as the t-test (Lehmann 1975, Nonparametrics, section 4.3): by default
-    2.87 sd / sqrt(n).
+    (t_{1 - alpha/2} + t_power) sd / sqrt(n) with quantiles of t with n - 1 degrees of freedom, times sqrt(pi / 3):
+    of normal differences the signed-rank test needs pi / 3 as many as the t-test (Lehmann 1975, Nonparametrics, section
+    4.3). With many prompts that is 2.87 sd / sqrt(n) by default.
 
     Args:
         sd: standard deviation of the paired differences.
@@ -157,7 +157,7 @@ def minimum_detectable_effect(sd: float, n: int, *, power: float = 0.8, alpha: f
         power: chance of finding a true effect of that size.
         alpha: two-sided level.
     """
-    standard_errors = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    standard_errors = stats.t.ppf(1 - alpha / 2, n - 1) + stats.t.ppf(power, n - 1)
     return float(standard_errors * sd * np.sqrt(np.pi / (3 * n)))
 
 
