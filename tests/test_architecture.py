@@ -31,7 +31,7 @@ LAYERS = (
     "interfaces | pretrained",
     "config",
     "hub",
-    "files | paths | distributed",
+    "files | paths | distributed | text",
 )
 # library -> the only places that may import it
 OWNERS = {
