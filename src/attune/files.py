@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 
 def values_sha(values: Any) -> str:
@@ -43,3 +44,8 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sqlite_url(file: Path) -> str:
+    """The address of a SQLite database. SQLAlchemy takes what follows a "?" for options, so such a path is a URI."""
+    return f"sqlite:///file:{quote(str(file))}?uri=true" if "?" in str(file) else f"sqlite:///{file}"
