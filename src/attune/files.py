@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 
 def values_sha(values: Any) -> str:
@@ -47,5 +49,19 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def sqlite_url(file: Path) -> str:
-    """The address of a SQLite database. SQLAlchemy takes what follows a "?" for options, so such a path is a URI."""
-    return f"sqlite:///file:{quote(str(file))}?uri=true" if "?" in str(file) else f"sqlite:///{file}"
+    """The address of a SQLite database, wherever it is."""
+    return f"sqlite:///{_without_signs(file.parent) / file.name}"
+
+
+@cache
+def _without_signs(folder: Path) -> Path:
+    """The folder, or a link to it where its name has signs that mean something in an address.
+
+    Quoting does not help: SQLAlchemy takes the quotes away, but MLflow makes a folder of the quoted name.
+    """
+    if not set("%?#") & set(str(folder)):
+        return folder
+    holder = Path(tempfile.mkdtemp(prefix="attune-"))
+    atexit.register(shutil.rmtree, holder, ignore_errors=True)
+    (holder / "root").symlink_to(folder, target_is_directory=True)
+    return holder / "root"

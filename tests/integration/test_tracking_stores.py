@@ -140,6 +140,7 @@ def test_a_deleted_experiment_keeps_what_is_logged_until_it_is_restored(tmp_path
     """Also one that is deleted while a run goes on. The way back is told once, and nothing is lost."""
     from mlflow import MlflowClient
 
+    stage(tmp_path, "default")
     with tracking.run("align", {}, tags={}, root=tmp_path) as run:
         run.log({"loss": 1.0}, 0)
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -155,7 +156,7 @@ def test_a_deleted_experiment_keeps_what_is_logged_until_it_is_restored(tmp_path
     assert len(left_in(tmp_path)) == 3
     client.restore_experiment(number)
     assert replay(tmp_path).returncode == 0
-    assert len(runs_in(f"sqlite:///{tmp_path}/mlflow.db", "status = 'FINISHED'")) == 3
+    assert len(runs_in(f"sqlite:///{tmp_path}/mlflow.db", "status = 'FINISHED'")) == 4
     assert len(client.get_metric_history(run.run_id, "loss")) == 2
 
 

@@ -16,6 +16,7 @@ def prepare_database(file: Path, root: Path) -> None:
 
     A process that is killed on the way, or a full disk, leaves a draft that the next one removes.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     drafts = f".{file.name}.draft"
     for left in file.parent.glob(f"{glob.escape(drafts)}*"):
         left.unlink()

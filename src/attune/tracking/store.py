@@ -87,7 +87,10 @@ def prepare() -> None:
 
 def absolute(uri: str, root: Path) -> str:
     """A sqlite path counts from the root, as an experiment's cwd is a temporary folder."""
-    return sqlite_url(root / uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else uri
+    if not uri.startswith("sqlite:///"):
+        return uri
+    file, *options = uri.removeprefix("sqlite:///").split("?", 1)
+    return "?".join([sqlite_url(root / file), *options])
 
 
 def connect(uri: str, root: Path) -> Store:
@@ -102,7 +105,7 @@ def connect(uri: str, root: Path) -> Store:
     with FileLock(root / ".mlflow-init.lock", timeout=120):
         place = absolute(uri, root)
         if place.startswith("sqlite:///"):
-            prepare_database(root / uri.removeprefix("sqlite:///"), root)
+            prepare_database(root / uri.removeprefix("sqlite:///").partition("?")[0], root)
         client = MlflowClient(tracking_uri=place)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
