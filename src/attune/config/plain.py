@@ -32,7 +32,7 @@ def check_plain(values: Mapping[Any, Any], path: Path) -> None:
         if fault:
             raise ConfigError(f"{path}:{join('', *(cut(printable(key), 60) for key in keys[:DEPTH]))}: {fault}")
         if isinstance(value, Mapping):
-            todo += [((*keys, str(key)), entry) for key, entry in reversed(value.items())]
+            todo += [((*keys, str(key)), entry) for key, entry in reversed(list(value.items()))]
         elif isinstance(value, list):
             todo += [((*keys, str(i)), entry) for i, entry in reversed(list(enumerate(value)))]
 
