@@ -31,7 +31,7 @@ LAYERS = (
     "interfaces | pretrained",
     "config",
     "hub",
-    "files | paths | distributed | stop | versions",
+    "files | paths | distributed | stop | text | versions",
 )
 # library -> the only places that may import it
 OWNERS = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,28 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out whoever serves the report
+        # mkstemp's 0600 would lock out whoever serves the report
+        os.chmod(temporary, path.stat().st_mode & 0o7777 if path.exists() else 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sqlite_url(file: Path) -> str:
+    """The address of a SQLite database, wherever it is."""
+    return f"sqlite:///{_without_signs(file.parent) / file.name}"
+
+
+@cache
+def _without_signs(folder: Path) -> Path:
+    """The folder, or a link to it where its name has signs that mean something in an address.
+
+    Quoting does not help: SQLAlchemy takes the quotes away, but MLflow makes a folder of the quoted name.
+    """
+    if not set("%?#") & set(str(folder)):
+        return folder
+    holder = Path(tempfile.mkdtemp(prefix="attune-"))
+    atexit.register(shutil.rmtree, holder, ignore_errors=True)
+    (holder / "root").symlink_to(folder, target_is_directory=True)
+    return holder / "root"

@@ -196,6 +196,10 @@ def test_bad_content_is_left_out_and_the_rest_arrives(root, caplog):
         (ValueError("x"), "FAILED"),
         (KeyboardInterrupt(), "KILLED"),
         (SystemExit(143), "KILLED"),
+        (SystemExit(130), "KILLED"),
+        (SystemExit(1), "FAILED"),
+        (SystemExit("data.path is not there"), "FAILED"),
+        (SystemExit(None), "FINISHED"),
         (SystemExit(0), "FINISHED"),
     ],
 )

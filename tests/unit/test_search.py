@@ -281,8 +281,16 @@ def test_important_is_what_makes_for_the_better_trials():
 
 
 def test_the_pictures_are_drawn(searched, tmp_path):
-    names = {file.name for file in figures.draw(*searched, tmp_path)}
-    assert names == {"history.png", "slice.png", "importance.png"} == {file.name for file in tmp_path.iterdir()}
+    """Importances from forty complete trials on: fourteen tell nothing of them."""
+    made, spec = searched
+    names = {file.name for file in figures.draw(made, spec, tmp_path)}
+    assert names == {"history.png", "slice.png"} == {file.name for file in tmp_path.iterdir()}
+    for i in range(26):
+        params = {"beta": 1.0 + i, "lr": 0.5}
+        assert "importance.png" not in names
+        made.add_trial(create_trial(params=params, distributions=dict(spec.space), value=float(i)))
+        names = {file.name for file in figures.draw(made, spec, tmp_path)} if i in (24, 25) else names
+    assert "importance.png" in names
 
 
 def test_of_two_objectives_the_best_is_in_the_middle_of_the_front(tmp_path):

@@ -41,6 +41,17 @@ def load(tmp_path: Path, run: str, **changes: Any) -> Settings:
             r"space\.beta: 0\.0 is not accepted: beta: .*greater",
         ),
         ({"space": {"beta": {"low": 2, "high": 1}}}, r"search\.dpo\.space\.beta: .*low must be less than high"),
+        ({"space": {"beta": {"low": 2, "high": 2}}}, r"search\.dpo\.space\.beta: .*low must be less than high"),
+        (
+            {
+                "space": {
+                    "beta": {"choices": list(range(1, 400))},
+                    "lr": {"choices": [i / 400 for i in range(1, 400)]},
+                },
+                "sampler": "grid",
+            },
+            r"space: a grid of 159,201 points; at most 100,000",
+        ),
         ({"space": {"beta": {"low": 2}}}, r"search\.dpo\.space\.beta: .*either low and high, or choices"),
         ({"space": {"optimizer": {"low": 1, "high": 2}}}, r"space\.optimizer: only a number has a range"),
         ({"space": {"optimizer": {"choices": ["sgd"]}}}, r"space\.optimizer: 'sgd' is not accepted: optimizer"),

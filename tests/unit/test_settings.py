@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def at_the_root(monkeypatch):
 def refusal(folder: Path, params: dict[str, Any], profile: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         load(files.write(folder, params, profile))
-    return str(caught.value)
+    return str(caught.value).removeprefix(f"{folder}/")
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -69,6 +71,21 @@ def test_dvc_and_a_search_change_one_line_of_what_is_shipped(file, tmp_path):
 
 
 WRONG = {
+    "a slip": ("methods.spo.betta", 1, "did you mean beta?"),
+    "unknown key of a dimension": ("search.dpo.space.beta.step", 1, "known keys: low, high, log, choices"),
+    "unknown key of a validation": ("methods.dpo.lora.alpha", 1, "known keys: rank, targets"),
+    "one of two kinds": ("methods.dpo.lora.targets", 3, "'attention' or 'all' or a valid list (given 3)"),
+    "one of many kinds": ("search.dpo.space.beta.choices", [[1]], "a valid number or a valid string (given [1])"),
+    "an integer beyond float64": ("methods.dpo.beta", 10**400, "float32 holds (given a whole number of 1329 bits)"),
+    "a number beyond float32": ("methods.dpo.lr", 1e300, "float32 holds (given 1e+300)"),
+    "more than a machine holds": ("methods.dpo.batch_size", 10**9, "at most 1,000,000 (given 1000000000)"),
+    "more than anybody waits for": ("methods.dpo.batches", 10**10, "at most 1,000,000,000 (given 10000000000)"),
+    "a rank no layer has": ("methods.dpo.lora.rank", 10**12, "less than or equal to 100000 (given 1000000000000)"),
+    "an empty path": ("model.path", "", "an empty path"),
+    "a path no system has": ("model.path", "a" * 300, "File name too long"),
+    "a character that does not show": ("model.path", "a\u202eb", r"U+202E, which does not show (given 'a\u202eb')"),
+    "text without end": ("model.path", "a" * 10**6, "a text of 1,000,000 characters"),
+    "an address with a password": ("scorers.oracle", "http://me:s3cret@host", "given 'http://***@host'"),
     "unknown key": ("model.backbon", "sd", "known keys: backbone, path"),
     "unknown section": ("metods", {}, "known keys: seed, threads"),
     "unknown key of a method": ("methods.spo.betta", 1, "known keys: lr, batches"),
@@ -103,6 +120,8 @@ def test_a_mistake_is_named_with_file_and_key(name, tmp_path):
     message = refusal(tmp_path, params, files.changed(profile, **{key: value}))
     assert message.startswith(f"{WHERE}{key}")
     assert says in message
+    assert len(message) < 600
+    assert "s3cret" not in message
     assert len(message.splitlines()) == 1
 
 
@@ -206,12 +225,67 @@ def test_changing_a_value_changes_its_line_alone(tmp_path, newline):
     assert len(after) == len(before) + 1  # spo's beta is the paper's, so its line is new
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_changing_a_value_keeps_how_the_file_is_written(tmp_path, newline, encoding):
+    """Its encoding, line ends, blank lines and comments, its mode, and that its last line does not end."""
+    text = newline.join(["# a comment", "a:", "  b: 1  # one", "", "", "c: 'ü'"])
+    file = tmp_path / "x.yaml"
+    file.write_bytes(text.encode(encoding))
+    file.chmod(0o600)
+    update_params_file({"a.b": 2}, file)
+    assert file.read_bytes() == text.replace("b: 1", "b: 2").encode(encoding)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_change_that_breaks_off_leaves_the_file(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    text = "a: 1\n" + "# a comment\n" * 2000
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    script = (
+        "import resource, signal, sys; from attune.config.edit import update_params_file;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+        "update_params_file({'a': 2}, sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True)
+    assert "File too large" in done.stderr
+    assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_value_shared_by_an_anchor_is_refused(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("a: &x\n  beta: 1\nb: *x\n")
     with pytest.raises(ConfigError, match="anchor"):
         update_params_file({"a.beta": 2}, file)
     assert file.read_text() == "a: &x\n  beta: 1\nb: *x\n"
+
+
+@pytest.mark.parametrize("run", ["dpo", "base"])
+def test_an_unknown_key_of_a_run_is_named(run, tmp_path):
+    params, profile = files.shipped()
+    message = refusal(tmp_path, files.changed(params, **{f"runs.{run}.form": "x"}), profile)
+    assert message.startswith(f"runs.{run}.form: Extra inputs are not permitted; known keys: method, from, trained_on")
+    assert message.endswith("did you mean from?")
+
+
+@pytest.mark.parametrize("uri", ["foo://me:s3cret@x", "mlruns", "file:///tmp/x", "me:s3cret@host:5000", ""])
+def test_a_store_of_no_known_kind_is_refused(uri, tmp_path):
+    params, profile = files.shipped()
+    message = refusal(tmp_path, {**params, "tracking": uri}, profile)
+    assert message.startswith("tracking: Value error, must be default, null, or begin with one of http://, https://,")
+    assert "s3cret" not in message
+
+
+@pytest.mark.parametrize("local", ["tiny: 3", "tiny: [1]", "short: x"])
+def test_a_local_block_is_a_block(local, tmp_path):
+    folder = files.write(tmp_path, *files.shipped())
+    for name in ("tiny", "short"):
+        (folder / "params" / f"{name}.yaml").write_bytes((ROOT / "params" / f"{name}.yaml").read_bytes())
+    (folder / "params.local.yaml").write_text(local)
+    with pytest.raises(ConfigError, match=r"params\.local\.yaml: (tiny|short): must be a block of settings"):
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["../config", "__init__", "spo.py", ""])

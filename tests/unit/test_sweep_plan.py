@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from attune.config.settings import Sampling
 from attune.paths import Paths
 from attune.search import study, sweep
 from attune.search.plan import SweepPlan
@@ -44,7 +45,13 @@ def test_what_changes_scores_makes_another_study(tmp_path):
     others = [sweep_plan(tmp_path, search) for search in searches] + [
         sweep_plan(tmp_path, **change) for change in changes
     ]
+    sampling = plan_sampling(eta=0.5)
+    others.append(replace(sweep_plan(tmp_path), sampling=sampling))
     assert len({same, *map(name, others)}) == 1 + len(others)
+
+
+def plan_sampling(**changes: Any) -> Sampling:
+    return Sampling(**{"steps": 10, "eta": 0.0, "guidance_scale": 5.0, "batch_size": 8, **changes})
 
 
 def test_a_study_stays_the_same_when_its_result_is_applied(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from functools import reduce
 from io import StringIO
@@ -20,14 +21,15 @@ LONG = 4096  # characters of a line
 def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     """Sets values by dotted key, in one step: a reader sees the old file or the new one.
 
-    Line endings are kept. A key that is not written yet is added to its block, and a block likewise.
+    Line endings, a byte order mark and a missing last line end are kept. A key that is not written yet is added to its
+    block, and a block likewise.
 
     Raises:
         ConfigError: the value is shared with another block by an anchor, and both would change.
     """
     path = Path(path)
     wanted, written = read_yaml(path), StringIO()
-    text = path.read_bytes().decode("utf-8")
+    text, encoding = _decoded(path)
     yaml = like(text)
     values = yaml.load(text)
     for dotted, value in changes.items():
@@ -39,8 +41,19 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
         raise ConfigError(
             f"{path}: {', '.join(changes)}: another block shares these by an anchor; write them out there"
         )
+    changed = written.getvalue().replace("\r\n", "\n")
+    if not text.endswith("\n"):
+        changed = changed.removesuffix("\n")
     newline = "\r\n" if "\r\n" in text else "\n"
-    write_atomically(path, written.getvalue().replace("\r\n", "\n").replace("\n", newline).encode("utf-8"))
+    write_atomically(path, changed.replace("\n", newline).encode(encoding))
+
+
+def _decoded(path: Path) -> tuple[str, str]:
+    """A file's text without its byte order mark, and the encoding that writes it with the mark it has."""
+    data = path.read_bytes()
+    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    encoding = next((name for mark, name in marks if data.startswith(mark)), "utf-8")
+    return data.decode(encoding), encoding
 
 
 def write_yaml(values: Mapping[str, Any], path: Path) -> None:
@@ -53,7 +66,7 @@ def like(text: str) -> YAML:
     for width in (80, LONG):
         yaml, written = round_trip(width), StringIO()
         yaml.dump(yaml.load(text), written)
-        if written.getvalue() == text.replace("\r\n", "\n"):
+        if written.getvalue().removesuffix("\n") == text.replace("\r\n", "\n").removesuffix("\n"):
             return yaml
     return round_trip()
 

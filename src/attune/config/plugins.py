@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from attune.config.schema import ConfigError, StrictModel, check
+from attune.text import shown
 
 KINDS = {"methods": "methods", "rewards": "rewards", "backbones": "backbones", "sources": "data.sources"}
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def module_name(kind: str, name: str) -> str:
 def find(kind: str, name: str | None, where: str) -> None:
     """Raises ConfigError, naming the key `where` and what exists, if there is no such plug-in."""
     if name not in available(kind):
-        raise ConfigError(f"{where}: no {kind} plug-in named {name!r}; there are {', '.join(available(kind))}")
+        raise ConfigError(f"{where}: no {kind} plug-in named {shown(name)}; there are {', '.join(available(kind))}")
 
 
 def load(kind: str, name: str) -> ModuleType:

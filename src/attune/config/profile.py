@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from attune.config.schema import Float, StrictModel
 from attune.config.settings import Location, Model, Sampling
@@ -19,11 +19,15 @@ BASE = "base"
 DATA, PREFERENCE = "data", "preference"
 """What a run may come after, besides another run: the prepared data, the step-aware preference model."""
 
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)]
 """It becomes the name of a folder and of a DVC stage."""
 
-ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=100)]
 """It becomes the name of a column; a dot separates a scorer from a part of its score."""
+
+
+STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+"""Kinds of MLflow's stores. A folder (`file:`) is none: MLflow has given it up."""
 
 
 class Run(StrictModel):
@@ -61,18 +65,26 @@ class Generate(StrictModel):
 class Params(StrictModel):
     """params.yaml."""
 
-    profile: str = Field(pattern=r"^[A-Za-z0-9][\w-]*$", description="file of params/, without .yaml")
+    profile: str = Field(pattern=r"^[A-Za-z0-9][\w-]*$", max_length=100, description="file of params/, without .yaml")
     runs: Mapping[RunName, Run] = Field(min_length=1, description="the models that are made and compared, by name")
     tracking: str | None = Field(
         description="default: mlflow.db in the repository's root, or $MLFLOW_TRACKING_URI; an MLflow URI; null: none"
     )
+
+    @field_validator("tracking")
+    @classmethod
+    def _has_a_known_scheme(cls, tracking: str | None) -> str | None:
+        scheme = (tracking or "").partition("://")[0].partition("+")[0]
+        if tracking in (None, "default") or ("://" in tracking and scheme in STORES):
+            return tracking
+        raise ValueError(f"must be default, null, or begin with one of {', '.join(f'{name}://' for name in STORES)}")
 
 
 class Profile(StrictModel):
     """params/<profile>.yaml: what is decided for one base model. Blocks of plug-ins are checked by their own Config."""
 
     seed: int = Field(ge=0, lt=2**63, description="the one seed; all others follow from it")
-    threads: int = Field(1, ge=1, description="CPU threads; two on busy cores can be far slower than one")
+    threads: int = Field(1, ge=1, le=4096, description="CPU threads; two on busy cores can be far slower than one")
     checkpoint_seconds: Float = Field(
         60, ge=0, description="from one checkpoint of a training to the next; more, where saving takes long"
     )

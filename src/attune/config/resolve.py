@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from attune.config import plugins
+from attune.config.plain import FILE_BYTES, check_plain, yaml_fault
 from attune.config.profile import Generate, Params, Profile, Run
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config as SearchConfig
 from attune.config.settings import MethodConfig, Model, PreferenceConfig, Sampling, ScorerConfig, SourceConfig
+from attune.text import shown
 
 PARAMS, LOCAL, PROFILES = Path("params.yaml"), Path("params.local.yaml"), Path("params")
 
@@ -59,15 +60,27 @@ class Settings:
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML file as plain values. ruamel, not PyYAML: DVC writes `1e-05`, which PyYAML reads as a string."""
+    """A YAML file as plain values. ruamel, not PyYAML: DVC writes `1e-05`, which PyYAML reads as a string.
+
+    Raises:
+        ConfigError: naming the file, and the line or the key; `attune.config.plain` has the rules.
+    """
+    path = Path(path)
     try:
-        values = YAML(typ="safe").load(Path(path))
+        if path.is_file() and path.stat().st_size > FILE_BYTES:
+            raise ConfigError(f"{path} has more than {FILE_BYTES:,} bytes, so it is no parameter file")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no file")
+        values = YAML(typ="safe").load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run from the repository's root") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a constructor of YAML meets in a text that is none
+        raise ConfigError(f"{path} is not valid YAML: {yaml_fault(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping, found {type(values).__name__}")
+    check_plain(values, path)
     return values
 
 
@@ -102,7 +115,8 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
         name: plugins.plugin_config("methods", method_of(name, params.runs), block, f"{where}methods.{name}")
         for name, block in blocks.items()
     }
-    preference = profile.preference and check(PreferenceConfig, profile.preference, f"{where}preference")
+    block = profile.preference
+    preference = None if block is None else check(PreferenceConfig, block, f"{where}preference")
     return Settings(
         profile=params.profile,
         runs=params.runs,
@@ -111,7 +125,7 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
         **{key: getattr(profile, key) for key in ("model", "sampling", "generate")},
         source=source,
         data=data,
-        preference=preference or None,
+        preference=preference,
         methods=methods,
         scorers={name: _scorer(name, block, where) for name, block in profile.scorers.items()},
         search={name: check(SearchConfig, block, f"{where}search.{name}") for name, block in profile.search.items()},
@@ -142,7 +156,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 def _profile_values(root: Path, profile: str) -> dict[str, Any]:
     """What params/<profile>.yaml says, with params.local.yaml over it."""
     file = root / PROFILES / f"{profile}.yaml"
-    if not file.exists():
+    if not file.is_file():
         known = ", ".join(sorted(path.stem for path in (root / PROFILES).glob("*.yaml"))) or "none"
         raise ConfigError(f"profile: there is no {PROFILES / file.name}; there are: {known}")
     values = read_yaml(file)
@@ -154,6 +168,9 @@ def _profile_values(root: Path, profile: str) -> dict[str, Any]:
             f"{LOCAL}: {unknown[0]} is not a profile; this file overrides values of profiles, say "
             f"`{profile}: {{threads: 4}}`, and DVC reads profile and runs from {PARAMS} alone"
         )
+    for name, block in local.items():
+        if not isinstance(block, Mapping | None):
+            raise ConfigError(f"{LOCAL}: {name}: must be a block of settings (given {shown(block)})")
     return merged(values, local.get(profile) or {})
 
 
@@ -167,6 +184,6 @@ def _scorer(name: str, block: Mapping[str, Any], where: str) -> Scorer:
     plugin = block.get("scorer", name)
     if plugin not in plugins.available("rewards"):
         known = ", ".join(plugins.available("rewards"))
-        raise ConfigError(f"{where}scorers.{name}.scorer: no scorer {plugin!r}; there are {known}")
+        raise ConfigError(f"{where}scorers.{name}.scorer: no scorer {shown(plugin)}; there are {known}")
     rest = {key: value for key, value in block.items() if key != "scorer"}
     return Scorer(name, plugin, plugins.plugin_config("rewards", plugin, rest, f"{where}scorers.{name}"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from attune.config.schema import Float, SearchRange, StrictModel
+
+MOST_POINTS = 100_000  # of a grid; each is a training
 
 
 class Config(StrictModel):
@@ -34,7 +37,7 @@ class Config(StrictModel):
         None, ge=1, description="how many in all, over all sessions and hosts; null = a whole grid"
     )
     minutes: Float | None = Field(None, gt=0, description="after which this session starts no trial; null = no limit")
-    workers: int | None = Field(None, ge=1, description="processes on this host; null = one per GPU, or one")
+    workers: int | None = Field(None, ge=1, le=1024, description="processes on this host; null = one per GPU, or one")
     storage: str | None = Field(
         None,
         pattern=r"^(sqlite:///|postgresql\+psycopg://).+",
@@ -78,6 +81,9 @@ class Config(StrictModel):
             raise ValueError("sampler: nsgaii needs two objectives")
         if self.sampler == "grid" and any(dimension.choices is None for dimension in self.space.values()):
             raise ValueError("sampler: a grid needs choices for every key of space")
+        points = prod(len(dimension.choices or [None]) for dimension in self.space.values())
+        if self.sampler == "grid" and points > MOST_POINTS:
+            raise ValueError(f"space: a grid of {points:,} points; at most {MOST_POINTS:,}, so give fewer choices")
         if self.sampler != "grid" and self.trials is None:
             raise ValueError("trials: how many? only a grid ends by itself")
         if self.finalists and not self.fixed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator
@@ -23,8 +24,20 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 def _location(text: str) -> str:
     try:
         parse(text)
-    except ValueError as error:
-        raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
+    except (OSError, ValueError) as error:  # a path that the system refuses is said below
+        if isinstance(error, ValueError):
+            raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
+    return _path(text)
+
+
+def _path(text: str) -> str:
+    """The text, if there may be a file of that name."""
+    if not text.strip() or "\n" in text:
+        raise ValueError("an empty path" if not text.strip() else "a path of two lines")
+    try:
+        Path(text).exists()
+    except OSError as error:  # a part of it is longer than any name of a file
+        raise ValueError(str(error.strerror)) from None
     return text
 
 
@@ -39,7 +52,9 @@ class Model(StrictModel):
     path: Location = Field(description="a pipeline in diffusers' layout: folder, or owner/name@commit")
     variant: str | None = Field(None, description="which of its files, say fp16; null = the plain ones")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
-    resolution: int | None = Field(None, ge=8, description="pixels, square; null = what the model was trained at")
+    resolution: int | None = Field(
+        None, ge=8, le=65_536, description="pixels, square; null = what the model was trained at"
+    )
     vae: Location | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix@commit")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 gives black images with the autoencoder that SDXL comes with"
@@ -58,7 +73,7 @@ class Sampling(StrictModel):
 class Lora(StrictModel):
     """The adapter that is trained; alpha equals rank, so the file needs no metadata to be read right."""
 
-    rank: int = Field(ge=1, description="of the two factors of each weight's change")
+    rank: int = Field(ge=1, le=100_000, description="of the two factors of each weight's change")
     targets: Literal["attention", "all"] | list[str] = Field(
         "attention",
         description="attention: the projections of every attention; all: every Linear and Conv2d but conv_in and "
@@ -226,6 +241,11 @@ class SourceConfig(StrictModel):
     """What every data source decides. Source configs extend it with their own fields."""
 
     score_with: list[str] = Field([], description="scorers whose scores of both images become columns of the pairs")
+
+    @field_validator("path", "test_list", "validation_list", check_fields=False)
+    @classmethod
+    def _may_be_a_path(cls, path: str | None) -> str | None:
+        return None if path is None else _path(path)
 
 
 class PairFilesConfig(SourceConfig):

@@ -19,6 +19,7 @@ from attune.data.rows import SourceError
 from attune.data.splits import check_splits
 from attune.planning.costs import Row, size
 from attune.planning.make import needs, needs_preference_model, wanted_rows
+from attune.text import shown
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -212,7 +213,7 @@ def _changed(method: type[StrictModel], values: dict, key: str, value: object, w
         changed = set_path(values, key, value)
         check(method, changed)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {value!r} is not accepted: {error}") from None
+        raise ConfigError(f"{where}: {shown(value)} is not accepted: {error}") from None
     return changed
 
 

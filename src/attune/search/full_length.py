@@ -85,18 +85,24 @@ def write(
     rows.insert(2, "before", [has_settings(trial, incumbent) for trial in trials])
     rows["difference"] = [compared[n].difference if n in compared else None for n in rows.number]
     for i, bound in enumerate(("ci95_low", "ci95_high")):
-        rows[bound] = [compared[n].difference_ci95[i] if n in compared else None for n in rows.number]
+        rows[bound] = [compared[n].difference_ci95[i] if has_interval(compared, n) else None for n in rows.number]
     rows.to_csv(folder / "finals.csv", index=False)
     if pending(spec, trials) or not (ended := ranked(study, spec)):
         return None
     best = ended[0]
     facts: dict[str, Any] = {"before": incumbent}
     if best.number in compared:
-        low, high = compared[best.number].difference_ci95
-        facts |= {"difference": round(compared[best.number].difference, 6), "ci95": [round(low, 6), round(high, 6)]}
+        facts |= {"difference": round(compared[best.number].difference, 6), "n": compared[best.number].n_prompts}
+    if has_interval(compared, best.number):
+        facts["ci95"] = [round(end, 6) for end in compared[best.number].difference_ci95]
     write_best(best, spec, names, folder, **facts)
     draw_finalists(ended, compared, spec, folder)
     return best
+
+
+def has_interval(compared: Mapping[int, Comparison], number: int) -> bool:
+    """Whether a finalist's difference has an interval: resamples of a single prompt are all the same."""
+    return number in compared and compared[number].n_prompts > 1
 
 
 def compare_with_incumbent(study: optuna.Study, spec: StudySpec, incumbent: dict[str, Any]) -> dict[int, Comparison]:

@@ -23,8 +23,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from attune.files import values_sha
+from attune.files import sqlite_url, values_sha
 from attune.search.space import Distribution
+from attune.search.storage import FAULTS, SCHEMES, fault
 
 LOG = logging.getLogger("attune.search")
 RANDOM_TRIALS = 6  # before tpe and gp use the scores so far: half of a search of twelve
@@ -32,7 +33,6 @@ FULL_TRIALS = 4  # before median stops a trial
 LOCK_SECONDS = 600
 OUTAGE = (StorageInternalError, OperationalError, InterfaceError)  # raised while a database is away
 PAUSES = (1.0, 4.0, 15.0, 40.0)  # s, between the attempts of a call to it
-SCHEMES = ("sqlite:///", "postgresql+psycopg://")
 HEARTBEAT = "heartbeat"  # user attribute of a running trial: time.time() of the last sign of life
 RETRY_OF = "retry_of"  # user attribute of a trial: the number of the one whose worker was killed
 
@@ -72,7 +72,18 @@ def storage_url(storage: str | None, name: str, root: Path) -> str:
     if not storage.startswith(SCHEMES):
         raise SearchError(f"the storage's address must begin with {' or '.join(SCHEMES)}")
     file = storage.removeprefix("sqlite:///")
-    return storage if file == storage else f"sqlite:///{root / file}"
+    return storage if file == storage else sqlite_url(root / file)
+
+
+@contextmanager
+def told(spec: StudySpec) -> Iterator[None]:
+    """Turns an error of the storage into a SearchError, which names it and the way out."""
+    try:
+        yield
+    except FAULTS as error:
+        if (said := fault(spec.storage, error)) is None:
+            raise
+        raise SearchError(said) from None  # the cause may quote an address with a password
 
 
 @contextmanager
@@ -95,7 +106,7 @@ def study_lock(spec: StudySpec) -> Iterator[None]:
 
 def open_study(spec: StudySpec) -> optuna.Study:
     """The study; the first process creates it and enqueues the points of a grid."""
-    with study_lock(spec):  # Optuna's tables, too, can be created by one process only
+    with told(spec), study_lock(spec):  # Optuna's tables, too, can be created by one process only
         study = optuna.create_study(
             study_name=spec.name,
             storage=connect(spec.storage),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -22,10 +23,11 @@ from attune.search.figures import draw
 from attune.search.plan import SweepPlan
 from attune.search.results import write
 from attune.search.space import current_settings, distributions, fixed_settings, grid_points, with_values
-from attune.search.study import SearchError, StudySpec, how_to_reset, open_study, pending, storage_url
-from attune.search.trial import Trial, validation_interval
+from attune.search.study import SearchError, StudySpec, how_to_reset, open_study, pending, storage_url, told
+from attune.search.trial import Trial, count_prompts, validation_interval
 from attune.search.workers import run_workers
 
+LOG = logging.getLogger("attune.search")
 SESSION_ONLY = {"trials", "finalists", "minutes", "workers", "storage"}  # may change between sessions of a study
 STORAGE = "ATTUNE_STORAGE"  # environment variable, before the block's `storage`; may hold a password
 TRACKED_AS = "run"  # attribute of the study: the sweep's tracking run
@@ -55,7 +57,8 @@ def sweep(plan: SweepPlan) -> optuna.Study:
         if full_length.INCUMBENT not in study.user_attrs:
             study.set_user_attr(full_length.INCUMBENT, current_settings(plan.search.space, plan.config))
         objective = Trial(plan, root / ".checkpoints" / "search" / spec.name, tags, tracked.run_id, root)
-        best, rest = _search_and_rerun(spec, objective, partial(_work, deadline=deadline))
+        with told(spec):
+            best, rest = _search_and_rerun(spec, objective, partial(_work, deadline=deadline))
         tracked.summary({f"best/{key}": value for key, value in zip(spec.objectives, best.values, strict=True)})
         for file in sorted(plan.report.iterdir()):
             tracked.artifact(file)
@@ -75,7 +78,7 @@ def _search_and_rerun(spec: StudySpec, objective: Trial, work: Work) -> tuple[Fr
     study, rest = work(spec, objective)
     n = plan.search.finalists
     notes = {"provisional": "the best of short trials; the full-length rerun is not over"} if n else {}
-    best = write(study, spec, names, plan.report, **notes)
+    best = write(study, spec, names, plan.report, **notes, **_fewer_prompts(plan))
     draw(study, spec, plan.report)
     if best is None:
         raise SearchError(f"no trial got to its end: {plan.report / 'trials.csv'}; {rest or how_to_reset(spec)}")
@@ -87,6 +90,17 @@ def _search_and_rerun(spec: StudySpec, objective: Trial, work: Work) -> tuple[Fr
     if winner is None and not rest:
         raise SearchError(f"no finalist got to its end: {plan.report / 'finals.csv'}; {how_to_reset(rerun)}")
     return winner or best, f"the full-length rerun: {rest}" if rest else ""
+
+
+def _fewer_prompts(plan: SweepPlan) -> dict[str, int]:
+    """How many validation prompts there are, if fewer than the search asks for; it is also said in the log."""
+    asked, there = plan.search.prompts, count_prompts(plan)
+    if there is None or there >= asked:
+        return {}
+    LOG.warning(
+        "search.%s.prompts: %d are asked for, and there are %d; all scores rest on these", plan.run, asked, there
+    )
+    return {"prompts_asked": asked, "prompts": there}
 
 
 def _work(spec: StudySpec, objective: Trial, deadline: float) -> tuple[optuna.Study, str]:

@@ -121,6 +121,16 @@ class Trial:
         return found
 
 
+def count_prompts(plan: SweepPlan) -> int | None:
+    """Validation prompts that trials are scored on; None where none are prepared, which a trial then says."""
+    from attune.finetune import validation_prompts
+
+    try:
+        return len(validation_prompts(plan.prepared, plan.search.prompts))
+    except FileNotFoundError:
+        return None
+
+
 def train(
     plan: SweepPlan, config: MethodConfig, run: tracking.Run, folder: Path, on_score: Callable[[int, float], None]
 ) -> None:

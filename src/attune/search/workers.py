@@ -10,6 +10,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from attune.search.storage import fault
 from attune.search.study import (
     HEARTBEAT,
     RETRY_OF,
@@ -34,6 +36,7 @@ from attune.search.study import (
     open_study,
     retry_on_outage,
     study_lock,
+    told,
 )
 from attune.tracking.labels import HOST, is_alive
 
@@ -95,7 +98,8 @@ def run_workers(
     finally:
         bar.close()
         _terminate(workers.values())
-        _reap(spec, study, mark_killed)
+        with told(spec):
+            _reap(spec, study, mark_killed)
 
 
 def _update_bar(bar: tqdm, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
@@ -146,8 +150,11 @@ def work(
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
-        errors.put(f"{type(error).__name__}: {error}")
-        raise
+        said = str(error) if isinstance(error, SearchError) else fault(spec.storage, error)
+        errors.put(said or f"{type(error).__name__}: {error}")
+        if said is None:
+            raise
+        sys.exit(1)  # the message says it all
 
 
 def _exit_with(parent: Any) -> None:

@@ -25,6 +25,7 @@ from attune.planning.checkpoints import saved_trainings
 from attune.planning.local_files import Digests
 from attune.planning.make import make
 from attune.planning.problems import blocks_of_weights, machine, missing_files, problems, too_large
+from attune.text import message
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     if given.show:
         say(costs.as_text(table))
     if found:
-        sys.exit("\n".join(found))
+        sys.exit(message("\n".join(found)))
     if given.show:
         say_saved(settings)
     else:

@@ -21,6 +21,7 @@ import numpy as np
 
 from attune.files import digest
 from attune.tracking import outbox as outboxes
+from attune.tracking import patience
 from attune.tracking import sender as senders
 from attune.tracking import store as stores
 from attune.tracking.labels import Tree, default_tags, flatten, pipeline_run, redact, sanitize_key, table_columns
@@ -29,6 +30,7 @@ __all__ = ["OFF", "Run", "flatten", "mark_killed", "redact", "replay", "run", "s
 
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
 WAKE_POINTS, TAG_CHARS, THUMBNAIL = 200, 5000, (256, 256)
+STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
 P = ParamSpec("P")
 
 
@@ -117,7 +119,7 @@ def _tracked(name: str, params: Tree, tags: Tree, uri: str | None, root: Path | 
         yield tracked
         end = {"status": "FINISHED", "state": "complete"}
     except (KeyboardInterrupt, SystemExit) as stop:
-        end = {"status": "FINISHED" if isinstance(stop, SystemExit) and not stop.code else "KILLED"}
+        end = {"status": _status(stop)}
         raise
     except Exception as error:
         if type(error).__name__ == "TrialPruned":
@@ -125,6 +127,13 @@ def _tracked(name: str, params: Tree, tags: Tree, uri: str | None, root: Path | 
         raise
     finally:
         tracked._end(kind=tags["kind"], **end)
+
+
+def _status(stop: KeyboardInterrupt | SystemExit) -> str:
+    """How a run ends that was told to stop (KILLED), or that ends by itself with an exit code or a message."""
+    if isinstance(stop, KeyboardInterrupt) or stop.code in STOPPED:
+        return "KILLED"
+    return "FAILED" if stop.code else "FINISHED"
 
 
 def _is_on(uri: str | None) -> TypeGuard[str]:
@@ -243,9 +252,9 @@ class Run:
         outbox.append("params", params=table_columns(params))
         if parent:
             outbox.append("parent", parent=parent)
-        self._outbox, self._sender = outbox, senders.Sender(outbox, uri, root)
-        self._sender.start()
-        self._sender.attempted.wait(senders.START_SECONDS)
+        pipeline = parent["id"] if isinstance(parent, Mapping) else str(parent or "")
+        self._outbox, self._sender = outbox, senders.Sender(outbox, uri, root, patience.read(root, uri, pipeline))
+        self._sender.begin()
 
     @_safe
     def _end(self, kind: str, status: str, state: str | None = None) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 
+from attune import text
 from attune.files import values_sha
+from attune.text import cut, printable
 
 HOST = socket.gethostname()
 CODE = (":/src", ":/params.yaml", ":/params", ":/dvc.yaml")  # of git.dirty; every repro changes dvc.lock
 BLOCK = re.compile(r"(profiles\.[^.]+\.)?methods\.[^.]+\.")  # `methods.spo.beta` and a trial's `beta`: one column
-USER = re.compile(r"//\S*@")  # greedy, as a password may contain "@" and "/"
-PASSWORD = re.compile(r"(password=)('[^']*'|[^&\s'\"]*)", re.IGNORECASE)
 Tree = Mapping[str, Any]
 
 
@@ -40,9 +40,9 @@ def default_tags(stage: str, params: Tree) -> dict[str, str]:
 
 
 def redact(error: BaseException) -> str:
-    """An error as a line for the log, with user and password hidden in the addresses that it quotes."""
-    hidden = USER.sub("//***@", f"{type(error).__name__}: {error}")
-    return PASSWORD.sub(r"\1***", hidden)[:300]
+    """An error as one line for the log, with user and password hidden in the addresses that it quotes."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return cut(printable(text.redact(line)), 300)
 
 
 def process() -> dict[str, str]:
@@ -96,9 +96,9 @@ def flatten(params: Tree, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def sanitize_key(text: str) -> str:
-    """The text with all that MLflow does not accept in names of metrics, params and images replaced."""
-    return os.path.normpath(re.sub(r"[^\w\-./ ]", "_", text, flags=re.ASCII)).lstrip("/.")[:250] or "_"
+def sanitize_key(name: str) -> str:
+    """The name with all that MLflow does not accept in names of metrics, params and images replaced."""
+    return os.path.normpath(re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)).lstrip("/.")[:250] or "_"
 
 
 def _dvc_process() -> str | None:

@@ -37,8 +37,8 @@ def _raises_registry_error(ask: Callable[P, R]) -> Callable[P, R]:
 
         try:
             return ask(*args, **options)
-        except MlflowException as error:
-            raise RegistryError(redact(error)) from error
+        except (MlflowException, stores.DeletedError) as error:
+            raise RegistryError(redact(error)) from None  # its cause may quote an address with a password
 
     return asked
 

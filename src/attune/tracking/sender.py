@@ -14,16 +14,18 @@ from attune.tracking import outbox as outboxes
 from attune.tracking import store as stores
 from attune.tracking.labels import redact
 from attune.tracking.outbox import Outbox
-from attune.tracking.store import Pending, Store
+from attune.tracking.patience import Patience
+from attune.tracking.store import DeletedError, Pending, Store
 
 Warn = Callable[[str, str, Exception], None]
 LOG = logging.getLogger("attune.tracking")
 AWAY = "the store is away; the run goes on, and what it logs is kept and sent later"
+KEPT = "the run goes on, and what it logs is kept"
 INCOMPLETE = "the store has not got all of this run; the next run sends the rest, or `make replay`"
 FLUSH_SECONDS = 5.0
 RETRY_SECONDS = (2.0, 30.0)  # first and longest pause before a store that is away is asked again
-START_SECONDS = 10.0  # how long a run waits for its store at its start
-DRAIN_SECONDS = 60.0  # and at its end, without any progress; a single answer may take 10 s
+START_SECONDS = 6.0  # how long a run waits for its store at its start
+DRAIN_SECONDS = 12.0  # and at its end, without any progress; a single answer may take 10 s
 
 
 class Sender(threading.Thread):
@@ -33,7 +35,7 @@ class Sender(threading.Thread):
     next sender.
     """
 
-    def __init__(self, outbox: Outbox, uri: str, root: Path):
+    def __init__(self, outbox: Outbox, uri: str, root: Path, patience: Patience):
         super().__init__(name=f"tracking {outbox.uid}", daemon=True)
         self.outbox, self.uri, self.root = outbox, uri, root
         self.attempted, self._wake, self._ending = threading.Event(), threading.Event(), threading.Event()
@@ -41,6 +43,14 @@ class Sender(threading.Thread):
         self._orphan_sender: threading.Thread | None = None
         self._warned: set[str] = set()
         self._progress, self._pause = time.monotonic(), RETRY_SECONDS[0]
+        self._patience, self._waited = patience, 0.0
+
+    def begin(self) -> None:
+        """Starts, with a few seconds to find the store before the run's work starts."""
+        self.start()
+        began = time.monotonic()
+        self.attempted.wait(min(START_SECONDS, self._patience.left))
+        self._waited = time.monotonic() - began
 
     def run(self) -> None:
         while True:
@@ -71,10 +81,14 @@ class Sender(threading.Thread):
         self._progress = time.monotonic()
         self._ending.set()
         self._wake.set()
-        while (self.is_alive() or self._is_uploading()) and time.monotonic() - self._progress < DRAIN_SECONDS:
+        limit = min(DRAIN_SECONDS, max(0.2, self._patience.left - self._waited))
+        while (self.is_alive() or self._is_uploading()) and time.monotonic() - self._progress < limit:
             self.join(0.2)
         if self.outbox.waits:
+            self._patience.spend(self._waited + time.monotonic() - self._progress)
             self._warn_once("incomplete", INCOMPLETE)
+        elif self._patience.is_known_away:
+            self._patience.forget()
 
     def _attempt(self, ending: bool) -> bool:
         """Sends all records so far; whether that worked. Artifacts that failed are tried again at the end."""
@@ -94,7 +108,7 @@ class Sender(threading.Thread):
                 self._progress = time.monotonic()
         except Exception as error:
             self._store = None
-            self._warn_once("away", "%s: %s", AWAY, redact(error))
+            self._warn_once("away", "%s: %s", KEPT if isinstance(error, DeletedError) else AWAY, redact(error))
             return False
         return True
 
@@ -112,9 +126,10 @@ class Sender(threading.Thread):
         self._warn_once(fault, "%s: %s", what, redact(error))
 
     def _warn_once(self, key: str, text: str, *args: Any) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
+        is_old_news = key in ("away", "incomplete") and self._patience.is_known_away  # an earlier stage has said it
+        if key not in self._warned and not is_old_news:
             LOG.warning(text, *args)
+        self._warned.add(key)
 
 
 def send(store: Store, outbox: Outbox, warn: Warn) -> Iterator[None]:

@@ -7,10 +7,10 @@ a point by key, time, step and value, files are overwritten, and tags, parameter
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sqlite3
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from attune.files import sqlite_url
+from attune.text import redact
 from attune.tracking import outbox as outboxes
+from attune.tracking.database import artifact_location, prepare_database
 from attune.tracking.labels import HOST, is_alive
 
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
@@ -33,7 +36,9 @@ TAGS = KIND | {"mlflow.sharedViewState.attune": json.dumps(VIEW)}
 DEFAULT = "sqlite:///mlflow.db"
 # MLflow's defaults send telemetry, and retry for minutes before a call to a server that is away fails.
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
+ENVIRONMENT |= {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}  # the address of a run, with the password in it
 ENVIRONMENT |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+QUIET = ("mlflow.store.db.utils", "mlflow.store.tracking.sqlalchemy_store", "alembic", "sqlalchemy.pool")
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 ARTIFACT_SECONDS = (10, 600)  # for an artifact: to connect; for an answer, which a server gives once all is stored
 STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed"}  # of a trial
@@ -41,6 +46,10 @@ STATES = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "killed"}  # of 
 
 class Pending(Exception):
     """A record refers to a run that has not reached the store yet."""
+
+
+class DeletedError(RuntimeError):
+    """The experiment has been deleted in the UI; the message says how to restore it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ def prepare() -> None:
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
     from mlflow.store.artifact import http_artifact_repo as over_http
 
+    for name in QUIET:  # each attempt would write dozens of lines, which `redact` has not seen; the sender says it once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # MLflow has one time-out for points and for artifacts of gigabytes, set by the environment. This replaces the
     # function that only the transfer of artifacts calls.
     if not isinstance(over_http.http_request, partial):
@@ -76,31 +87,47 @@ def prepare() -> None:
 
 def absolute(uri: str, root: Path) -> str:
     """A sqlite path counts from the root, as an experiment's cwd is a temporary folder."""
-    return f"sqlite:///{root / uri.removeprefix('sqlite:///')}" if uri.startswith("sqlite:///") else uri
+    if not uri.startswith("sqlite:///"):
+        return uri
+    file, *options = uri.removeprefix("sqlite:///").split("?", 1)
+    return "?".join([sqlite_url(root / file), *options])
 
 
 def connect(uri: str, root: Path) -> Store:
-    """Opens the store, creates what is missing, and ends the runs of dead processes."""
+    """Opens the store, creates what is missing, and ends the runs of dead processes.
+
+    Raises:
+        DeletedError: the experiment has been deleted.
+    """
     from mlflow import MlflowClient
 
     # Under a lock: processes that create the same store at once leave it broken.
     with FileLock(root / ".mlflow-init.lock", timeout=120):
         place = absolute(uri, root)
         if place.startswith("sqlite:///"):
-            with closing(sqlite3.connect(place.removeprefix("sqlite:///"), timeout=20)) as connection:
-                connection.execute("pragma journal_mode=wal")  # four writers: 15 ms a call instead of 60
+            prepare_database(root / uri.removeprefix("sqlite:///").partition("?")[0], root)
         client = MlflowClient(tracking_uri=place)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is None:
             # A server has its own artifact location; for a database MLflow would use the creator's cwd.
-            location = None if place.startswith("http") else str(root / "mlruns")
+            location = None if place.startswith("http") else artifact_location(root / "mlruns")
             store = Store(client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=TAGS), root)
         else:
             store = Store(client, found.experiment_id, root)
+            _check_not_deleted(store)
             for key in [key for key, text in TAGS.items() if found.tags.get(key) != text]:
                 client.set_experiment_tag(store.experiment, key, TAGS[key])
         mark_killed(store)
     return store
+
+
+def _check_not_deleted(store: Store) -> None:
+    if store.client.get_experiment(store.experiment).lifecycle_stage == "deleted":
+        uri = shlex.quote(redact(store.client.tracking_uri))
+        raise DeletedError(
+            f"the experiment {EXPERIMENT} has been deleted; MLFLOW_TRACKING_URI={uri} mlflow experiments restore "
+            f"-x {store.experiment} brings it back, and `make replay` then sends what waits"
+        )
 
 
 def mark_killed(store: Store) -> None:
@@ -185,8 +212,11 @@ def is_refusal(error: Exception) -> bool:
 def is_deleted(store: Store, run_id: str) -> bool:
     """Whether the run has been deleted in the UI: the store then refuses every record of it.
 
-    Raises: MlflowException, where the store has lost the run; the caller then opens it anew.
+    Raises:
+        MlflowException: the store has lost the run; the caller then opens it anew.
+        DeletedError: the whole experiment has been deleted, and may be restored.
     """
+    _check_not_deleted(store)
     return store.client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
