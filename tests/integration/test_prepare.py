@@ -95,7 +95,7 @@ def test_data_that_is_not_there_ends_the_stage_before_a_model_loads(project, mon
     monkeypatch.setattr("attune.build.load_policy", None)
     with pytest.raises(SystemExit, match=r"data\.path: data/raw/none\.csv is not there"):
         project(path="data/raw/none.csv")
-    assert QUARANTINE.read_text() == "source,file,row,prompt,reason\n"
+    assert QUARANTINE.read_text() == "source,file,row,prompt,reason,detail\n"
 
 
 def test_too_few_test_prompts_end_the_stage_with_the_remedy(project):
