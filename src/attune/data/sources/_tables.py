@@ -141,7 +141,7 @@ def _record(
         cells = next(reader)
     except csv.Error as error:
         if reader.line_num > 1 or "unexpected end of data" in str(error):
-            return 1, "a quote is opened here and never closed"
+            return 1, "a quote is opened here, and never closed"
         return 1, _cells(ahead[0][1])
     taken = reader.line_num
     inside = (next(csv.reader([line], quoting=csv.QUOTE_NONE), []) for _, line in islice(ahead, taken - 1))
