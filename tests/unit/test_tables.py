@@ -1,11 +1,15 @@
 """CSV, JSON and JSONL that people write by hand: a line that cannot be read costs itself, and no other."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from attune.config import plugins
+from attune.data.ingest.ingest import clean_prompt
+from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, Pair
 from raw_data import rows_from
 
@@ -146,3 +150,31 @@ def test_an_index_loses_only_what_cannot_be_read(tmp_path):
         ("malformed_row", 2),
         ("pair", "3:0-1"),
     ]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_one_prompt_that_is_not_utf_8_costs_itself(tmp_path, name):
+    prompts = [b"a cat", b"\x92", b"nul \0", b"a dog"]
+    if name != "a.txt":
+        prompts = [b'"' + prompt.replace(b"\0", b"\\u0000") + b'"' for prompt in prompts]
+    (tmp_path / name).write_bytes(b"[" + b", ".join(prompts) + b"]" if name == "a.json" else b"\r".join(prompts))
+    rows = rows_from("prompts", path=str(tmp_path / name))
+    kept = []
+    for row in rows:
+        with suppress(RejectedRow):
+            kept.append(clean_prompt(row.prompt))
+    assert len(rows) == 4
+    assert kept == ["a cat", "nul \0", "a dog"]
+
+
+def test_cells_nested_deeply_are_told(tmp_path):
+    deep = row("a cat").replace('"a cat"', "[" * 900 + '"a cat"' + "]" * 900)
+    good, bad = table(tmp_path, deep, row("a dog"), name="t.jsonl")
+    assert (good, bad) == (["a dog"], {1: "column prompt: expected text, found a list"})
+
+
+def test_the_plan_can_ask_a_table_that_is_none(tmp_path):
+    for text in ("a;b\n1;2\n", "", HEADER):
+        (tmp_path / "t.csv").write_text(text)
+        module = plugins.load("sources", "table")
+        assert module.needs_files(module.Config(path=str(tmp_path / "t.csv"))) == [tmp_path / "t.csv"]

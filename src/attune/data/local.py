@@ -43,6 +43,11 @@ def _check_regular(path: Path, state: os.stat_result) -> None:
         raise RejectedRow("missing_image", f"{path} is {kind}; expected an image file")
 
 
+def is_utf_16(beginning: bytes) -> bool:
+    """Whether a text file that begins so is UTF-16, as spreadsheets save it: half of its bytes are zeros."""
+    return beginning.startswith((b"\xff\xfe", b"\xfe\xff")) or beginning.count(0) > len(beginning) // 4
+
+
 def inside(root: Path, name: Any) -> Path:
     """The path of that name in a folder, whether there is a file or not. Links must not lead out of the folder.
 

@@ -56,8 +56,8 @@ def as_text(value: Any, column: str) -> str | None:
     Raises:
         RejectedRow: `malformed_row`: it is anything else.
     """
-    if isinstance(value, list | tuple) and len(value) == 1:
-        return as_text(value[0], column)
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | bytes):
+        value = value[0]
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -89,8 +89,7 @@ def as_image(value: Any, column: str) -> bytes | None:
     Raises:
         RejectedRow: `malformed_row`: it is anything else.
     """
-    if isinstance(value, Mapping) and "bytes" in value:
-        return as_image(value["bytes"], column)
+    value = value["bytes"] if isinstance(value, Mapping) and "bytes" in value else value
     try:
         if value is None or isinstance(value, bytes | bytearray | memoryview | list):
             return None if value is None else bytes(value)

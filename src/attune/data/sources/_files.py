@@ -110,11 +110,11 @@ def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | Bad
     file = Path(path)
     ending = file.suffix.lower()
     if ending == ".txt":
-        rows: list[Any] | None = [line for line in io.StringIO(read_text(file)) if line.strip()]
+        rows: list[Any] | None = [line for line in io.StringIO(read_text(file), newline=None) if line.strip()]
     elif ending == ".json":
         rows = read_json_list(file)
     elif ending == ".jsonl":
-        rows = [_parsed(line) for line in io.StringIO(read_text(file)) if line.strip()]
+        rows = [_parsed(line) for line in io.StringIO(read_text(file), newline=None) if line.strip()]
     else:
         raise SourceError(f"{path}: a prompt list is a .txt, .json or .jsonl file")
     if rows is None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attune.data.local import read_regular
+from attune.data.local import is_utf_16, read_regular
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import SourceError
 
@@ -74,17 +74,18 @@ def read_json_members(path: Path) -> list[tuple[str, Any]] | None:
 
 
 def read_text(path: Path) -> str:
-    """A text file.
+    """A text file. Bytes that are not UTF-8 become surrogates, so that only the rows that hold them are bad.
 
     Raises:
-        SourceError: it is not there, or not UTF-8.
+        SourceError: it is not there, or UTF-16.
     """
     try:
-        return read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig")
+        data = read_regular(path, MAX_FILE_BYTES)
     except RejectedRow as error:
         raise SourceError(error.detail) from None
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8; save it as UTF-8: {error}") from None
+    if is_utf_16(data[:4096]):
+        raise SourceError(f"{path} is not UTF-8 but perhaps UTF-16; save it as UTF-8")
+    return data.decode("utf-8-sig", errors="surrogateescape")
 
 
 def _parse_file(text: str, path: Path) -> Any:

@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from attune.data.local import is_utf_16
 from attune.data.rows import BadRow, SourceError
 from attune.data.sources._json import parse_json
 
 MAX_LINE_CHARS = 10_000_000
 MAX_RECORD_LINES = 1000  # of a CSV cell with line breaks; one that is longer has lost its closing quote
-UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 Row = tuple[int, "Mapping[str, Any] | BadRow"]
 """Number of the first line of a row, from 1, and its cells by column."""
@@ -53,15 +53,6 @@ def columns_of(path: Path) -> list[str] | None:
         return _header(_lines(file), path)
 
 
-def is_readable(path: Path) -> bool:
-    """Whether `read_rows` can read the file at all."""
-    try:
-        check_is_text(path)
-    except SourceError:
-        return False
-    return True
-
-
 def check_is_text(path: Path) -> None:
     """Raises SourceError for a file that is not there, is empty, or is UTF-16, as spreadsheets save it."""
     if not path.is_file():
@@ -70,7 +61,7 @@ def check_is_text(path: Path) -> None:
         start = file.read(4096)
     if not start.strip(b"\xef\xbb\xbf\r\n\t "):
         raise SourceError(f"{path} is empty; expected a row per line, of a .csv below a header")
-    if start.startswith(UTF_16) or b"\0" in start:
+    if is_utf_16(start):
         raise SourceError(f"{path} is not UTF-8 but perhaps UTF-16; save it as UTF-8")
 
 

@@ -21,7 +21,7 @@ from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
 from attune.data.sources._cells import as_float, as_split, as_text
 from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
-from attune.data.sources._tables import columns_of, is_readable, read_rows
+from attune.data.sources._tables import columns_of, read_rows
 from attune.data.splits import count_rows, hashed_split
 
 HAS_PAIRS = True
@@ -46,13 +46,21 @@ def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quot
 def needs_files(config: Config) -> list[Path]:
     """The table and every image that it names and that is here; of a large table their folders, for speed."""
     path = Path(config.path)
-    rows = (row for _, row in read_rows(path, _is_row) if isinstance(row, Mapping)) if is_readable(path) else ()
-    names = {name for row in rows for name in (row.get("image_0"), row.get("image_1")) if isinstance(name, str)}
+    names = _image_names(path)
     if not are_small(path):
         names = {name.partition("/")[0] for name in names}
     images = (image for name in sorted(names) if isinstance(image := image_in(path.parent, name), Path))
     listed = [] if config.test_list is None else [Path(config.test_list)]
     return [path, *listed, *(image for image in images if image.is_file() or image.is_dir())]
+
+
+def _image_names(path: Path) -> set[str]:
+    try:
+        rows = (row for _, row in read_rows(path, _is_row) if isinstance(row, Mapping))
+        cells = (row.get(column) for row in rows for column in ("image_0", "image_1"))
+        return {name for name in cells if isinstance(name, str)}
+    except SourceError:  # said by `split_sizes` and `read`
+        return set()
 
 
 def split_sizes(config: Config) -> dict[str, int] | None:
