@@ -83,6 +83,10 @@ class Backbone(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
 
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the prompt is longer than the text encoder reads, so that its end is not encoded."""
+        ...
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to scaled latents; a posterior sample if given a generator, else its mode."""
         ...

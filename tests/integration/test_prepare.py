@@ -70,6 +70,7 @@ def test_a_table_becomes_prepared_data(project):
     with QUARANTINE.open(newline="") as file:
         (bad,) = csv.DictReader(file)
     assert (bad["source"], bad["file"], bad["row"], bad["reason"]) == ("table", "t.csv", "5", "undecodable")
+    assert bad["detail"].startswith("expected a whole JPEG, PNG, WEBP, BMP, GIF, TIFF, found b'lost'")
     data = PreparedData.read(PREPARED, "train")
     assert data.latents.shape == (18, 4, 8, 8)
     assert torch.isfinite(data.pair_batch(range(3)).latents_1).all()
@@ -91,11 +92,26 @@ def test_too_many_bad_rows_end_the_stage_with_one_message(project):
     assert not PREPARED.exists()
 
 
+def test_what_needs_no_image_to_be_known_is_told_before_a_model_loads(project, monkeypatch):
+    monkeypatch.setattr("attune.build.load_policy", None)
+    table = pd.read_csv("data/raw/t.csv")
+    table.assign(label_0=["left"] * 3 + [1] * 7).to_csv("data/raw/odd.csv", index=False)
+    with pytest.raises(
+        SystemExit, match=r"3 of 10 rows are bad, .*: no_label 3; see .* row 2: no_label\. label_0: expec"
+    ):
+        project(path="data/raw/odd.csv")
+    table.assign(label_0="left").to_csv("data/raw/odd.csv", index=False)
+    with pytest.raises(SystemExit, match=r"no usable row; there are 0 train pairs, .* in the quarantine 10 no_label"):
+        project(path="data/raw/odd.csv", max_bad_share=1)
+    with QUARANTINE.open(newline="") as file:
+        assert {row["detail"] for row in csv.DictReader(file)} == {"label_0: expected 1, 0 or 0.5 for a tie"}
+
+
 def test_data_that_is_not_there_ends_the_stage_before_a_model_loads(project, monkeypatch):
     monkeypatch.setattr("attune.build.load_policy", None)
     with pytest.raises(SystemExit, match=r"data\.path: data/raw/none\.csv is not there"):
         project(path="data/raw/none.csv")
-    assert QUARANTINE.read_text() == "source,file,row,prompt,reason\n"
+    assert QUARANTINE.read_text() == "source,file,row,prompt,reason,detail\n"
 
 
 def test_too_few_test_prompts_end_the_stage_with_the_remedy(project):

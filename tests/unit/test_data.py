@@ -7,7 +7,7 @@ import torch
 
 from attune.data.arrays import ArrayFile, read_array
 from attune.data.rows import SourceError
-from attune.data.sources._labels import ranked_pairs
+from attune.data.sources._ranks import ranked_pairs
 from attune.data.splits import check_splits, hashed_split, normalize_prompt
 
 # --- arrays -----------------------------------------------------------------------------------------------

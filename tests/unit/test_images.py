@@ -1,5 +1,8 @@
 """Images: which files are read, and what becomes of size, colour, rotation and transparency."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,6 +73,101 @@ def test_other_colours_become_rgb():
 def test_what_is_no_image_has_a_reason(data, reason):
     with pytest.raises(RejectedRow, match=f"^{reason}$"):
         decode(data)
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """The PNG with one more chunk after its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return png[:33] + chunk + png[33:]
+
+
+CHUNKS = {
+    "zTXt": (b"zTXt", b"key\0\0" + zlib.compress(bytes(5_000_000))),
+    "iTXt": (b"iTXt", b"key\0\1\0\0\0" + zlib.compress(b"x" * 1_600_000)),
+    "iCCP": (b"iCCP", b"icc\0\0" + zlib.compress(bytes(1_500_000))),
+    "cut": (b"pHYs", b"cut"),
+}
+
+
+@pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
+def test_texts_and_profiles_of_any_size_do_not_matter(chunk):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotation is kept all the same
+    png = with_chunk(encoded(pixels(0, 20, 12), "PNG", exif=exif), *chunk)
+    assert np.array_equal(np.asarray(decode(png + b"after its end")), np.rot90(pixels(0, 20, 12), -1))
+    with pytest.raises(RejectedRow, match="too_large"):
+        decode(with_chunk(bomb(), *chunk))
+
+
+def tiff(values: np.ndarray, bits: int = 0, photometric: int = 1, kind: int = 1) -> bytes:
+    """A grey TIFF of one row, written by hand: Pillow writes neither 12 bits nor white as zero.
+
+    Args:
+        values: (1, width) numbers, or the packed bytes of them where `bits` says how many a number has.
+        bits: of a number; 0 = those of the dtype.
+        photometric: 1 = black is zero, 0 = white is.
+        kind: tag SampleFormat, 1 = unsigned, 2 = signed, 3 = float.
+    """
+    width = values.size * 8 // bits if bits else values.size
+    tags = {256: width, 257: 1, 258: bits or 8 * values.itemsize, 259: 1, 262: photometric}
+    tags |= {273: 0, 277: 1, 278: 1, 279: values.nbytes, 339: kind}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4  # where the strip begins
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + values.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [
+        (tiff(np.array([0, 32768, 65535], np.uint16)), [0, 127, 255]),
+        (tiff(np.array([0, 32768, 65535], np.uint16), photometric=0), [255, 128, 0]),
+        (tiff(np.array([0, 16384, 32767], np.int16), kind=2), [0, 127, 255]),
+        (tiff(np.array([0, 2**31, 2**32 - 1], np.uint32)), [0, 127, 255]),
+        (tiff(np.array([0, 2**30, 2**31 - 1], np.int32), kind=2), [0, 127, 255]),
+        (tiff(np.array([0, 0.5, 1], np.float32), kind=3), [0, 127, 255]),
+        (tiff(np.array([0x80, 0x0F, 0xFF], np.uint8), bits=12), [127, 255]),
+    ],
+    ids=["16", "white is zero", "signed 16", "32", "signed 32", "float", "12"],
+)
+def test_numbers_of_any_range_become_their_grey(data, levels):
+    image = np.asarray(decode(data))
+    assert image[0].tolist() == [[level] * 3 for level in levels]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([0, 1, 255], np.int32), 2),
+        (np.array([-5, 100, 30_000], np.int16), 2),
+        (np.array([0, 0.5, 255], np.float32), 3),
+        (np.array([0, 0.5, np.nan], np.float32), 3),
+        (np.array([-0.5, 0.5, 1], np.float32), 3),
+    ],
+    ids=["8 bits in 32", "negative", "to 255", "nan", "below 0"],
+)
+def test_numbers_whose_black_and_white_are_not_known_are_told(values, kind):
+    with pytest.raises(RejectedRow, match="pixel_range") as rejected:
+        decode(tiff(values, kind=kind))
+    assert "expected " in rejected.value.detail
+
+
+def test_a_very_long_image_is_told():
+    reader = ImageReader(min_side=1)
+    for size in ((1, 10_000), (10_000, 1), (101, 1)):
+        with pytest.raises(RejectedRow, match="too_narrow") as rejected:
+            reader.read(encoded(pixels(0, *size)), lambda digest: True)
+        assert rejected.value.detail.startswith(f"{size[0]} x {size[1]} pixels; at most 100 to 1")
+    assert reader.read(encoded(pixels(0, 100, 1)), lambda digest: True).size == (100, 1)
+
+
+def test_a_long_image_is_cropped_before_it_is_enlarged(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *how: sizes.append(size) or resize(self, size, *how))
+    long = np.zeros((3, 300, 3), np.uint8)
+    long[:, 149:152] = 255
+    square = resize_center_crop(Image.fromarray(long), 100)
+    assert (square[40:60, 40:60] == 255).all()
+    assert sizes == [(400, 100)]  # and not 10,000 pixels wide
 
 
 def test_a_square_keeps_the_centre_and_stretches_nothing():

@@ -32,7 +32,7 @@ def test_no_cell_is_a_formula(text):
 def test_quarantine_survives_any_text(tmp_path):
     prompt = 'a, "quoted"\nprompt \udc80 \0 <b>'
     with Quarantine(tmp_path / "q.csv", "table") as quarantine:
-        quarantine.add("no_label", "=cmd.csv", 3, prompt)
+        quarantine.add("no_label", "=cmd.csv", 3, prompt, "=expected")
         quarantine.add("empty_prompt", "f", "7:0-1", None)
         assert len(rows_of(tmp_path / "q.csv")) == 2  # on disk at once: a run that dies leaves them
     first, second = rows_of(tmp_path / "q.csv")
@@ -42,6 +42,7 @@ def test_quarantine_survives_any_text(tmp_path):
         "row": "3",
         "prompt": 'a, "quoted"\nprompt \\udc80  <b>',
         "reason": "no_label",
+        "detail": "'=expected",
     }
     assert second["row"] == "7:0-1"
     assert second["prompt"] == ""
@@ -50,7 +51,7 @@ def test_quarantine_survives_any_text(tmp_path):
 def test_an_empty_quarantine_is_a_header(tmp_path):
     with Quarantine(tmp_path / "q.csv", "world"):
         pass
-    assert (tmp_path / "q.csv").read_text() == "source,file,row,prompt,reason\n"
+    assert (tmp_path / "q.csv").read_text() == "source,file,row,prompt,reason,detail\n"
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -277,7 +278,8 @@ def test_rows_are_counted_as_they_will_be_written(write):
     counts, _ = write(rows, quota=Quota(limits))
     counted = count_rows([*rows, BadRow("malformed_row"), Prompt(" ", "test")], Quota(limits))
     assert counted == {name: counts[name] for name in counted}
-    assert set(counted) == {f"{kind}/{split}" for kind in ("prompts", "pairs") for split in SPLITS}
+    kinds = {f"{kind}/{split}" for kind in ("prompts", "pairs") for split in SPLITS}
+    assert set(counted) == kinds | {"choices/train"}
 
 
 def test_scorers_see_the_image_at_its_own_size(write, tmp_path):

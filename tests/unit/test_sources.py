@@ -51,9 +51,10 @@ def test_hpdv2(hpdv2):
     cat, dog, lost, out, short, nonsense = rows[4:]
     assert (cat.label_0, cat.image_1) == (0.0, hpdv2 / "train/001.jpg")
     assert (dog.label_0, dog.image_0) == (1.0, hpdv2 / "train/002.jpg")
-    assert (lost.image_1, out.image_0) == (None, None)
-    assert short == BadRow("malformed_row", "train.json", 4, "short")
-    assert nonsense == BadRow("malformed_row", "train.json", 5)
+    assert lost.image_1 == hpdv2 / "train/999.jpg"  # not there, which is said when it is read
+    assert (out.image_0.reason, out.image_0.detail[:25]) == ("missing_image", "'../secret.jpg' leads out")
+    assert (short.reason, short.file, short.row, short.prompt) == ("malformed_row", "train.json", 4, "short")
+    assert (nonsense.reason, nonsense.row, nonsense.detail[:25]) == ("malformed_row", 5, "expected a list of images")
 
 
 def test_hpdv2_without_a_test_file_takes_test_prompts_from_train(hpdv2):
@@ -112,11 +113,12 @@ def test_imagerewarddb_with_holes(tmp_path):
     (folder / "images/validation/validation_1.zip").write_bytes(b"PK no zip")
     rows = rows_from("imagerewarddb", path=str(folder))
     assert [row for row in rows if isinstance(row, BadRow)] == [
-        BadRow("no_label", "metadata-train.parquet", 1, "train a")
+        BadRow("no_label", "metadata-train.parquet", 1, "train a", "column rank: expected a number")
     ]
     (train,) = (row for row in rows if isinstance(row, Pair) and row.split == "train")
-    assert train.image_1 is None
-    assert not any(row.image_0.exists() for row in rows if isinstance(row, Pair) and row.split == "validation")
+    assert train.image_1.reason == "missing_image"
+    (lost,) = {row.image_0 for row in rows if isinstance(row, Pair) and row.split == "validation"}
+    assert (lost.reason, "validation_1.zip: File is not a zip" in lost.detail) == ("missing_image", True)
     table.drop(columns="rank").to_parquet(folder / "metadata-train.parquet")
     with pytest.raises(SourceError, match=r"metadata-train\.parquet: column 'rank' is missing"):
         rows_from("imagerewarddb", path=str(folder))
@@ -141,7 +143,10 @@ def test_a_folder_of_pairs(chosen_and_rejected):
     assert (first.prompt, first.image_0.name, first.image_1.name) == ("a cat", "0.png", "0.webp")
     assert (first.label_0, first.label_1, first.row, first.split) == (1.0, 0.0, "sub/0", "train")
     assert second.prompt == "a dog"
-    assert (third.prompt, third.image_1) == (None, None)
+    assert (third.reason, third.row) == ("empty_prompt", "sub/2")
+    assert third.detail == (
+        "expected a prompt in captions.json or captions.jsonl or metadata.jsonl or metadata.csv, or in chosen/sub/2.txt"
+    )
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
@@ -151,7 +156,10 @@ def test_a_folder_with_captions(chosen_and_rejected, kind):
     text = json.dumps(captions) if kind == "json" else "\n".join([*lines, "broken", ""])
     (chosen_and_rejected / f"captions.{kind}").write_text(text)
     rows = rows_from("folder", path=str(chosen_and_rejected))
-    assert [row.prompt for row in rows] == ["a cat", "a dog", None]
+    assert [row.prompt for row in rows[:3]] == ["a cat", "a dog", None]
+    assert [(row.reason, row.file, row.row) for row in rows[3:]] == (
+        [("malformed_row", "captions.jsonl", 3)] if kind == "jsonl" else []
+    )
 
 
 def test_a_folder_without_one_side(tmp_path):
@@ -166,7 +174,7 @@ def test_tables(tmp_path):
         {"prompt": 'a "red", dog', "image_0": "a.png", "image_1": "c.png", "label_0": 0.5, "split": ""},
         {"prompt": "out", "image_0": "../a.png", "image_1": "/etc/passwd", "label_0": 0, "split": "train"},
         {"prompt": "lost", "image_0": "", "image_1": "c.png", "label_0": "left", "split": "train"},
-        {"prompt": "odd", "image_0": "a.png", "image_1": "c.png", "label_0": 0, "split": "dev"},
+        {"prompt": "odd", "image_0": "a.png", "image_1": "c.png", "label_0": 0, "split": "held out"},
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n[1]\n{\n")
@@ -176,9 +184,10 @@ def test_tables(tmp_path):
         assert (cat.split, cat.label_0, cat.label_1) == ("test", 1.0, 0.0)
         assert cat.image_1 == tmp_path / "sub/b.png"
         assert (dog.prompt, dog.label_0, dog.split) == ('a "red", dog', 0.5, hashed_split(dog.prompt, 0.05, 0.05))
-        assert (out.image_0, out.image_1) == (None, None)
-        assert (lost.image_0, lost.label_0, lost.label_1) == (None, None, None)
+        assert [image.reason for image in (out.image_0, out.image_1, lost.image_0)] == ["missing_image"] * 3
+        assert (lost.label_0, lost.label_1) == (None, None)
         assert (odd.reason, odd.prompt) == ("malformed_row", "odd")
+        assert odd.detail == "column split: expected train, validation (val, dev) or test, found text 'held out'"
         assert [row.row for row in read[5:]] == last
 
 
@@ -188,12 +197,16 @@ def test_tables(tmp_path):
         ("t.csv", "prompt,image_0\na,b\n", "column 'image_1' is missing; there are prompt, image_0"),
         ("t.txt", "", "neither a .csv nor a .jsonl"),
         ("none.csv", None, "is not there"),
-        ("t.csv", f"prompt,image_0,image_1,label_0\na,b,c,{'x' * 200_000}\n", "after line 1: field larger than"),
+        ("t.csv", "", "t.csv is empty; expected a row per line"),
+        ("t.jsonl", "\n\n", "t.jsonl is empty; expected a row per line"),
+        ("t.csv", "prompt,image_0,image_1,label_0\n", "has a header and no row below it"),
+        ("t.csv", "prompt;image_0;image_1;label_0\n", "separated by semicolons; expected commas"),
+        ("t.csv", "prompt,image_0\n".encode("utf-16"), "is not UTF-8 but perhaps UTF-16; save it as UTF-8"),
     ],
 )
 def test_a_table_that_is_none(tmp_path, name, text, says):
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SourceError, match=re.escape(says)):
         rows_from("table", path=str(tmp_path / name))
 
@@ -219,10 +232,11 @@ def test_prompt_lists_of_their_own(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(["held out", 3, {"text": "x"}]))
     paths = {"path": str(tmp_path / "all.txt"), "test_list": str(tmp_path / "test.json")}
     rows = rows_from("prompts", **paths, validation_share=0.4)
+    expected = "expected a prompt, or an object with `prompt` or `caption`, found"
     assert rows[:3] == [
         Prompt("held out", "test", "test.json", 0),
-        BadRow("malformed_row", "test.json", 1),
-        BadRow("malformed_row", "test.json", 2),
+        BadRow("malformed_row", "test.json", 1, detail=f"{expected} a number, 3"),
+        BadRow("malformed_row", "test.json", 2, detail=f"{expected} an object with text"),
     ]
     assert [row.split for row in rows[3:]] == [hashed_split(p, 0.4, 0) for p in prompts]
     assert {row.split for row in rows[3:]} == {"train", "validation"}
@@ -257,19 +271,23 @@ def test_too_many_pair_prompts_name_the_key():
 
 def counted(**sizes) -> dict[str, int]:
     zero = {f"{kind}/{split}": 0 for kind in ("prompts", "pairs") for split in ("train", "validation", "test")}
+    zero["choices/train"] = sizes.get("pairs_train", 0)
     return zero | {name.replace("_", "/"): n for name, n in sizes.items()}
 
 
 def test_a_table_is_known_with_its_images(tmp_path, monkeypatch):
     rows = ["prompt,image_0,image_1,label_0,split", "a cat,a.png,sub/b.png,1,train", "a dog,a.png,../c.png,0,test"]
     path = tmp_path / "t.csv"
-    path.write_text("\n".join([*rows, "A Cat,a.png,d.png,1,train"]))
+    path.write_text("\n".join([*rows, "A Cat,a.png,d.png,1,train", "lost,a.png,lost.png,1,test"]))
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png", "d.png", "c.png"):
+        (tmp_path / name).write_bytes(image(0))
     files, sizes, prompts = asked("table", path=str(path))
-    assert files == [path, *(tmp_path / name for name in ("a.png", "d.png", "sub/b.png"))]
-    assert sizes == counted(prompts_train=2, prompts_test=1, pairs_train=2, pairs_test=1)
-    assert prompts == ["a cat", "a dog", "A Cat"]
+    assert files == [path, *(tmp_path / name for name in ("a.png", "d.png", "sub/b.png"))]  # a lost one stops no plan
+    assert sizes == counted(prompts_train=2, prompts_test=2, pairs_train=2, pairs_test=2)
+    assert prompts == ["a cat", "a dog", "A Cat", "lost"]
     assert asked("table", path=str(path), pairs=1)[1] == counted(
-        prompts_train=1, prompts_test=1, pairs_train=1, pairs_test=1
+        prompts_train=1, prompts_test=2, pairs_train=1, pairs_test=2
     )
     monkeypatch.setattr("attune.data.sources._files.SMALL_BYTES", 10)  # a table of gigabytes
     folders = [path, *(tmp_path / name for name in ("a.png", "d.png", "sub"))]

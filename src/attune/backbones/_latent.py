@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
 
+MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -96,6 +97,13 @@ def load_text(
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Token ids (B, L), padded to the encoder's full length as the tokenizer's own configuration says."""
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
+    """Whether a prompt has more tokens than the encoder reads; `tokenise` cuts off the rest."""
+    beginning = " ".join(prompt.split())[: tokenizer.model_max_length * MAX_TOKEN_CHARS]
+    ids = tokenizer(beginning, truncation=False, verbose=False).input_ids
+    return len(ids) > tokenizer.model_max_length
 
 
 def load_schedule(model: Model) -> tuple[Tensor, str]:

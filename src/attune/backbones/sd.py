@@ -51,6 +51,9 @@ class StableDiffusion:
         ids = _latent.tokenise(self.tokenizer, prompts, self.device)
         return Conditioning({"prompt_embeds": self.text_encoder(ids).last_hidden_state})
 
+    def is_cut(self, prompt: str) -> bool:
+        return _latent.is_cut(self.tokenizer, prompt)
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return _latent.encode(self.vae, images, generator)
 

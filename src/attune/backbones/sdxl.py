@@ -66,6 +66,9 @@ class StableDiffusionXL:
             tensors = {name: value.masked_fill(_column(empty, value), 0) for name, value in tensors.items()}
         return Conditioning(tensors)
 
+    def is_cut(self, prompt: str) -> bool:
+        return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
+
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return _latent.encode(self.vae, images, generator)
 

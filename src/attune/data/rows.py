@@ -13,8 +13,8 @@ from attune.config.settings import SourceConfig
 if TYPE_CHECKING:
     import numpy as np
 
-ImageRef: TypeAlias = "bytes | Path | np.ndarray | None"
-"""An encoded image, the file of one, pixels as uint8 (H, W, 3), or None where the source has lost the image."""
+ImageRef: TypeAlias = "bytes | Path | np.ndarray | BadImage | None"
+"""An encoded image, the file of one, pixels as uint8 (H, W, 3), why there is none, or None where it is not there."""
 
 ImageGenerator: TypeAlias = "Callable[[Sequence[str], Sequence[int], str], np.ndarray]"
 """(prompts, ordinals, name of the progress bar) -> images of the base model, uint8 (n, H, W, 3)."""
@@ -22,6 +22,14 @@ ImageGenerator: TypeAlias = "Callable[[Sequence[str], Sequence[int], str], np.nd
 
 class SourceError(ValueError):
     """The data is not there or not what the source reads; the message names the key, the file or the column."""
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that the source could not get, the reason in a word, and what was expected."""
+
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row from which not even a prompt or a pair could be read, and the reason in a word."""
+    """A row from which not even a prompt or a pair could be read, and the reason in a word.
+
+    `detail` names the column and says what was expected of it.
+    """
 
     reason: str
     file: str = ""
     row: int | str = 0
     prompt: str | None = None
+    detail: str = ""
 
 
 Row: TypeAlias = Prompt | Pair | BadRow

@@ -29,6 +29,10 @@ REMEDIES = {
         "the runs that learn from pairs",
         "choose a data.source that has pairs, or lower data.validation_share and data.test_share",
     ),
+    "choices/train": (
+        "the runs that learn from a chosen and a rejected image",
+        "a tie has neither, so bring pairs with a choice, or set ai_feedback of the run",
+    ),
     "pairs/validation": ("the preference model's accuracy", "raise data.validation_share"),
     "pairs/test": ("the test split", "raise data.test_share"),
 }
@@ -67,6 +71,8 @@ class PromptSplits:
 def count_rows(rows: Iterable[Row], quota: Quota) -> dict[str, int]:
     """`prompts/<split>` and `pairs/<split>` if every row is good, so at most what `prepare` will write.
 
+    `choices/train` counts the training pairs that are no ties.
+
     No image is opened: cheap for rows that name their images by file.
     """
     splits, prompts, pairs = PromptSplits(), set(), []
@@ -78,12 +84,15 @@ def count_rows(rows: Iterable[Row], quota: Quota) -> dict[str, int]:
             if not quota.wants_more(row.split):
                 continue
             quota.taken[row.split] += 1
-            pairs.append((prompt, row.split))
+            pairs.append((prompt, row.split, row.label_0))
         splits.add(prompt, row.split)
         prompts.add((prompt, row.split))
     found = Counter(f"prompts/{split}" for prompt, split in prompts if not splits.leaks(prompt, split))
-    found.update(f"pairs/{split}" for prompt, split in pairs if not splits.leaks(prompt, split))
-    return {f"{kind}/{split}": found[f"{kind}/{split}"] for kind in ("prompts", "pairs") for split in SPLITS}
+    kept = [(split, label_0) for prompt, split, label_0 in pairs if not splits.leaks(prompt, split)]
+    found.update(f"pairs/{split}" for split, _ in kept)
+    found.update(f"choices/{split}" for split, label_0 in kept if label_0 != 0.5)
+    names = [f"{kind}/{split}" for kind in ("prompts", "pairs") for split in SPLITS]
+    return {name: found[name] for name in [*names, "choices/train"]}
 
 
 def check_splits(counts: Mapping[str, float], wanted: Mapping[str, int]) -> None:
@@ -101,7 +110,7 @@ def check_splits(counts: Mapping[str, float], wanted: Mapping[str, int]) -> None
         asked_by, remedy = REMEDIES[name]
         if counts.get(name, needed) < needed:
             kind, _, split = name.partition("/")
-            have = f"{counts[name]} {split} {kind}"
+            have = f"{counts[name]} {split} {'pairs that are no ties' if kind == 'choices' else kind}"
             short.append(f"data: {have}, but {needed} are needed by {asked_by}: {remedy}")
     if short:
         raise SourceError("; ".join(short))

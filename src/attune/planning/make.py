@@ -170,7 +170,7 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
 
 
 def wanted_rows(settings: Settings) -> dict[str, int]:
-    """`prompts/<split>` and `pairs/<split>` -> the fewest that what is asked for needs, as `prepare` counts them."""
+    """`prompts/<split>`, `pairs/<split>`, `choices/train` -> the fewest that are needed, as `prepare` counts them."""
     trained = {name: run.method for name, run in settings.runs.items() if run.method is not None}
     consumed = {plugins.load("methods", method).Method.consumes for method in trained.values()}
     watched = [config.validation for name, config in settings.methods.items() if name in trained]
@@ -178,11 +178,18 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
         search.prompts for name, search in settings.search.items() if name in trained
     ]
     pairs = "pairs" in consumed or needs_preference_model(settings)
+    choosing = [  # ties are dropped, unless a scorer decides them
+        name
+        for name, method in trained.items()
+        if plugins.load("methods", method).Method.consumes == "pairs"
+        and getattr(settings.methods[name], "ai_feedback", None) is None
+    ]
     wanted = {
         "prompts/train": int(bool(trained)),
         "prompts/validation": max(validation, default=0),
         "prompts/test": settings.generate.prompts,
         "pairs/train": int(pairs),
+        "choices/train": int(bool(choosing)),
     }
     return {name: n for name, n in wanted.items() if n}
 

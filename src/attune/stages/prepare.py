@@ -6,10 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from attune.config import plugins
 from attune.config.plan import PreparePlan, Session, read
+from attune.config.settings import SourceConfig
+from attune.data.rows import SourceError
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import planned, stage
@@ -41,14 +44,14 @@ def main() -> None:
 def prepare(plan: PreparePlan) -> dict[str, float]:
     """Asks the source for rows, generating images with the base model if it wants that, and writes them prepared.
 
-    Data that is not there, too bad or too little ends the process with one message; the source looks before a model
-    is loaded.
+    Data that is not there, too bad or too little ends the process with one message: before a model is loaded, where
+    that can be known without opening an image.
     """
     from attune.build import load_policy, load_scorer
-    from attune.data.ingest.ingest import Rules
+    from attune.data.ingest.ingest import Rules, check_rows
     from attune.data.ingest.write import write_prepared
     from attune.data.quarantine import Quarantine, TooManyBadRows
-    from attune.data.rows import Quota, SourceError
+    from attune.data.rows import Quota
     from attune.diffusion.generate import generate_images
 
     paths, source, config = Paths(plan.profile), plugins.load("sources", plan.source.name), plan.source.config
@@ -61,12 +64,24 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
         return generate_images(policy(), prompts, ordinals, plan.sampling, plan.seed, desc)
 
     try:
+        if _rows_are_quick(source, config):
+            with Quarantine(paths.quarantine, plan.source.name) as quarantine:
+                check_rows(source.read(config, plan.seed, generate, rules.quota), quarantine, rules)
         with Quarantine(paths.quarantine, plan.source.name) as quarantine:
             rows = source.read(config, plan.seed, generate, rules.quota)
             scorers = {name: load_scorer(scorer) for name, scorer in plan.score_with.items()}
             return write_prepared(paths.prepared, rows, policy().backbone, scorers, quarantine, rules)
     except (SourceError, TooManyBadRows) as error:
         sys.exit(str(error))
+
+
+def _rows_are_quick(source: ModuleType, config: SourceConfig) -> bool:
+    """Whether a source knows all its pairs by their names: it reads files here, and counts their rows for the plan."""
+    try:
+        sizes = source.split_sizes(config) if source.needs_files(config) else None
+    except SourceError:  # said by `read`
+        return False
+    return sizes is not None and "prompts/train" in sizes
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from attune.data.ingest.encoder import is_full
 from attune.data.ingest.reader import DecodedImage, to_tensor
 from attune.interfaces import Reward
 
@@ -16,8 +17,9 @@ from attune.interfaces import Reward
 class ImageScorer:
     """Collects the scores of every image and prompt, each combination once."""
 
-    def __init__(self, scorers: Mapping[str, Reward], batch_size: int, device: torch.device):
-        self._scorers, self._batch_size, self._device = scorers, batch_size, device
+    def __init__(self, scorers: Mapping[str, Reward], device: torch.device):
+        self._scorers, self._device = scorers, device
+        self._pending_pixels = 0
         self._pending: list[tuple[bytes, str, Image.Image]] = []
         self._scores: dict[tuple[bytes, str], dict[str, float]] = {}  # (digest, prompt) -> scorer -> score
 
@@ -28,10 +30,12 @@ class ImageScorer:
     def add(self, image: DecodedImage, prompt: str) -> None:
         """Scores the image when its batch is full. One that is still wanted must come with its pixels."""
         if self.wants(image.digest, prompt):
+            width, height = image.size
+            if is_full(len(self._pending) + 1, self._pending_pixels + width * height):
+                self.flush()
             self._scores[image.digest, prompt] = {}
             self._pending.append((image.digest, prompt, image.pixels))
-            if len(self._pending) == self._batch_size:
-                self.flush()
+            self._pending_pixels += width * height
 
     def scores(self, digest: bytes, prompt: str) -> Mapping[str, float]:
         """Scorer -> score; empty without scorers."""
@@ -49,3 +53,4 @@ class ImageScorer:
                 for (digest, prompt, _), score in zip(items, scorer(images, prompts).tolist(), strict=True):
                     self._scores[digest, prompt][name] = score
         self._pending.clear()
+        self._pending_pixels = 0

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from attune.data.arrays import ArrayFile
-from attune.data.ingest.encoder import ImageEncoder, images_per_batch
-from attune.data.ingest.ingest import Ingest, Rules
+from attune.data.ingest.encoder import ImageEncoder
+from attune.data.ingest.ingest import Ingest, Rules, check_enough
 from attune.data.ingest.reader import ImageReader
 from attune.data.ingest.scorer import ImageScorer
-from attune.data.quarantine import Quarantine
+from attune.data.quarantine import TEXT_CHARS, Quarantine
 from attune.data.rows import Row, SourceError
-from attune.data.splits import SPLITS, check_splits
+from attune.data.splits import SPLITS
 from attune.interfaces import Backbone, Reward
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def write_prepared(
 
     Raises:
         TooManyBadRows: more than `rules.max_bad_share`.
-        SourceError: no usable row, or fewer prompts or pairs than `rules.wanted`; data prepared before stays.
+        SourceError: no usable row, fewer prompts or pairs than `rules.wanted`, or a text encoder that gives a prompt
+            numbers that are not finite; data prepared before stays.
     """
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -54,6 +57,8 @@ def write_prepared(
         prompts, pairs = ingest.to_tables()
     counts = ingest.counts(prompts, pairs)
     _check_counts(counts, rules)
+    counts["cut_prompts"] = sum(map(backbone.is_cut, prompts.prompt))
+    _warn(counts)
     prompts.to_parquet(part / "prompts.parquet", index=False)
     # a file of their own, so that images are not generated again when only training prompts have changed
     prompts[prompts.split == "test"][["prompt"]].to_parquet(part / TEST_PROMPTS, index=False)
@@ -68,17 +73,23 @@ def _ingest(
     backbone: Backbone, scorers: Mapping[str, Reward], latents: ArrayFile, quarantine: Quarantine, rules: Rules
 ) -> Ingest:
     device = next(backbone.denoiser.parameters()).device
-    scorer = ImageScorer(scorers, images_per_batch(backbone.resolution), device)
-    return Ingest(ImageReader(rules.min_side), ImageEncoder(backbone, latents), scorer, quarantine, rules)
+    encoder, scorer = ImageEncoder(backbone, latents), ImageScorer(scorers, device)
+    return Ingest(ImageReader(rules.min_side), encoder, scorer, quarantine, rules)
 
 
 def _check_counts(counts: Mapping[str, float], rules: Rules) -> None:
-    if not counts["prompts"]:
-        raise SourceError("the source has no usable row")
-    check_splits(counts, rules.wanted)
+    check_enough(counts, rules.wanted)
     for split in SPLITS:
         if not counts[f"prompts/{split}"]:
             logger.warning("no %s prompts", split)
+
+
+def _warn(counts: Mapping[str, float]) -> None:
+    """Says what is kept but teaches less than it seems to."""
+    if counts["identical_images"]:
+        logger.warning("%d pairs show the same image twice", counts["identical_images"])
+    if counts["cut_prompts"]:
+        logger.warning("%d prompts are longer than the text encoder reads; their ends are cut", counts["cut_prompts"])
 
 
 def write_prompts(folder: Path, prompts: Sequence[str], backbone: Backbone) -> None:
@@ -87,8 +98,20 @@ def write_prompts(folder: Path, prompts: Sequence[str], backbone: Backbone) -> N
     with ExitStack() as stack:
         files: dict[str, ArrayFile] = {}
         for start in tqdm(starts, desc="encode prompts", unit="batch"):
-            cond = backbone.encode_prompts(prompts[start : start + PROMPTS_PER_BATCH])
+            batch = prompts[start : start + PROMPTS_PER_BATCH]
+            cond = backbone.encode_prompts(batch)
             for name, value in cond.tensors.items():
+                _check_finite(name, value, batch)
                 if name not in files:
                     files[name] = stack.enter_context(ArrayFile(folder / f"prompt.{name}.npy"))
                 files[name].append(value)
+
+
+def _check_finite(name: str, rows: Tensor, prompts: Sequence[str]) -> None:
+    """Raises SourceError for embeddings that are not finite: no run could learn from the prompt."""
+    bad = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()
+    if len(bad):
+        prompt = prompts[int(bad[0])][:TEXT_CHARS]
+        raise SourceError(
+            f"{name} of the prompt {prompt!r} is not finite; remove the prompt, or set model.dtype float32"
+        )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from attune.data.rows import BadRow, Pair, Prompt, Row, SourceError
+from attune.data.local import inside, is_hidden
+from attune.data.quarantine import RejectedRow
+from attune.data.rows import BadImage, BadRow, Pair, Prompt, Row, SourceError
+from attune.data.sources._cells import shown
+from attune.data.sources._json import parse_json, read_json_list, read_text
 from attune.hub import NOTATION, HubError, fetch_file, list_files, parse
 
 SMALL_BYTES = 2_000_000  # of tables and lists, about 20,000 rows: read in less than a second
@@ -29,19 +31,22 @@ class DataFile:
 def data_files(path: str, endings: Sequence[str]) -> list[DataFile]:
     """The files with those endings, by name: of a file, a folder or a pattern here, else of a Hub data set.
 
+    Hidden files of a folder or a pattern, as macOS leaves them beside the others, are passed over.
+
     Raises:
         SourceError: there are none, the Hub cannot be asked, or its id comes without the commit it is pinned to.
     """
     here = Path(path)
     if here.is_dir():
-        found = _local(sorted(file for file in here.rglob("*") if file.is_file()), here)
+        files = (file for file in here.rglob("*") if not file.is_dir() and not is_hidden(file.relative_to(here)))
+        found = _local(sorted(files), here)
     elif here.exists():
         found = _local([here], here.parent)
     elif _is_pattern(path):
-        found = _local(_glob(path), Path(here.anchor or "."))
+        found = _local([file for file in _glob(path) if not is_hidden(Path(file.name))], Path(here.anchor or "."))
     else:
         found = _on_hub(path)
-    matching = [file for file in found if file.name.endswith(tuple(endings))]
+    matching = [file for file in found if file.name.lower().endswith(tuple(endings))]
     if not matching:
         raise SourceError(f"data.path: {path} holds no {' or '.join(endings)} file")
     return matching
@@ -64,7 +69,12 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _local(files: Sequence[Path], root: Path) -> list[DataFile]:
-    return [DataFile(f.relative_to(root).as_posix(), f.stat().st_size, partial(Path, f)) for f in files]
+    return [DataFile(f.relative_to(root).as_posix(), _size(f), partial(Path, f)) for f in files]
+
+
+def _size(file: Path) -> int:
+    """In bytes; 0 for a link to nothing, which is told when the file is read."""
+    return file.stat().st_size if file.exists() else 0
 
 
 def _on_hub(path: str) -> list[DataFile]:
@@ -82,58 +92,12 @@ def _on_hub(path: str) -> list[DataFile]:
     ]
 
 
-def inside(root: Path, name: Any) -> Path | None:
-    """The file of that name in a folder; None for what is no name or leads out of it: the name is untrusted."""
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        return None
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return None if parts.is_absolute() or ".." in parts.parts else root / parts
-
-
-def read_text(path: Path) -> str:
-    """A text file.
-
-    Raises:
-        SourceError: it is not there, or not UTF-8.
-    """
+def image_in(root: Path, name: Any) -> Path | BadImage:
+    """The image of that name in a folder, there or not; for a name that leads out of it, why there is none."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8: {error}") from None
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        SourceError: it is not there, or not JSON.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path} is not JSON: {error}") from None
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row) of a .csv with a header or a .jsonl, line by line; a line that is no object is a `BadRow`.
-
-    Raises:
-        SourceError: the file is no CSV.
-    """
-    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            try:
-                yield from ((reader.line_num, row) for row in reader)
-            except csv.Error as error:
-                raise SourceError(f"{path}, after line {reader.line_num}: {error}") from None
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                row = _parsed(line)
-                yield number, row if isinstance(row, dict) else BadRow("malformed_row", path.name, number)
+        return inside(root, name)
+    except RejectedRow as reason:
+        return BadImage(str(reason), reason.detail)
 
 
 def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | BadRow]:
@@ -144,15 +108,16 @@ def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | Bad
         SourceError: the file is not there or not a list.
     """
     file = Path(path)
-    if file.suffix == ".txt":
-        rows = [line for line in io.StringIO(read_text(file)) if line.strip()]
-    elif file.suffix == ".json":
-        rows = read_json(file)
-    elif file.suffix == ".jsonl":
-        rows = [_parsed(line) for line in io.StringIO(read_text(file)) if line.strip()]
+    ending = file.suffix.lower()
+    if ending == ".txt":
+        rows: list[Any] | None = [line for line in io.StringIO(read_text(file), newline=None) if line.strip()]
+    elif ending == ".json":
+        rows = read_json_list(file)
+    elif ending == ".jsonl":
+        rows = [_parsed(line) for line in io.StringIO(read_text(file), newline=None) if line.strip()]
     else:
         raise SourceError(f"{path}: a prompt list is a .txt, .json or .jsonl file")
-    if not isinstance(rows, list):
+    if rows is None:
         raise SourceError(f"{path}: must be a list of prompts")
     return (_listed(row, split, file.name, number) for number, row in enumerate(rows))
 
@@ -178,15 +143,16 @@ def are_small(*paths: str | Path | None) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) <= SMALL_BYTES
 
 
-def _parsed(line: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return None
 
 
 def _listed(row: Any, split: Callable[[str], str], file: str, number: int) -> Prompt | BadRow:
     text = row.get("prompt", row.get("caption")) if isinstance(row, dict) else row
     if not isinstance(text, str):
-        return BadRow("malformed_row", file, number)
+        expected = "expected a prompt, or an object with `prompt` or `caption`"
+        return BadRow("malformed_row", file, number, detail=f"{expected}, found {shown(row)}")
     return Prompt(text.strip(), split(text), file, number)

@@ -20,9 +20,11 @@ from typing import Any
 from pydantic import Field
 
 from attune.config.settings import PairFilesConfig
-from attune.data.rows import BadRow, ImageGenerator, Pair, Prompt, Quota, Row, SourceError
-from attune.data.sources._files import inside, listed_test_prompts, prompt_texts, read_json
-from attune.data.sources._labels import as_float, ranked_pairs
+from attune.data.rows import BadImage, BadRow, ImageGenerator, Pair, Prompt, Quota, Row, SourceError
+from attune.data.sources._cells import as_float, shown
+from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
+from attune.data.sources._json import read_json_list
+from attune.data.sources._ranks import ranked_pairs
 from attune.data.splits import count_rows, hashed_split
 
 HAS_PAIRS = True
@@ -83,12 +85,13 @@ def _test_index(root: Path) -> list[Any]:
 
 
 def _test_prompts(test: list[Any]) -> Iterator[Prompt]:
-    return (Prompt(_prompt(entry), "test", "test.json", row) for row, entry in enumerate(test))
+    prompts = ((row, _prompt(entry)) for row, entry in enumerate(test))
+    return (Prompt(prompt, "test", "test.json", row) for row, prompt in prompts if prompt is not None)
 
 
 def _index(path: Path) -> list[Any]:
-    index = read_json(path)
-    if not isinstance(index, list):
+    index = read_json_list(path)
+    if index is None:
         raise SourceError(f"{path}: must be a list of prompts with their images")
     return index
 
@@ -100,24 +103,38 @@ def _prompt(entry: Any) -> str | None:
 
 def _pairs(entry: Any, split: str, row: int, root: Path, file: str) -> Iterator[Pair | BadRow]:
     prompt = _prompt(entry)
-    ranks: Any = None
-    names: Any = None
-    if isinstance(entry, Mapping):
-        names = entry.get("image_path", entry.get("file_path"))
-        chosen: Any = entry.get("human_preference")
-        ranks = [-c for c in chosen] if _numbers(chosen) else entry.get("rank")
-    if not (_numbers(ranks) and isinstance(names, list) and len(names) == len(ranks) > 1):
-        yield BadRow("malformed_row", file, row, prompt)
+    if isinstance(entry, Mapping) and prompt is None and entry.get("prompt") is not None:
+        yield BadRow("malformed_row", file, row, detail=f"prompt: expected text, found {shown(entry['prompt'])}")
+        return
+    names, ranks = _names_and_ranks(entry)
+    if ranks is None or names is None or not len(names) == len(ranks) > 1:
+        expected = "expected a list of images (image_path or file_path) and as many numbers (human_preference or rank)"
+        yield BadRow("malformed_row", file, row, prompt, expected)
         return
     images = [_find(root, file.removesuffix(".json"), name) for name in names]
     for i, j, label_0 in ranked_pairs(ranks):
         yield Pair(prompt, images[i], images[j], label_0, 1 - label_0, split, file, f"{row}:{i}-{j}")
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(as_float(value) is not None for value in values)
+def _names_and_ranks(entry: Any) -> tuple[list[Any] | None, list[float] | None]:
+    """The names of an entry's images, and their ranks, the smaller the better; None for what is not there."""
+    if not isinstance(entry, Mapping):
+        return None, None
+    names, chosen = entry.get("image_path", entry.get("file_path")), _numbers(entry.get("human_preference"))
+    ranks = _numbers(entry.get("rank")) if chosen is None else [-choice for choice in chosen]
+    return names if isinstance(names, list) else None, ranks
 
 
-def _find(root: Path, folder: str, name: Any) -> Path | None:
-    candidates = [inside(root / folder, name), inside(root, name)]
-    return next((path for path in candidates if path and path.is_file()), None)
+def _numbers(values: Any) -> list[float] | None:
+    """A list of numbers, also where they are written as text; None if it is none."""
+    if not isinstance(values, list):
+        return None
+    numbers = [number for value in values if (number := as_float(value)) is not None]
+    return numbers if len(numbers) == len(values) else None
+
+
+def _find(root: Path, folder: str, name: Any) -> Path | BadImage:
+    candidates = [image_in(root / folder, name), image_in(root, name)]
+    here = next((path for path in candidates if isinstance(path, Path) and path.exists()), None)
+    bad = next((image for image in candidates if isinstance(image, BadImage)), None)
+    return here or bad or candidates[0]

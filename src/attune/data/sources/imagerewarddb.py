@@ -11,28 +11,33 @@ n images of a prompt make n (n - 1) / 2 pairs; equal ranks are ties. The splits 
 from __future__ import annotations
 
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow
-import pyarrow.parquet
 from pydantic import Field
 
 from attune.config.settings import PairFilesConfig
-from attune.data.rows import BadRow, ImageGenerator, ImageRef, Pair, Prompt, Quota, Row, SourceError
-from attune.data.sources._files import inside, listed_test_prompts, prompt_texts
-from attune.data.sources._labels import as_float, ranked_pairs
+from attune.data.local import MAX_IMAGE_BYTES
+from attune.data.quarantine import RejectedRow
+from attune.data.rows import BadImage, BadRow, ImageGenerator, ImageRef, Pair, Prompt, Quota, Row, SourceError
+from attune.data.sources._cells import as_float, as_text
+from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
+from attune.data.sources._parquet import parquet_rows, read_columns
+from attune.data.sources._ranks import ranked_pairs
 from attune.data.splits import count_rows
 
 HAS_PAIRS = True
 FREE_PROMPTS = True
 
 COLUMNS = ["prompt_id", "prompt", "image_path", "rank"]
+
+
+Archive: TypeAlias = "zipfile.ZipFile | BadImage | None"
 
 
 class Config(PairFilesConfig):
@@ -68,60 +73,104 @@ def listed_prompts(config: Config) -> Iterator[str] | None:
     return prompt_texts(listed_test_prompts(config.test_list)) if config.test_list else None
 
 
-def _test_prompts(groups: Sequence[list[dict[str, Any]]]) -> Iterator[Prompt]:
-    return (Prompt(rows[0]["prompt"], "test", "metadata-test.parquet", rows[0]["row"]) for rows in groups)
+def _test_prompts(groups: Sequence[Group]) -> Iterator[Prompt]:
+    return (
+        Prompt(group.images[0].prompt, "test", "metadata-test.parquet", group.images[0].row)
+        for group in groups
+        if group.images
+    )
 
 
-def _table(path: Path) -> list[list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class Ranked:
+    """A row of the metadata: an image of a prompt and its rank, None without one."""
+
+    row: int
+    prompt: str | None
+    name: Any
+    rank: float | None
+
+
+@dataclass
+class Group:
+    """The images of one prompt, and its rows that cannot be read."""
+
+    images: list[Ranked] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+def _table(path: Path) -> list[Group]:
     """The rows of each prompt."""
-    if not path.is_file():
-        raise SourceError(f"{path} is not there")
+    read_columns(path, str(path), COLUMNS)
+    groups: dict[str, Group] = {}
     try:
-        missing = set(COLUMNS) - set(pyarrow.parquet.read_schema(path).names)
-        if missing:
-            raise SourceError(f"{path}: column {min(missing)!r} is missing")
-        rows = pyarrow.parquet.read_table(path, columns=COLUMNS).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+        for row in parquet_rows(path, path.name, COLUMNS):
+            if isinstance(row, BadRow):
+                groups.setdefault("", Group()).bad.append(row)
+            else:
+                _sort_in(groups, *row, path.name)
+    except (OSError, pyarrow.ArrowException) as error:
         raise SourceError(f"{path} is not a parquet file: {error}") from None
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(row["prompt_id"], []).append(row | {"row": number})
     return list(groups.values())
 
 
-def _pairs(groups: Sequence[list[dict[str, Any]]], split: str, root: Path) -> Iterator[Pair | BadRow]:
+def _sort_in(groups: dict[str, Group], number: int, cells: Mapping[str, Any], file: str) -> None:
+    group = groups.setdefault(repr(cells["prompt_id"]), Group())
+    try:
+        prompt = as_text(cells["prompt"], "prompt")
+    except RejectedRow as reason:
+        group.bad.append(BadRow(str(reason), file, number, detail=reason.detail))
+        return
+    rank = as_float(cells["rank"])
+    if rank is None:
+        group.bad.append(BadRow("no_label", file, number, prompt, "column rank: expected a number"))
+    group.images.append(Ranked(number, prompt, cells["image_path"], rank))
+
+
+def _pairs(groups: Sequence[Group], split: str, root: Path) -> Iterator[Pair | BadRow]:
     file = f"metadata-{split}.parquet"
     archive = cache(_archive)  # open while its prompts are read, closed with the last of them
-    for rows in groups:
-        ranked = [row for row in rows if as_float(row["rank"]) is not None]
-        yield from (BadRow("no_label", file, row["row"], row["prompt"]) for row in rows if row not in ranked)
-        images = [_image(root, row["image_path"], archive) for row in ranked]
-        for i, j, label_0 in ranked_pairs([row["rank"] for row in ranked]):
-            where = f"{ranked[i]['row']}-{ranked[j]['row']}"
-            yield Pair(ranked[i]["prompt"], images[i], images[j], label_0, 1 - label_0, split, file, where)
+    for group in groups:
+        yield from group.bad
+        ranked = [(image, image.rank) for image in group.images if image.rank is not None]
+        images = [_image(root, image.name, archive) for image, _ in ranked]
+        for i, j, label_0 in ranked_pairs([rank for _, rank in ranked]):
+            first, second = ranked[i][0], ranked[j][0]
+            where = f"{first.row}-{second.row}"
+            yield Pair(first.prompt, images[i], images[j], label_0, 1 - label_0, split, file, where)
 
 
-def _image(root: Path, name: Any, archive: Any) -> ImageRef:
+def _image(root: Path, name: Any, archive: Callable[[Path], Archive]) -> ImageRef:
     """The unpacked file, or the bytes of the member of that name in the zip that its folder comes from."""
-    path = inside(root, name)
-    if path is None or path.is_file():
+    path = image_in(root, name)
+    if isinstance(path, BadImage) or path.exists():
         return path
     packed = archive(path.parent.with_suffix(".zip"))
-    if packed is not None:
-        members = [path.name, f"{path.parent.name}/{path.name}", name]
-        if member := next((member for member in members if member in packed.NameToInfo), None):
-            return _member(packed, member)
-    return path
+    if not isinstance(packed, zipfile.ZipFile):
+        return packed or path
+    members = [path.name, f"{path.parent.name}/{path.name}", name]
+    member = next((member for member in members if member in packed.NameToInfo), None)
+    return path if member is None else _member(packed, member)
 
 
-def _member(packed: zipfile.ZipFile, name: str) -> bytes:
+def _member(packed: zipfile.ZipFile, name: str) -> bytes | BadImage:
+    where, size = f"{name} in {packed.filename}", packed.getinfo(name).file_size
+    if size > MAX_IMAGE_BYTES:
+        return BadImage("too_large", f"{where}: {size} bytes; {MAX_IMAGE_BYTES} are read at most")
     try:
-        return packed.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError):
-        return b""  # undecodable, so the row goes to the quarantine with that reason
+        with packed.open(name) as file:
+            return file.read(MAX_IMAGE_BYTES)
+    except Exception as error:  # encrypted, packed in a way that Python does not know, or damaged in any way
+        return BadImage("undecodable", f"{where}: {error}")
 
 
-def _archive(path: Path) -> zipfile.ZipFile | None:
-    with suppress(zipfile.BadZipFile, FileNotFoundError):
+def _archive(path: Path) -> Archive:
+    """The zip, None if there is none, or why it cannot be read."""
+    if not path.exists():
+        return None
+    if not path.is_file():
+        return BadImage("missing_image", f"{path} is no file; expected a zip")
+    try:
         return zipfile.ZipFile(path)
-    return None
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return BadImage("missing_image", f"{path}: {error}; expected a whole zip")

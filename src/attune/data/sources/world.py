@@ -95,7 +95,8 @@ def split_sizes(config: Config) -> dict[str, int]:
     pairs_per_prompt = config.images_per_prompt * (config.images_per_prompt - 1) // 2
     pairs = {"train": config.pair_prompts, "validation": config.validation_prompts, "test": 0}
     sizes = {f"prompts/{split}": n for split, n in prompts.items()}
-    return sizes | {f"pairs/{split}": n * pairs_per_prompt for split, n in pairs.items()}
+    sizes |= {f"pairs/{split}": n * pairs_per_prompt for split, n in pairs.items()}
+    return sizes | {"choices/train": sizes["pairs/train"]}  # the simulated human knows no tie
 
 
 def listed_prompts(config: Config) -> None:

@@ -1,18 +1,8 @@
-"""Numbers and ranks of data sets as labels."""
+"""Ranks of images as labelled pairs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
-
-
-def as_float(value: Any) -> float | None:
-    """A number, however the data set writes it; None if it is missing, NaN or not a number."""
-    try:
-        return None if math.isnan(number := float(value)) else number
-    except (TypeError, ValueError):
-        return None
 
 
 def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int, float]]:

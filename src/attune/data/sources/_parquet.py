@@ -1,0 +1,102 @@
+"""Parquet files row by row, in bounded memory: a few kilobytes of one can stand for terabytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from attune.data.local import MAX_IMAGE_BYTES
+from attune.data.rows import BadRow, SourceError
+
+MAX_ROW_BYTES = 2 * MAX_IMAGE_BYTES
+BATCH_BYTES, BATCH_ROWS = 2**27, 1024  # what a batch may come to if every cell is as large as its column allows
+# A group of rows is a bomb if a column is larger than both, unpacked: images are packed already, text about 5 times
+BOMB_BYTES, BOMB_RATIO = 2**28, 50
+ERRORS = (pyarrow.ArrowException, OSError, ValueError, MemoryError)
+
+Row = tuple[int, Mapping[str, Any]]
+
+
+def read_columns(path: Path, name: str, needed: Sequence[str]) -> list[str]:
+    """The columns of a parquet file.
+
+    Raises:
+        SourceError: it is no parquet file, or lacks a column.
+    """
+    if not path.is_file():
+        raise SourceError(f"{name} is not there, or no file")
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+    except ERRORS as error:
+        raise SourceError(f"{name} is not a parquet file: {error}") from None
+    missing = [column for column in needed if column not in names]
+    if missing:
+        raise SourceError(f"{name}: column {missing[0]!r} is missing; there are {', '.join(names)}")
+    return names
+
+
+def parquet_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[Row | BadRow]:
+    """(number from 0, cells by column) of each row; a group of rows that cannot be read is one bad row.
+
+    Raises:
+        OSError, pyarrow.ArrowException: the file is no parquet file.
+    """
+    start = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            yield from _group_rows(file, group, start, name, columns)
+            start += rows
+
+
+def _group_rows(
+    file: pyarrow.parquet.ParquetFile, group: int, start: int, name: str, columns: Sequence[str]
+) -> Iterator[Row | BadRow]:
+    chunks = list(_chunks(file.metadata.row_group(group), columns))
+    rows = f"rows {start} to {start + file.metadata.row_group(group).num_rows - 1}"
+    for chunk in chunks:
+        if chunk.total_uncompressed_size > max(BOMB_BYTES, BOMB_RATIO * chunk.total_compressed_size):
+            sizes = f"{chunk.total_compressed_size} bytes that stand for {chunk.total_uncompressed_size}"
+            yield BadRow("too_large", name, start, detail=f"{rows}, column {chunk.path_in_schema}: {sizes}")
+            return
+    largest = sum(chunk.total_uncompressed_size for chunk in chunks)  # one cell can be as large as its column
+    at_once = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
+    number = start
+    try:
+        for batch in file.iter_batches(at_once, row_groups=[group], columns=list(columns)):
+            for row in range(batch.num_rows):
+                yield _row(batch.slice(row, 1), number, name)
+                number += 1
+    except ERRORS as error:
+        yield BadRow("unreadable_file", name, number, detail=f"{rows} from {number} on: {error}")
+
+
+def _chunks(group: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """What the file says of each column's data; of a column of structs there are several."""
+    for i in range(group.num_columns):
+        if group.column(i).path_in_schema.partition(".")[0] in columns:
+            yield group.column(i)
+
+
+def _row(batch: pyarrow.RecordBatch, number: int, name: str) -> Row | BadRow:
+    if batch.nbytes > MAX_ROW_BYTES:
+        return BadRow("too_large", name, number, detail=f"{batch.nbytes} bytes; {MAX_ROW_BYTES} are read at most")
+    try:
+        return number, batch.to_pylist()[0]
+    except UnicodeDecodeError:
+        column = next(c for c in batch.schema.names if not _is_readable(batch.column(c)))
+        return BadRow("malformed_row", name, number, detail=f"column {column}: expected text in UTF-8")
+    except ERRORS as error:  # of a type that Python has no value for
+        return BadRow("malformed_row", name, number, detail=str(error))
+
+
+def _is_readable(column: pyarrow.Array) -> bool:
+    try:
+        column.to_pylist()
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""Tables of rows: CSV with a header, and JSONL. A row that cannot be read is one bad row, and the next is read."""
+
+from __future__ import annotations
+
+import csv
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from attune.data.local import is_utf_16
+from attune.data.rows import BadRow, SourceError
+from attune.data.sources._json import parse_json
+
+MAX_LINE_CHARS = 10_000_000
+MAX_RECORD_LINES = 1000  # of a CSV cell with line breaks; one that is longer has lost its closing quote
+
+Row = tuple[int, "Mapping[str, Any] | BadRow"]
+"""Number of the first line of a row, from 1, and its cells by column."""
+
+
+def read_rows(path: Path, is_row: Callable[[Mapping[str, str]], bool]) -> Iterator[Row]:
+    """The rows of a .csv with a header or of a .jsonl, whose lines are objects; blank lines are skipped.
+
+    Args:
+        path: the file.
+        is_row: whether cells look like a row of such a table. It is asked of lines inside quotes: a quote that is
+            never closed takes the rows below it for one cell.
+
+    Raises:
+        SourceError: the file is empty, not there or not UTF-8.
+    """
+    check_is_text(path)
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+        lines = _lines(file)
+        if path.suffix.lower() == ".csv":
+            yield from _csv_rows(lines, path, is_row)
+        else:
+            yield from ((n, _json_row(line, path.name, n)) for n, line in lines if line.strip())
+
+
+def columns_of(path: Path) -> list[str] | None:
+    """The header of a .csv; None of a .jsonl, whose rows have their own columns.
+
+    Raises:
+        SourceError: the file is empty, not there or not UTF-8.
+    """
+    check_is_text(path)
+    if path.suffix.lower() != ".csv":
+        return None
+    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+        return _header(_lines(file), path)
+
+
+def check_is_text(path: Path) -> None:
+    """Raises SourceError for a file that is not there, is empty, or is UTF-16, as spreadsheets save it."""
+    if not path.is_file():
+        raise SourceError(f"{path} is not there, or no file")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if not start.strip(b"\xef\xbb\xbf\r\n\t "):
+        raise SourceError(f"{path} is empty; expected a row per line, of a .csv below a header")
+    if is_utf_16(start):
+        raise SourceError(f"{path} is not UTF-8 but perhaps UTF-16; save it as UTF-8")
+
+
+def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """(number, line); of a line that is too long only the beginning, so that it is no row."""
+    number = 0
+    while line := file.readline(MAX_LINE_CHARS):
+        number += 1
+        yield number, line
+        while len(line) == MAX_LINE_CHARS and not line.endswith("\n"):
+            line = file.readline(MAX_LINE_CHARS)
+
+
+def _json_row(line: str, file: str, number: int) -> Mapping[str, Any] | BadRow:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        return BadRow("malformed_row", file, number, detail=f"line {number} is not JSON: {error}")
+    if not isinstance(row, dict):
+        return BadRow("malformed_row", file, number, detail=f"line {number}: expected an object in braces")
+    return row
+
+
+def _header(lines: Iterator[tuple[int, str]], path: Path) -> list[str]:
+    first = next((line for _, line in lines if line.strip()), "")
+    header = next(csv.reader([first]), [])
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and sign in header[0]:
+            raise SourceError(f"{path}: the cells of its header are separated by {name}; expected commas")
+    return header
+
+
+def _csv_rows(
+    lines: Iterator[tuple[int, str]], path: Path, is_row: Callable[[Mapping[str, str]], bool]
+) -> Iterator[Row]:
+    header, ahead = _header(lines, path), deque[tuple[int, str]]()
+    while True:
+        ahead.extend(islice(lines, max(0, MAX_RECORD_LINES - len(ahead))))
+        if not ahead:
+            return
+        number, line = ahead[0]
+        taken, cells = _record(ahead, header, is_row) if '"' in line else (1, _cells(line))
+        for _ in range(taken):
+            ahead.popleft()
+        if cells:
+            yield number, _csv_row(cells, header, path.name, number)
+
+
+def _csv_row(cells: list[str] | str, header: list[str], file: str, number: int) -> Mapping[str, Any] | BadRow:
+    if isinstance(cells, str):
+        return BadRow("malformed_row", file, number, detail=f"line {number}: {cells}")
+    if len(cells) > len(header):
+        expected = f"expected {len(header)} cells, found {len(cells)}: a comma inside a cell needs quotes around it"
+        return BadRow("malformed_row", file, number, detail=f"line {number}: {expected}")
+    return dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
+
+
+def _record(
+    ahead: Sequence[tuple[int, str]], header: list[str], is_row: Callable[[Mapping[str, str]], bool]
+) -> tuple[int, list[str] | str]:
+    """How many lines the record at the start of them has, and its cells, or what is wrong with its quotes.
+
+    A record that takes several lines must be closed by a quote, and none of its lines but the last may be a row in
+    itself; else a quote in its first line was never closed, and the lines below it are rows of their own.
+    """
+    reader = csv.reader((line for _, line in ahead), strict=True)
+    try:
+        cells = next(reader)
+    except csv.Error as error:
+        if reader.line_num > 1 or "unexpected end of data" in str(error):
+            return 1, "a quote is opened here, and never closed"
+        return 1, _cells(ahead[0][1])
+    taken = reader.line_num
+    inside = (next(csv.reader([line], quoting=csv.QUOTE_NONE), []) for _, line in islice(ahead, taken - 1))
+    rows = (dict(zip(header, found, strict=True)) for found in inside if len(found) == len(header))
+    if taken > 1 and (len(cells) > len(header) or any(map(is_row, rows))):
+        return 1, "a quote is opened here, and the next one is rows below"
+    return taken, cells
+
+
+def _cells(line: str) -> list[str] | str:
+    """The cells of a line by itself, or what is wrong with it."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error as error:
+        return str(error)
