@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import tiny
-from attune.diffusion.lora import ADAPTER_FILE
+from attune.diffusion.lora_files import ADAPTER_FILE
 from drawing import drawn, drawn_by, same_weights
 
 
