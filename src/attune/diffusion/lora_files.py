@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 SCHEDULER = "scheduler/scheduler_config.json"
+KOHYA = ("lora_unet_", "lora_te")  # how its names begin; diffusers reads their alphas
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_KINDS = (  # parts of tensors' names -> what trains such tensors
     (r"dora|magnitude", "DoRA"),
@@ -158,7 +159,7 @@ def _in_peft_names(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors, float32, and alphas of the denoiser's modules by name; a text encoder's keep their prefix."""
     tensors = {name.removeprefix("base_model.model."): value for name, value in given.items()}
-    plain = {name: value for name, value in tensors.items() if _ALPHA.search(name) and not name.startswith("lora_")}
+    plain = {name: value for name, value in tensors.items() if _ALPHA.search(name) and not name.startswith(KOHYA)}
     tensors = {name: value for name, value in tensors.items() if name not in plain}
     try:
         found, kohya = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(tensors), unet_config=denoiser.config)
