@@ -123,7 +123,8 @@ def _network_files(source: Source, stem: str, variant: str | None, or_pickles: b
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{source}: there is no config.json")
     weights = [file for file in files if file.suffix != ".json"]
-    for index in (file for file in files if file.suffix == ".json" and len(files) != 2):
+    whole = any(file.name == weight_files(name, variant, ending)[0] for file in weights)
+    for index in (file for file in files if file.suffix == ".json" and not whole):
         lost = set(read_json(index).get("weight_map", {}).values()) - {file.name for file in weights}
         if lost:
             raise FileNotFoundError(f"{source}: there is no {min(lost)}, which {index.name} names")
@@ -190,7 +191,7 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
         raise FileNotFoundError(f"{source}: no vocabulary; a tokenizer needs tokenizer.json, or {' and '.join(parts)}")
     some = sorted(words)[:: max(1, len(words) // 50)]
     texts = [tokenizer.convert_tokens_to_string([word]).strip() for word in some]
-    if len({tuple(tokenizer(text).input_ids) for text in texts}) == 1:
+    if len({frozenset(tokenizer(text).input_ids) - {*tokenizer.all_special_ids} for text in texts}) == 1:
         raise ValueError(f"{source}: its tokenizer makes the same tokens of every word, among them {texts[:3]}")
     return tokenizer
 

@@ -111,7 +111,7 @@ def clip_config(layout: Mapping, tokenizer: CLIPTokenizer) -> CLIPConfig:
         tokenizer: says where text features are read: at its end token.
 
     Raises:
-        ValueError: the tokenizer has another vocabulary.
+        ValueError: the tokenizer has another vocabulary, or another end token.
     """
     from transformers import CLIPConfig
 
@@ -120,6 +120,8 @@ def clip_config(layout: Mapping, tokenizer: CLIPTokenizer) -> CLIPConfig:
         raise ValueError(
             f"{tokenizer.name_or_path}: a tokenizer of {len(tokenizer)} tokens for a model of {text['vocab_size']}"
         )
+    if tokenizer.eos_token_id != text["vocab_size"] - 1:  # open_clip reads a text's feature at its highest id
+        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer ends texts with another token than the last")
     shared = {"hidden_act": layout.get("hidden_act", "gelu"), "projection_dim": layout["embed_dim"]}
     return CLIPConfig(
         projection_dim=layout["embed_dim"],
