@@ -113,13 +113,15 @@ def check_finite(tensors: Any, source: str | Path | Source) -> None:
 
 
 def nonfinite_name(tensors: Any) -> str | None:
-    """The first tensor, in nested mappings or lists too, that holds a NaN or an infinity."""
-    import torch
+    """The first tensor, in nested mappings or lists too, that holds a NaN or an infinity.
 
+    Its least and greatest value show it, for NaN is both; `isfinite` of all takes ten times as long on a CPU.
+    """
     for name, tensor in _named_tensors(tensors):
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has few operations of its own
-        if tensor.is_floating_point() and not torch.isfinite(values).all():
-            return name
+        if tensor.is_floating_point() and tensor.numel():
+            values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has few operations of its own
+            if not all(math.isfinite(value) for value in values.aminmax()):
+                return name
     return None
 
 

@@ -223,6 +223,16 @@ def test_a_denoiser_that_is_a_pointer_or_not_finite_is_named(new_policy, tmp_pat
         policy.load(tmp_path)
 
 
+def test_a_denoiser_that_is_refused_loses_nothing(new_policy, inputs, tiny_xl_folder):
+    policy = new_policy(moved=0.3)
+    before = policy.predict_noise(*inputs)
+    with pytest.raises(ValueError, match="does not fit the base model"):
+        policy.load(tiny_xl_folder)
+    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert policy.parameters()
+    assert policy.loaded_from is None
+
+
 def test_a_denoiser_that_predicts_something_else_is_refused(new_policy, tmp_path):
     """Shapes are the same; read as epsilon, a velocity would draw noise."""
     policy = new_policy(adapter=False)

@@ -193,6 +193,7 @@ def read_denoiser(folder: Path, like: Denoiser, prediction_type: str) -> Denoise
     """A whole denoiser, frozen, in the dtype and on the device of `like`, which it must equal in all but values.
 
     Args:
+        like: the present denoiser, whose adapter, if it has one, does not count.
         prediction_type: what `like` predicts, which it must predict too, if its pipeline's scheduler is beside it.
 
     Raises:
@@ -204,7 +205,11 @@ def read_denoiser(folder: Path, like: Denoiser, prediction_type: str) -> Denoise
         if predicts != prediction_type:
             raise ValueError(f"{folder} predicts {predicts!r:.40}, the base model {prediction_type}: {scheduler}")
     network: Any = load_pretrained(type(like), Source(str(folder)), like.dtype, like.device)
-    wanted, found = ({name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (like, network))
+    wanted, found = (
+        {name.replace(".base_layer.", "."): tuple(value.shape) for name, value in module.state_dict().items()}
+        for module in (like, network)
+    )
+    wanted = {name: shape for name, shape in wanted.items() if ".lora_" not in name}
     odd = sorted({name for name, _ in wanted.items() ^ found.items()})
     if odd:
         raise ValueError(

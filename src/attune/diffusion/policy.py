@@ -162,12 +162,12 @@ class Policy:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
         """
         found = locate(source)
-        self.loaded_from = str(source)
         if found.is_dir():
-            network = read_denoiser(found, unload_lora(self.denoiser), self.backbone.prediction_type)
-            self.reference_model, self.denoiser, self.module = self.denoiser, network, network
+            network = read_denoiser(found, self.denoiser, self.backbone.prediction_type)
+            self.reference_model, self.denoiser, self.module = unload_lora(self.denoiser), network, network
         else:
             load_lora(self.denoiser, found, may_be_zero)
+        self.loaded_from = str(source)
 
     def _target_modules(self, targets: str | Sequence[str]) -> list[str]:
         return target_modules(self.denoiser, targets, self.backbone.lora_targets)
