@@ -28,8 +28,10 @@ LAYERS = (
     "diffusion.ddim | diffusion.noised | clip",
     "diffusion.policy | world",
     "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
-    "interfaces | pretrained",
+    "diffusion.lora_files",
+    "diffusion.lora_scale | interfaces | pretrained",
     "config",
+    "weights",
     "hub",
     "files | paths | distributed | stop | text | versions",
 )
@@ -42,7 +44,7 @@ OWNERS = {
     "accelerate": ("training",),
     "argparse": ("stages",),
     "ruamel": ("config",),
-    "diffusers": ("backbones", "diffusion.lora", "pretrained"),
+    "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained"),
     "huggingface_hub": ("hub",),
     "yaml": (),  # PyYAML reads DVC's 1e-05 as a string
 }

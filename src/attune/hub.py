@@ -1,32 +1,22 @@
-"""Weights: where they are, and how they are fetched, checked and read without running any code of theirs.
+"""Weights: where they are, and how they are fetched. `attune.weights` reads them.
 
 Notation: a local file or folder, or `owner/name[/file/in/repository]@commit` on the Hugging Face Hub. The commit is
 written in full (40 hex digits), because a branch or a tag can be moved and a score could then not be repeated.
 
-A pickle can run any program when it is read. So weights are safetensors, or pickles of which only tensors and plain
-containers are read (`weights_only`, and torch >= 2.10 for CVE-2026-24747). Weights that are not finite are refused.
-
-Settings are parsed with this module, so torch and the Hub's libraries are imported in the functions that need them.
+Settings are parsed with this module, so the Hub's libraries are imported in the functions that need them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attune.files import digest
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NOTATION = "owner/name[/file]@<commit, 40 hex digits>"
 _HUB = re.compile(r"(?P<place>[\w.-]+/[\w.-]+)(?P<inner>(/[^/@]+)*)(@(?P<commit>.*))?")
@@ -203,87 +193,3 @@ def identity(source: Source) -> str:
     layout = path.with_suffix(".json")
     beside = [layout] if path.is_file() and layout != path and layout.exists() else []
     return "+".join(digest(file)[:12] for file in (path, *beside))
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_tensors(file: str | Path) -> dict:
-    """The content of a `.safetensors` file or of a pickle holding nothing but tensors and plain containers.
-
-    Pickles are mapped, not copied, where their format allows it: clone what outlives a change of the file.
-
-    Raises:
-        ValueError: the pickle holds anything else, or is none (nothing in it is executed); the file cannot be read; or
-            a tensor is not finite.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if Path(file).suffix == ".safetensors":
-            tensors = load_file(file)
-        else:  # only zip-format files can be mapped; older ones are tar-like
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise ValueError(refusal(file)) from error
-    except SafetensorError as error:
-        raise ValueError(damage(file, error)) from error
-    check_finite(tensors, file)
-    return tensors
-
-
-def damage(file: str | Path, error: Exception) -> str:
-    """The message for a file that is no safetensors file: what is there instead, where that is known."""
-    with Path(file).open("rb") as opened:
-        start = opened.read(200).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return f"{file} is a pointer of git-lfs, not the weights: `git lfs pull` fetches them"
-    if start.startswith((b"<!doctype", b"<html")):
-        return f"{file} is a web page, not weights: download the file itself"
-    return f"{file} is damaged, or no safetensors file: {error}"
-
-
-def refusal(source: str | Path | Source) -> str:
-    """The message for a pickle that would run something."""
-    return f"{source} was not loaded: it holds more than tensors, and reading that could run any program"
-
-
-def check_finite(tensors: Any, source: str | Path | Source) -> None:
-    """Raises ValueError naming the first tensor, in nested mappings or lists too, that holds a NaN or an infinity."""
-    import torch
-
-    for name, tensor in _named_tensors(tensors):
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has few operations of its own
-        if tensor.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
-
-
-def _named_tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    import torch
-
-    if isinstance(values, torch.Tensor):
-        yield name, values
-    elif isinstance(values, Mapping | list | tuple):
-        for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
-
-
-def read_json(file: str | Path) -> dict:
-    """A JSON object. Raises ValueError naming the file if it is none."""
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def count_parameters(folder: Path) -> int:
-    """Numbers in all safetensors files of a folder, from their headers alone."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-    return total

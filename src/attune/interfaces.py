@@ -77,6 +77,7 @@ class Backbone(Protocol):
 
     denoiser: Denoiser
     alphas_cumprod: Tensor  # (T,) float32
+    prediction_type: str  # what the denoiser's own output is: epsilon or v_prediction
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
     lora_targets: Sequence[str]

@@ -1,4 +1,4 @@
-"""Networks and tokenizers from their files, which must be complete.
+"""Networks and tokenizers from their files, which must be complete and fit each other.
 
 diffusers and transformers only warn where weights are missing, and make an empty tokenizer where its files are missing:
 here both are errors. The libraries are handed local folders that `attune.hub` has fetched, so what is pinned is read.
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from attune.hub import Source, check_finite, damage, fetch_folder, refusal
+from attune.hub import Source, fetch_folder
+from attune.weights import check_there, check_weights_files, nonfinite_name, read_json, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -83,38 +84,89 @@ def load_pretrained(
 
     Raises:
         ValueError: weights are missing (the libraries would only warn, and draw random ones), have another shape, are
-            not finite, or the file is a pickle that holds more than tensors.
+            not finite, or a file is no such file or a pickle that holds more than tensors.
         FileNotFoundError: there is no such folder, or no weights in it that are read.
         HubError: it could not be downloaded.
     """
-    from safetensors import SafetensorError
     from transformers import PreTrainedModel
 
     of_transformers = issubclass(kind, PreTrainedModel)
     stem = "model" if of_transformers else "diffusion_pytorch_model"
-    wanted = weight_files(stem, variant)
-    folder = fetch_folder(source, ["config.json", *wanted])
-    pickled = not any(file for pattern in wanted for file in folder.glob(pattern))
-    if pickled and strict:
-        folder = fetch_folder(source, ["config.json", *weight_files("pytorch_model", variant, "bin")])
-    if not (folder / "config.json").is_file() or (pickled and not (strict and any(folder.glob("pytorch_model*")))):
-        raise FileNotFoundError(f"{source}: config.json and {wanted[0]} are not both there; pickles are not read")
+    files, pickled = _network_files(source, stem, variant, or_pickles=strict)
+    folder = files[0].parent
+    check_weights_files(files)
+    _check_config(folder / "config.json", kind)
     options = {"dtype" if of_transformers else "torch_dtype": dtype, "variant": variant, "output_loading_info": True}
     options |= {"weights_only": True} if pickled else {"use_safetensors": True}
     try:
         module, info = kind.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(source)) from error
-    except SafetensorError as error:
-        files = [file for pattern in wanted for file in folder.glob(pattern)]
-        raise ValueError(damage(files[0], error) if len(files) == 1 else f"{source} is damaged: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a shard that is not there, shapes that differ
+        raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())[:400]}") from error
     missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
     unexpected = info["unexpected_keys"] if strict else []
     if missing or unexpected:
         raise ValueError(f"{source} does not fit: {misfit(missing, unexpected)}")
-    module = module.eval().requires_grad_(False).to(device)
-    check_finite(module.state_dict(), source)
-    return module
+    check_network(module, files)
+    return module.eval().requires_grad_(False).to(device)
+
+
+def _network_files(source: Source, stem: str, variant: str | None, or_pickles: bool) -> tuple[list[Path], bool]:
+    """The files of a network's weights, and whether they are pickles, which are looked for where it has no others."""
+    for name, ending in ((stem, "safetensors"), ("pytorch_model", "bin"))[: 1 + or_pickles]:
+        patterns = weight_files(name, variant, ending)
+        folder = fetch_folder(source, ["config.json", *patterns])
+        files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+        if files:
+            break
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{source}: there is no config.json")
+    weights = [file for file in files if file.suffix != ".json"]
+    whole = any(file.name == weight_files(name, variant, ending)[0] for file in weights)
+    for index in (file for file in files if file.suffix == ".json" and not whole):
+        lost = set(read_json(index).get("weight_map", {}).values()) - {file.name for file in weights}
+        if lost:
+            raise FileNotFoundError(f"{source}: there is no {min(lost)}, which {index.name} names")
+    if not weights:
+        there = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
+        but = f", only {there[0]} (a variant is read by its name, a pickle never)" if there else ""
+        raise FileNotFoundError(f"{source}: there is no {weight_files(stem, variant)[0]}{but}")
+    return weights, weights[0].suffix == ".bin"
+
+
+def _check_config(file: Path, kind: type[Any]) -> None:
+    """Raises ValueError if a configuration is another network's, or none: diffusers would use defaults in its place."""
+    config = read_json(file)
+    described = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+    if described is None:
+        raise ValueError(f"{file} does not describe a network: it has neither _class_name nor model_type")
+    if config.get("_class_name") not in (None, kind.__name__):
+        raise ValueError(f"{file} describes a {config['_class_name']}, not a {kind.__name__}")
+
+
+def check_network(module: nn.Module, files: Iterable[Path]) -> None:
+    """Raises ValueError naming file and tensor if a network that was read from files has values that are not finite."""
+    name = nonfinite_name(module.state_dict())
+    if name is None:
+        return
+    from safetensors import safe_open
+
+    for file in files:
+        if file.suffix != ".safetensors":
+            continue
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            stored = [key for key in names if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")]
+            if stored and nonfinite_name({"": opened.get_tensor(stored[0])}) is None:
+                dtype = str(module.state_dict()[name].dtype).removeprefix("torch.")
+                raise ValueError(f"{file}: {name} is not finite in {dtype}, only as stored: set another dtype")
+            if stored:
+                raise ValueError(f"{file}: {name} holds values that are not finite (NaN or infinity)")
+    raise ValueError(f"{next(iter(files))}: {name} holds values that are not finite (NaN or infinity)")
+
+
+# ---------------------------------------------------------------- tokenizers
 
 
 def load_tokenizer(kind: type[Any], source: Source) -> Any:
@@ -122,16 +174,55 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
 
     Raises:
         FileNotFoundError: there is no such folder, or its vocabulary is missing or empty.
-        ValueError: its files cannot be read.
+        ValueError: its files cannot be read, or it makes the same tokens of different words.
         HubError: it could not be downloaded.
     """
     folder = fetch_folder(source, TOKENIZER_FILES)
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}):
+        read_json(file) if file.suffix == ".json" else check_there(file)
     parts = [name for name in kind.vocab_files_names.values() if name != "tokenizer.json"]
     there = (folder / "tokenizer.json").is_file() or all((folder / part).is_file() for part in parts)
     try:
         tokenizer = kind.from_pretrained(folder) if there else None
     except Exception as error:  # the tokenizers library raises plain ones
         raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
-    if tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) if tokenizer is not None else set()
+    if not words:
         raise FileNotFoundError(f"{source}: no vocabulary; a tokenizer needs tokenizer.json, or {' and '.join(parts)}")
+    some = sorted(words)[:: max(1, len(words) // 50)]
+    texts = [tokenizer.convert_tokens_to_string([word]).strip() for word in some]
+    if len({frozenset(tokenizer(text).input_ids) - {*tokenizer.all_special_ids} for text in texts}) == 1:
+        raise ValueError(f"{source}: its tokenizer makes the same tokens of every word, among them {texts[:3]}")
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, source: str | Path | Source) -> None:
+    """Raises ValueError unless a tokenizer's ids are those that a text encoder of so many tokens has vectors for.
+
+    A tokenizer that lacks its start and end tokens is found too: transformers appends them to the vocabulary.
+    """
+    found = max(tokenizer.get_vocab().values()) + 1
+    if found != vocabulary:
+        raise ValueError(f"{source}: a tokenizer of {found} tokens for a model of {vocabulary}")
+    ids = tokenizer("a").input_ids
+    bos, eos = (
+        (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        if tokenizer.bos_token_id is None
+        else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    if len(ids) < 2 or (ids[0], ids[-1]) != (bos, eos) or bos == eos:
+        raise ValueError(f"{source}: its tokenizer does not put a text between a start and an end token")
+
+
+def check_clip_tokenizer(tokenizer: Any, text: Any, source: str | Path | Source) -> None:
+    """`check_tokenizer` for a CLIP's text configuration, and raises ValueError if features would be read elsewhere.
+
+    transformers reads a text's feature at the configured end token, or at the highest id if that is 2, as older files
+    have it; the tokenizer must end its texts with that very token.
+    """
+    check_tokenizer(tokenizer, text.vocab_size, source)
+    end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    if tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"{source}: its tokenizer ends texts with token {tokenizer.eos_token_id}, the model with {end}"
+        )

@@ -9,7 +9,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import tiny
-from attune.diffusion.lora import ADAPTER_FILE
+from attune.config.settings import Lora
+from attune.diffusion.lora_files import ADAPTER_FILE
 from drawing import drawn, drawn_by, same_weights
 
 
@@ -208,3 +209,40 @@ def test_an_adapter_and_a_denoiser_from_the_hub(new_policy, tmp_path, on_the_hub
         loaded = new_policy(adapter=False)
         loaded.load(f"{source}@{commit}")
         assert same_weights(loaded, expected)
+
+
+def test_a_peft_file_named_on_the_hub_comes_with_its_configuration(new_policy, tmp_path, on_the_hub):
+    saved, folder = new_policy(moved=0.1, rank=4), tmp_path / "peft"
+    folder.mkdir()
+    save_file(renamed(saved, lambda key: f"base_model.model.{key}"), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+    name, commit = on_the_hub(folder)
+    loaded = new_policy(adapter=False)
+    loaded.load(f"{name}/adapter_model.safetensors@{commit}")
+    assert same_weights(loaded, saved)
+
+
+def test_an_adapter_that_did_not_move_is_ours_alone(new_policy, tmp_path):
+    """Early stopping may find that the start was best; of a file from elsewhere it means that it was not understood."""
+    new_policy().save(tmp_path)
+    foreign, own = new_policy(adapter=False), new_policy(adapter=False)
+    with pytest.raises(ValueError, match="changes nothing: in every pair, A or B is zero"):
+        foreign.load(tmp_path)
+    with pytest.raises(ValueError, match="changes nothing"):
+        foreign.continue_from(str(tmp_path), Lora(rank=2))
+    own.load(tmp_path, may_be_zero=True)
+    assert torch.equal(drawn(own), drawn(foreign))
+    (tmp_path / "run.json").write_text("{}")
+    foreign.continue_from(str(tmp_path), Lora(rank=2))
+    assert foreign.parameters()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_saved(new_policy, tmp_path, value):
+    adapter, whole = new_policy(moved=0.1), new_policy(adapter=False)
+    whole.unfreeze()
+    for policy in (adapter, whole):
+        policy.parameters()[-1].data.view(-1)[0] = value
+        with pytest.raises(ValueError, match=r"models/x was not saved: \S+ holds values that are not finite"):
+            policy.save(tmp_path / "models/x")
+    assert not list(tmp_path.iterdir())

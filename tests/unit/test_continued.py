@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import tiny
 from attune.config.settings import Lora
-from attune.diffusion.lora import ADAPTER_FILE
+from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.policy import fingerprint
 from drawing import drawn, drawn_by, same_weights
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
@@ -193,6 +194,53 @@ def test_a_denoiser_of_another_model_is_refused(new_policy, tiny_xl_folder):
         new_policy(adapter=False).load(tiny_xl_folder)
 
 
+def saved_denoiser(new_policy, folder):
+    policy = new_policy(adapter=False)
+    policy.unfreeze()
+    policy.save(folder)
+    return folder / "unet/diffusion_pytorch_model.safetensors"
+
+
+def test_a_denoiser_that_lacks_a_weight_is_refused_and_the_weight_named(new_policy, tmp_path):
+    file = saved_denoiser(new_policy, tmp_path)
+    weights = load_file(file)
+    del weights["mid_block.attentions.0.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    policy = new_policy(adapter=False)
+    with pytest.raises(ValueError, match=r"unet does not fit: missing \['mid_block\.attentions\.0\.norm\.weight'\]"):
+        policy.load(tmp_path)
+
+
+def test_a_denoiser_that_is_a_pointer_or_not_finite_is_named(new_policy, tmp_path):
+    file, policy = saved_denoiser(new_policy, tmp_path), new_policy(adapter=False)
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{file.name}: conv_in\.bias holds values that are not finite"):
+        policy.load(tmp_path)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    with pytest.raises(ValueError, match=rf"{file.name} is a pointer of git-lfs"):
+        policy.load(tmp_path)
+
+
+def test_a_denoiser_that_is_refused_loses_nothing(new_policy, inputs, tiny_xl_folder):
+    policy = new_policy(moved=0.3)
+    before = policy.predict_noise(*inputs)
+    with pytest.raises(ValueError, match="does not fit the base model"):
+        policy.load(tiny_xl_folder)
+    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert policy.parameters()
+    assert policy.loaded_from is None
+
+
+def test_a_denoiser_that_predicts_something_else_is_refused(new_policy, tmp_path):
+    """Shapes are the same; read as epsilon, a velocity would draw noise."""
+    policy = new_policy(adapter=False)
+    policy.load(tiny.write_pipeline(tmp_path / "epsilon"))
+    with pytest.raises(ValueError, match=r"unet predicts 'v_prediction', the base model epsilon: .*scheduler_config"):
+        policy.load(tiny.write_pipeline(tmp_path / "v", "v_prediction"))
+
+
 def test_weights_in_float32_computed_in_bfloat16(new_policy, inputs):
     """Full fine-tuning of a bfloat16 model: what moves is float32, and so are its gradients."""
     exact = new_policy(adapter=False).predict_noise(*inputs)
@@ -220,6 +268,20 @@ def test_fingerprint_is_of_the_frozen_weights(new_policy):
     assert fingerprint(new_policy(moved=0.1).denoiser) == before
     policy.denoiser.conv_in.bias.data[0] += 1e-6
     assert fingerprint(policy.denoiser) != before
+
+
+def test_captions_are_dropped_by_the_generator_that_is_given(policy):
+    """Or a resumed training would drop others than the one that never stopped."""
+    cond = policy.backbone.encode_prompts(["a cat", "a dog", "two owls"]).repeat(20)
+    kept = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        kept.append(policy.drop_captions(cond, 0.5, torch.Generator().manual_seed(7)).tensors["prompt_embeds"])
+    assert torch.equal(*kept)
+    empty = (kept[0] == policy.uncond.tensors["prompt_embeds"]).flatten(1).all(1)
+    assert 15 < int(empty.sum()) < 45
+    other = policy.drop_captions(cond, 0.5, torch.Generator().manual_seed(8)).tensors["prompt_embeds"]
+    assert not torch.equal(other, kept[0])
 
 
 def test_rows_of_a_conditioning():

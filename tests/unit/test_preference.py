@@ -92,6 +92,14 @@ def test_the_step_aware_reward_encodes_each_prompt_once(spm, images, monkeypatch
     assert encoded == [1, 1]
 
 
+def test_the_callers_autocast_does_not_reach_the_scores(spm, images):
+    model = perturbed(spm[0])
+    expected = StepAwareReward(model, spm[1])(images, PROMPTS, at(501))
+    fresh = StepAwareReward(model, spm[1])  # no text cached
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fresh(images, PROMPTS, at(501)), expected)
+
+
 def test_the_step_aware_reward_refuses_lengths_that_differ(spm, images):
     with pytest.raises(ValueError, match="2 prompts"):
         StepAwareReward(*spm)(images, PROMPTS[:2], at(1))
@@ -152,6 +160,16 @@ def test_a_saved_tokenizer_is_the_one_that_was_given(spm, tmp_path):
     assert again(PROMPTS, padding=True).input_ids == spm[1](PROMPTS, padding=True).input_ids
     for token in ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length"):
         assert getattr(again, token) == getattr(spm[1], token)
+
+
+def test_the_saved_bytes_do_not_depend_on_the_calls_before(spm, tmp_path):
+    """A call leaves its padding and truncation in the tokenizer; a resumed training makes other calls."""
+    save(*spm, tmp_path / "before")
+    spm[1](PROMPTS, padding="max_length", truncation=True, max_length=9)
+    save(*spm, tmp_path / "after")
+    files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in sorted(tmp_path.iterdir())]
+    assert files[0] == files[1]
+    assert spm[1].backend_tokenizer.truncation["max_length"] == 9  # the one that was given is not touched
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])

@@ -53,6 +53,14 @@ def test_velocity_to_noise_by_its_definition():
     torch.testing.assert_close(process.velocity_to_noise(velocity, x_t, a_t), noise)
 
 
+def test_an_error_of_velocity_weighs_its_share_of_signal_in_epsilon():
+    """What docs/methods says of losses on models that predict velocity: error of epsilon = a_t error of v."""
+    a_t = process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
+    errors = [process.velocity_to_noise(v, latents(2), a_t) for v in (latents(0), latents(1))]
+    in_noise, in_velocity = ((one - other).square() for one, other in (errors, (latents(0), latents(1))))
+    torch.testing.assert_close(in_noise, a_t * in_velocity, rtol=1e-3, atol=1e-5)
+
+
 def test_timesteps():
     assert process.ddim_timesteps(1000, 4).tolist() == [751, 501, 251, 1]
     assert process.ddim_timesteps(1000, 1).tolist() == [1]

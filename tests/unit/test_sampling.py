@@ -1,5 +1,7 @@
 """Drawing images: DDIM as diffusers runs it, and noise that belongs to its image."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import tiny
 from attune.config.settings import Sampling
 from attune.diffusion import process
 from attune.diffusion.ddim import sample
-from attune.diffusion.generate import generate_images
+from attune.diffusion.generate import NonFiniteImageError, generate_images
 from attune.diffusion.noise import generator_noise, noise_seed, per_row_noise
 
 SEEDS = [11, 22, 33]
@@ -112,3 +114,30 @@ def test_a_painting_does_not_depend_on_batch_size_or_order(new_policy, eta):
         assert np.abs(eight.astype(int) - again).max() <= 1  # one grey level
     assert len(np.unique(eight.reshape(9, -1), axis=0)) == 9  # ordinals of one prompt differ too
     assert eight.std() > 10  # not one flat colour, which would make this test empty
+
+
+def test_an_adapter_that_explodes_is_named_and_draws_nothing(new_policy, tmp_path):
+    """Its weights are finite, what they compute is not; 8 bits would show it as black."""
+    new_policy(moved=1e30).save(tmp_path)
+    policy = new_policy(adapter=False)
+    policy.load(tmp_path)
+    with pytest.raises(NonFiniteImageError, match=rf"{tmp_path}: the denoiser gave .* for image 0, prompt 'a cat'"):
+        paint_with(policy, [0, 1, 2], 3)
+
+
+def test_an_autoencoder_that_overflows_is_named_with_the_image_it_lost(new_policy):
+    policy = new_policy(adapter=False)
+    policy.backbone.vae = copy.deepcopy(policy.backbone.vae)
+    whole = paint_with(policy, [0, 1, 2], 2)
+    vae, decoded = policy.backbone.vae, []
+
+    def overflow(module, inputs):
+        """From the third image on, as in half precision where an image is bright."""
+        decoded.extend(inputs[0])
+        return (inputs[0] * (1e38 if len(decoded) > 2 else 1),)
+
+    vae.decoder.register_forward_pre_hook(overflow)
+    assert np.array_equal(paint_with(policy, [0, 1], 2), whole[:2])
+    decoded.clear()
+    with pytest.raises(NonFiniteImageError, match=r"the model: the autoencoder gave .* for image 2, prompt 'two owls'"):
+        paint_with(policy, [0, 1, 2], 2)

@@ -20,18 +20,17 @@ from attune.config.schema import ConfigError
 from attune.hub import (
     HubError,
     Source,
-    check_finite,
     fetch_file,
     fetch_folder,
     identity,
     is_here,
     list_files,
     parse,
-    read_tensors,
 )
 from attune.pretrained import build_with
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.spm import model as preference
+from attune.weights import check_finite, read_tensors
 from tiny_scorers import write_imagereward
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
@@ -291,9 +290,9 @@ def test_weights_that_are_not_finite_are_refused_where_they_are_read(tmp_path, v
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("not found", "is damaged, or no safetensors file"),
+        ("not found", "is damaged, or no file of weights"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a pointer of git-lfs"),
-        ("\n<!DOCTYPE html><html></html>", "is a web page, not weights"),
+        ("\n<!DOCTYPE html><html></html>", "is a web page: download the file itself"),
     ],
 )
 def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content, says):
@@ -315,7 +314,7 @@ def test_a_scorer_whose_weights_are_not_finite_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["logit_scale"].fill_(torch.nan)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"pickscore: logit_scale holds values that are not finite"):
+    with pytest.raises(ValueError, match=r"pickscore/model\.safetensors: logit_scale holds values that are not finite"):
         pickscore.load(pickscore.Config(path=str(folder)))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
-from attune.hub import Source, count_parameters, fetch_folder, parse, read_json
-from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer, weight_files
+from attune.hub import Source, fetch_folder, parse
+from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
+from attune.weights import count_parameters, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -22,6 +23,26 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+SCHEDULERS = frozenset(  # diffusers' samplers of models trained as DDPM's are; EDM and flow matching have their own
+    f"{name}Scheduler"
+    for name in (
+        *(
+            "DDIM",
+            "DDIMParallel",
+            "DDIMInverse",
+            "DDPM",
+            "DDPMParallel",
+            "PNDM",
+            "LMSDiscrete",
+            "LCM",
+            "TCD",
+            "SASolver",
+        ),
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
+        *("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE"),
+        *("DEISMultistep", "UniPCMultistep"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -86,12 +107,16 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
 def load_text(
     kind: type[PreTrainedModel], model: Model, number: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[CLIPTokenizer, PreTrainedModel]:
-    """A tokenizer and its text encoder; `number` is what their folders' names end in."""
+    """A tokenizer and its text encoder, which must fit each other; `number` is what their folders' names end in."""
     from transformers import CLIPTokenizer
 
     source = parse(model.path)
     tokenizer = load_tokenizer(CLIPTokenizer, source / f"tokenizer{number}")
-    return tokenizer, load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
+    encoder = load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
+    check_clip_tokenizer(tokenizer, encoder.config, source / f"tokenizer{number}")
+    # prompts are padded to it; without a tokenizer_config.json it would be 10^30
+    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return tokenizer, encoder
 
 
 def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
@@ -107,16 +132,57 @@ def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
 
 
 def load_schedule(model: Model) -> tuple[Tensor, str]:
-    """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction."""
+    """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction.
+
+    Which of its family's samplers a pipeline names does not matter: the schedule of its training is the same.
+
+    Raises:
+        ValueError: the model is of another family (EDM, flow matching, a distilled decoder), or the schedule is none.
+        FileNotFoundError: there is no scheduler.
+    """
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler.from_pretrained(fetch_folder(parse(model.path) / "scheduler", ["*.json"]))
-    predicts = scheduler.config.prediction_type
+    if Path(model.path).is_file():
+        raise ValueError(
+            f"{model.path} is one file; a folder in diffusers' layout is needed: `from_single_file` makes it"
+        )
+    file = fetch_folder(parse(model.path) / "scheduler", ["*.json"]) / "scheduler_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{model.path}: there is no scheduler/{file.name}")
+    config = read_json(file)
+    _check_family(config, file)
+    try:
+        scheduler = DDIMScheduler.from_config(config)
+        alphas, predicts = scheduler.alphas_cumprod, scheduler.config.prediction_type
+    except Exception as error:  # values of a wrong type or size fail in as many ways
+        raise ValueError(f"{file}: its schedule cannot be computed: {' '.join(str(error).split())[:200]}") from error
     if predicts not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{model.path}: prediction_type {predicts!r} is not supported")
-    if scheduler.alphas_cumprod[-1] <= 0:
-        raise ValueError(f"{model.path}: a schedule that ends in pure noise (zero SNR) has no x_0 there to predict")
-    return scheduler.alphas_cumprod, predicts
+        raise ValueError(f"{file}: prediction_type {predicts!r:.40} is not supported")
+    _check_schedule(alphas, file)
+    return alphas, predicts
+
+
+def _check_schedule(alphas: Tensor, file: Path) -> None:
+    """Raises ValueError unless the signal left falls at every step, from below 1 to nearly but not quite nothing."""
+    if alphas[-1] == 0:
+        raise ValueError(f"{file}: a schedule that ends in pure noise (zero SNR) has no x_0 there to predict")
+    falls = len(alphas) > 1 and bool((alphas.diff() < 0).all())  # false if there is a NaN
+    if not (falls and alphas[-1] > 0 and alphas[0] < 1):
+        raise ValueError(
+            f"{file}: its schedule is none: the signal left must fall at every step, from below 1 to above 0"
+        )
+    if alphas[-1] > 0.1:  # Stable Diffusion's is 0.005; sampling starts from pure noise
+        raise ValueError(f"{file}: its last step keeps {alphas[-1]:.0%} of the signal; is num_train_timesteps right?")
+
+
+def _check_family(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError unless a scheduler is of models that are trained on `process.add_noise` at whole timesteps."""
+    name = config.get("_class_name")
+    if name not in SCHEDULERS:
+        raise ValueError(f"{file}: a model for {name!r:.60} is no Stable Diffusion and not supported")
+    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        odd = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type: continuous"
+        raise ValueError(f"{file}: a model with {odd} is not supported; it is no Stable Diffusion")
 
 
 def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel) -> tuple[int, tuple[int, int, int]]:

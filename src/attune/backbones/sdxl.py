@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from attune.backbones import _latent
 from attune.config.settings import Model
-from attune.hub import Source, fetch_folder, parse, read_json
+from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning
+from attune.weights import read_json
 
 INDEX = "model_index.json"
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}

@@ -48,11 +48,21 @@ def load_model(source: str, hidden_act: str | None = None) -> CLIPModel:
     return model
 
 
-def load_tokenizer(source: str) -> CLIPTokenizer:
-    """The tokenizer of a local folder, or of `owner/name@commit` on the Hub; errors as `pretrained.load_tokenizer`."""
+def load_tokenizer(source: str, config: CLIPConfig | None = None) -> CLIPTokenizer:
+    """The tokenizer of a local folder, or of `owner/name@commit` on the Hub.
+
+    Args:
+        config: of the CLIP that the tokenizer must fit; None if that is checked where the model is made.
+
+    Raises:
+        ValueError: it does not fit; and as `pretrained.load_tokenizer`.
+    """
     from transformers import CLIPTokenizer
 
-    return pretrained.load_tokenizer(CLIPTokenizer, parse(source))
+    tokenizer = pretrained.load_tokenizer(CLIPTokenizer, parse(source))
+    if config is not None:
+        pretrained.check_clip_tokenizer(tokenizer, text_config(config), source)
+    return tokenizer
 
 
 def check_activation(config: CLIPConfig, hidden_act: str | None, source: str) -> None:

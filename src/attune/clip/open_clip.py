@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attune.clip.model import check_activation, text_config, vision_config
-from attune.hub import read_json, read_tensors
 from attune.pretrained import build_with, misfit
+from attune.weights import read_json, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -111,13 +111,17 @@ def clip_config(layout: Mapping, tokenizer: CLIPTokenizer) -> CLIPConfig:
         tokenizer: says where text features are read: at its end token.
 
     Raises:
-        ValueError: the tokenizer has another vocabulary.
+        ValueError: the tokenizer has another vocabulary, or another end token.
     """
     from transformers import CLIPConfig
 
     vision, text = layout["vision_cfg"], layout["text_cfg"]
     if len(tokenizer) != text["vocab_size"]:
-        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens for a model of {text['vocab_size']}")
+        raise ValueError(
+            f"{tokenizer.name_or_path}: a tokenizer of {len(tokenizer)} tokens for a model of {text['vocab_size']}"
+        )
+    if tokenizer.eos_token_id != text["vocab_size"] - 1:  # open_clip reads a text's feature at its highest id
+        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer ends texts with another token than the last")
     shared = {"hidden_act": layout.get("hidden_act", "gelu"), "projection_dim": layout["embed_dim"]}
     return CLIPConfig(
         projection_dim=layout["embed_dim"],

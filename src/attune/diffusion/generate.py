@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from attune.config.settings import Sampling
@@ -15,6 +16,10 @@ from attune.diffusion.noise import noise_seed, per_row_noise
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
+
+
+class NonFiniteImageError(RuntimeError):
+    """A denoiser or an autoencoder gave NaN or infinite values."""
 
 
 @torch.no_grad()
@@ -34,6 +39,9 @@ def generate_images(
     Args:
         ordinals: (n,), tell images of the same prompt apart.
         desc: name of the progress bar; None for no bar.
+
+    Raises:
+        NonFiniteImageError: an image would hold values that are no number, which 8 bits would show as black.
     """
     images = []
     starts = range(0, len(prompts), sampling.batch_size)
@@ -42,6 +50,20 @@ def generate_images(
         seeds = [noise_seed(p, int(o), seed) for p, o in zip(some, ordinals[start:], strict=False)]
         cond = policy.backbone.encode_prompts(some)
         latents = sample(policy, cond, per_row_noise(seeds), sampling.steps, sampling.eta, sampling.guidance_scale)
+        _check_finite(latents, policy, some, start, "the denoiser", "model.dtype")
         pixels = policy.backbone.decode_latents(latents).clamp(0, 1) * 255
+        _check_finite(pixels, policy, some, start, "the autoencoder", "model.vae_dtype")
         images.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)
+
+
+def _check_finite(values: Tensor, policy: Policy, prompts: Sequence[str], start: int, part: str, setting: str) -> None:
+    """Raises NonFiniteImageError naming the first row, (B, ...), that is not finite, its prompt, and the model."""
+    finite = torch.isfinite(values).flatten(1).all(1).tolist()
+    if not all(finite):
+        row = finite.index(False)
+        model = policy.loaded_from or "the model"
+        raise NonFiniteImageError(
+            f"{model}: {part} gave values that are not finite for image {start + row}, prompt {prompts[row]!r:.120}; "
+            f"if {setting} is float16 set bfloat16 or float32, else its weights are unusable"
+        )

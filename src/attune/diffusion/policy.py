@@ -17,18 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from attune.config.settings import Lora
-from attune.diffusion.lora import (
-    add_lora,
-    load_lora,
-    locate,
-    lora_ranks,
-    read_denoiser,
-    save_lora,
-    target_modules,
-    unload_lora,
-)
+from attune.diffusion.lora import add_lora, load_lora, lora_ranks, save_lora, target_modules, unload_lora
+from attune.diffusion.lora_files import locate, read_denoiser
 from attune.distributed import Shard
 from attune.interfaces import Backbone, Conditioning
+from attune.weights import check_finite
 
 
 class Policy:
@@ -47,6 +40,7 @@ class Policy:
         self.module: nn.Module = self.denoiser
         self.reference_model: nn.Module | None = None  # None: the denoiser without its adapter
         self.shard = Shard()  # this process's part of the training
+        self.loaded_from: str | None = None  # what was loaded last in the place of the base model; named in errors
 
     # ------------------------------------------------------------ prediction
 
@@ -145,10 +139,15 @@ class Policy:
             self.snapshot_reference()
 
     def save(self, folder: Path) -> None:
-        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`."""
+        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`.
+
+        Raises:
+            ValueError: a weight is not finite; nothing is written.
+        """
         if lora_ranks(self.denoiser):
             save_lora(self.denoiser, folder)
         else:
+            check_finite(self.denoiser.state_dict(), f"{folder} was not saved")
             self.denoiser.save_pretrained(folder / "unet")
 
     def load(self, source: Path | str, may_be_zero: bool = False) -> None:
@@ -164,10 +163,11 @@ class Policy:
         """
         found = locate(source)
         if found.is_dir():
-            network = read_denoiser(found, unload_lora(self.denoiser))
-            self.reference_model, self.denoiser, self.module = self.denoiser, network, network
+            network = read_denoiser(found, self.denoiser, self.backbone.prediction_type)
+            self.reference_model, self.denoiser, self.module = unload_lora(self.denoiser), network, network
         else:
             load_lora(self.denoiser, found, may_be_zero)
+        self.loaded_from = str(source)
 
     def _target_modules(self, targets: str | Sequence[str]) -> list[str]:
         return target_modules(self.denoiser, targets, self.backbone.lora_targets)

@@ -15,8 +15,8 @@ from attune.config import plugins
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
-from attune.hub import count_parameters
 from attune.planning.make import needs_preference_model
+from attune.weights import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 UNKNOWN = "unknown"

@@ -18,8 +18,9 @@ from torch import Tensor
 from attune.clip.model import full_precision, load_model, prepared_features
 from attune.clip.pixels import PREPARATIONS, check_images
 from attune.config.settings import Location, Preprocess, ScorerConfig, Sha256
-from attune.hub import fetch_file, parse, read_tensors
+from attune.hub import fetch_file, parse
 from attune.rewards._head import Head, head_of
+from attune.weights import read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

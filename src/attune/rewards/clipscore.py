@@ -86,4 +86,4 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     if (vision.patch_size, vision.image_size) != (int(patch), int(size or 224)):
         raise ValueError(f"{config.path} is no {config.model}: patches {vision.patch_size}, images {vision.image_size}")
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
-    return Scorer(model, load_tokenizer(config.path), config)
+    return Scorer(model, load_tokenizer(config.path, model.config), config)

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, full_precision, load_tokenizer, prepared_features
+from attune.clip.model import TextFeatures, full_precision, load_tokenizer, prepared_features, text_config
 from attune.clip.open_clip import load_open_clip
 from attune.clip.pixels import check_images, normalise, square_pixels
 from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.hub import fetch_file, parse
+from attune.pretrained import check_clip_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -99,5 +100,6 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     file = fetch_file(parse(config.path), config.sha256)
     tokenizer = load_tokenizer(config.tokenizer)
     model = load_open_clip(file, tokenizer, config.hidden_act)
+    check_clip_tokenizer(tokenizer, text_config(model.config), config.tokenizer)
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
     return Scorer(model, tokenizer, config)

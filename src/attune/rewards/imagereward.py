@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from attune.clip.model import full_precision
 from attune.clip.pixels import check_images, clip_pixels, clip_pixels_pil, rounded_crop
 from attune.config.settings import Location, ScorerConfig, Sha256
-from attune.hub import fetch_file, parse, read_json, read_tensors
-from attune.pretrained import build_with, load_tokenizer
+from attune.hub import fetch_file, parse
+from attune.pretrained import build_with, check_tokenizer, load_tokenizer
 from attune.rewards._head import LAYERS, Head
+from attune.weights import read_json, read_tensors
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -186,7 +187,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     file = fetch_file(parse(config.path), config.sha256)
     tokenizer = load_bert_tokenizer(config.tokenizer)
     model = load_weights(file)
-    words = model.text.config.vocab_size
-    if len(tokenizer) != words:
-        raise ValueError(f"a tokenizer of {len(tokenizer)} tokens for a model of {words}")
+    check_tokenizer(tokenizer, model.text.config.vocab_size, config.tokenizer)
     return Scorer(model.to(device), tokenizer, config)

@@ -60,4 +60,4 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     model = load_model(config.path, config.hidden_act)
     model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
-    return Scorer(model, load_tokenizer(config.tokenizer or config.path), config)
+    return Scorer(model, load_tokenizer(config.tokenizer or config.path, model.config), config)

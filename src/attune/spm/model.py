@@ -12,6 +12,7 @@ constructor sets all modulation biases to 1 and is saved by a later initialisati
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from attune.clip.model import TextFeatures, full_precision, image_size, load_model, load_tokenizer, vision_config
 from attune.clip.pixels import normalise, rounded_crop
-from attune.hub import fetch_folder, parse, read_json, read_tensors
+from attune.hub import fetch_folder, parse
 from attune.pretrained import build_with, misfit
+from attune.weights import read_json, read_tensors
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
 WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
@@ -200,7 +202,7 @@ def from_clip(source: str, tokenizer: CLIPTokenizer | None = None) -> tuple[Step
     foreign = [name for name in missing if not any(part in name for part in _ADALN)]
     if foreign or unexpected:
         raise ValueError(f"{source} does not fit its configuration: {misfit(foreign, unexpected)}")
-    return model, tokenizer or load_tokenizer(source)
+    return model, tokenizer or load_tokenizer(source, clip.config)
 
 
 def load(
@@ -220,10 +222,12 @@ def load(
     source, file = (str(path), path / WEIGHTS) if path.is_dir() else (clip, path)
     if source is None:
         raise ValueError(f"{path} is no folder; a single file needs the CLIP that it fits")
-    config = CLIPConfig.from_pretrained(fetch_folder(parse(source), [CONFIG]))
+    folder = fetch_folder(parse(source), [CONFIG])
+    read_json(folder / CONFIG)  # names the file if it is none
+    config = CLIPConfig.from_pretrained(folder)
     tensors = {name: value.float() for name, value in released_tensors(read_tensors(file)).items()}
     model = build_with(lambda: StepAwareCLIP(config), tensors, file)
-    return model.eval(), tokenizer or load_tokenizer(source)
+    return model.eval(), tokenizer or load_tokenizer(source, config)
 
 
 def released_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -245,8 +249,15 @@ def save(model: StepAwareCLIP, tokenizer: CLIPTokenizer, folder: str | Path) -> 
 
 
 def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Writes the tokenizer without where it was loaded from, which would only change the folder's digest."""
-    tokenizer.save_pretrained(folder)
+    """Writes the tokenizer without where it was loaded from and how it was last called.
+
+    Both would only change the folder's digest: a call leaves its padding and truncation in the tokenizer, and a
+    training that goes on from a checkpoint makes other calls.
+    """
+    fresh = copy.deepcopy(tokenizer)
+    fresh.backend_tokenizer.no_padding()
+    fresh.backend_tokenizer.no_truncation()
+    fresh.save_pretrained(folder)
     file = folder / TOKENIZER_CONFIG
     config = {key: value for key, value in read_json(file).items() if key not in ("is_local", "local_files_only")}
     file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from golden.reading import HERE, TOKENIZER, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attune.diffusion.lora import ADAPTER_FILE
+from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Conditioning
 
