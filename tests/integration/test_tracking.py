@@ -85,8 +85,11 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """One store for most tests: to create its tables takes seconds. A space in the path is common."""
-    return tmp_path_factory.mktemp("my repo")
+    """A folder with a store: its tables may take longer than a run waits for them."""
+    folder = tmp_path_factory.mktemp("store")
+    stores.prepare()
+    stores.connect(stores.DEFAULT, folder)
+    return folder
 
 
 def test_flatten_and_hash_of_params():
