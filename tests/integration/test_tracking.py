@@ -85,8 +85,8 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A folder with a store: its tables may take longer than a run waits for them."""
-    folder = tmp_path_factory.mktemp("store")
+    """One store for most tests, made before: its tables take seconds. A space in the path is common."""
+    folder = tmp_path_factory.mktemp("my repo")
     stores.prepare()
     stores.connect(stores.DEFAULT, folder)
     return folder
