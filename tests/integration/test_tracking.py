@@ -85,8 +85,11 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """One store for most tests: to create its tables takes seconds. A space in the path is common."""
-    return tmp_path_factory.mktemp("my repo")
+    """One store for most tests, made before: its tables take seconds. A space in the path is common."""
+    folder = tmp_path_factory.mktemp("my repo")
+    stores.prepare()
+    stores.connect(stores.DEFAULT, folder)
+    return folder
 
 
 def test_flatten_and_hash_of_params():

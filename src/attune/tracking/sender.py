@@ -24,7 +24,7 @@ KEPT = "the run goes on, and what it logs is kept"
 INCOMPLETE = "the store has not got all of this run; the next run sends the rest, or `make replay`"
 FLUSH_SECONDS = 5.0
 RETRY_SECONDS = (2.0, 30.0)  # first and longest pause before a store that is away is asked again
-START_SECONDS = 6.0  # how long a run waits for its store at its start
+START_SECONDS = 8.0  # how long a run waits for its store at its start
 DRAIN_SECONDS = 12.0  # and at its end, without any progress; a single answer may take 10 s
 
 
