@@ -9,7 +9,7 @@ import pytest
 
 from attune.data.ingest.ingest import clean_prompt, label
 from attune.data.quarantine import RejectedRow
-from attune.data.rows import BadRow
+from attune.data.rows import BadRow, SourceError
 from attune.data.sources._cells import as_flag, as_float, as_image, as_split, as_text
 from raw_data import image, rows_from
 
@@ -133,6 +133,14 @@ def test_an_odd_cell_of_a_parquet_costs_its_row(tmp_path):
     assert [row.detail for row in rows] == [
         f"column jpg_0: expected the bytes of an encoded image, found text '{name}.png'" for name in "ab"
     ]
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    names = ["caption", "jpg_0", "jpg_1", "label_0", "label_0"]
+    columns = [pa.array(["a cat"]), pa.array([image(0)]), pa.array([image(1)]), pa.array([1.0]), pa.array([0.0])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet: column 'label_0' is there twice"):
+        rows_from("pickapic", path=str(tmp_path))
 
 
 def test_numbers_as_text_are_ranked_as_numbers(tmp_path):

@@ -42,6 +42,15 @@ def test_rows_of_another_shape_are_refused(tmp_path):
             file.append(torch.ones(3, 4))
 
 
+@pytest.mark.parametrize("kept", [0, 6, 90, 140], ids=["empty", "signature", "header", "rows"])
+def test_an_array_that_breaks_off_names_its_file(tmp_path, kept):
+    with ArrayFile(tmp_path / "a.npy") as file:
+        file.append(torch.ones(30, 2))
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"a\.npy is damaged; run the prepare stage again"):
+        read_array(tmp_path / "a.npy")
+
+
 def test_an_array_may_have_no_rows(tmp_path):
     with ArrayFile(tmp_path / "a.npy") as file:
         file.append(torch.zeros(0, 4, 8, 8))

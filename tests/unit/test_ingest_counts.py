@@ -202,6 +202,15 @@ def test_prompts_alone_are_enough_where_no_run_asks_for_pairs(tmp_path, write):
     checked(tmp_path, [Prompt("a cat", "train")], wanted={"prompts/train": 1})
 
 
+@pytest.mark.parametrize("label_0", [float("nan"), -1.0, 2.0])
+def test_a_label_that_is_none_is_not_read_from_prepared_data(write, tmp_path, label_0):
+    write([pair(0), pair(1, "a dog")])
+    file = tmp_path / "prepared/pairs.parquet"
+    pd.read_parquet(file).assign(label_0=[1.0, label_0]).to_parquet(file, index=False)
+    with pytest.raises(ValueError, match=rf"pairs\.parquet is damaged: row 1 has label_0 {label_0}; run the prepare"):
+        PreparedData.read(tmp_path / "prepared", "train")
+
+
 # --- labels and batches -----------------------------------------------------------------------------------
 
 

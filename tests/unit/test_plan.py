@@ -17,7 +17,7 @@ from attune.paths import Paths
 from attune.planning import code
 from attune.planning.costs import as_text, facts, rows
 from attune.planning.local_files import Digests
-from attune.planning.make import make, selected_by, trained_on
+from attune.planning.make import make, selected_by, trained_on, wanted_rows
 from attune.planning.problems import Machine, missing_files, problems, too_large
 from attune.stages.plan import _missing_on_the_hub
 
@@ -55,6 +55,16 @@ VALIDATION |= {"sampling": {"steps": 4, "eta": 0, "guidance_scale": 1, "batch_si
 
 def test_nothing_stops_the_shipped_laptop_profiles(settings):
     assert said(settings()) == said(settings("short")) == []
+
+
+def test_ties_are_not_enough_for_a_run_that_learns_from_choices(settings, tmp_path):
+    lines = [
+        f'{{"prompt": "p {i}", "image_0": "a", "image_1": "b", "label_0": 0.5, "split": "train"}}' for i in range(3)
+    ]
+    (tmp_path / "ties.jsonl").write_text("\n".join(lines))
+    found = settings(data={"source": "table", "path": str(tmp_path / "ties.jsonl")})
+    assert wanted_rows(found)["choices/train"] == 1
+    assert any("0 train pairs that are no ties, but 1 are needed by the runs" in line for line in said(found))
 
 
 def test_more_test_prompts_than_the_world_has(settings):

@@ -64,7 +64,14 @@ def test_hpdv2_without_a_test_file_takes_test_prompts_from_train(hpdv2):
     assert [row.split for row in pairs] == [hashed_split(row.prompt, 0.3, 0.3) for row in pairs]
 
 
-@pytest.mark.parametrize(("text", "says"), [("{}", "must be a list"), ("[", "is not JSON")])
+DEEP = '{"a":' * 10**5
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{}", "must be a list"), ("[", "is not JSON"), (DEEP, "must be a list")],
+    ids=["object", "cut", "nested too deeply"],
+)
 def test_hpdv2_with_a_broken_index(hpdv2, text, says):
     (hpdv2 / "train.json").write_text(text)
     with pytest.raises(SourceError, match=rf"train\.json:? {says}"):
@@ -97,7 +104,9 @@ def test_imagerewarddb(tmp_path, packed):
     folder = imagereward(tmp_path / "ir", packed)
     rows = rows_from("imagerewarddb", path=str(folder))
     assert [row.prompt for row in rows[:2]] == ["test a", "test b"]
-    pairs = rows[2:]
+    alone = [row for row in rows if isinstance(row, BadRow)]
+    assert [(row.reason, row.row, row.prompt[-1]) for row in alone] == [("no_other_image", 3, "b")] * 3
+    pairs = [row for row in rows if isinstance(row, Pair)]
     assert [row.split for row in pairs] == ["test"] * 3 + ["validation"] * 3 + ["train"] * 3
     assert [(row.row, row.label_0) for row in pairs[6:]] == [("0-1", 1.0), ("0-2", 1.0), ("1-2", 0.5)]
     seen = pairs[-1].image_1
@@ -112,7 +121,7 @@ def test_imagerewarddb_with_holes(tmp_path):
     table.to_parquet(folder / "metadata-train.parquet")
     (folder / "images/validation/validation_1.zip").write_bytes(b"PK no zip")
     rows = rows_from("imagerewarddb", path=str(folder))
-    assert [row for row in rows if isinstance(row, BadRow)] == [
+    assert [row for row in rows if isinstance(row, BadRow) and row.reason != "no_other_image"] == [
         BadRow("no_label", "metadata-train.parquet", 1, "train a", "column rank: expected a number")
     ]
     (train,) = (row for row in rows if isinstance(row, Pair) and row.split == "train")
@@ -200,6 +209,7 @@ def test_tables(tmp_path):
         ("t.csv", "", "t.csv is empty; expected a row per line"),
         ("t.jsonl", "\n\n", "t.jsonl is empty; expected a row per line"),
         ("t.csv", "prompt,image_0,image_1,label_0\n", "has a header and no row below it"),
+        ("t.csv", "prompt,image_0,image_1,label_0,prompt\na,b,c,1,d\n", "t.csv: column 'prompt' is there twice"),
         ("t.csv", "prompt;image_0;image_1;label_0\n", "separated by semicolons; expected commas"),
         ("t.csv", "prompt,image_0\n".encode("utf-16"), "is not UTF-8 but perhaps UTF-16; save it as UTF-8"),
     ],

@@ -46,7 +46,7 @@ def test_a_fifo_is_never_opened(table, tmp_path):
     os.mkfifo(tmp_path / "raw/pipe.png")
     reason, detail = table("pipe.png")
     assert reason == "missing_image"
-    assert detail.endswith("pipe.png is a FIFO; expected an image file")
+    assert detail.endswith("pipe.png is a FIFO; expected a file")
 
 
 def test_links_inside_the_folder_are_followed_and_others_are_not(table, tmp_path):
@@ -77,7 +77,7 @@ def test_a_file_is_measured_before_it_is_read(tmp_path):
     with pytest.raises(RejectedRow, match="too_large"):
         read_regular(tmp_path / "a.png")
     (tmp_path / "sub").mkdir()
-    assert read(tmp_path / "sub") == ("missing_image", f"{tmp_path / 'sub'} is a folder; expected an image file")
+    assert read(tmp_path / "sub") == ("missing_image", f"{tmp_path / 'sub'} is a folder; expected a file")
 
 
 def sparse_member(name: str, size: int) -> bytes:

@@ -55,5 +55,11 @@ def read_array(path: Path) -> Tensor:
     """The array as a tensor over the file: rows come into memory when they are indexed.
 
     Mapped copy-on-write, because torch has no read-only tensors; the file itself never changes.
+
+    Raises:
+        ValueError: the file is damaged.
     """
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    try:
+        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged; run the prepare stage again: {error}") from error

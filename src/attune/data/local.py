@@ -40,7 +40,7 @@ def read_regular(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
 def _check_regular(path: Path, state: os.stat_result) -> None:
     if not stat.S_ISREG(state.st_mode):
         kind = KINDS.get(stat.S_IFMT(state.st_mode), "a device")
-        raise RejectedRow("missing_image", f"{path} is {kind}; expected an image file")
+        raise RejectedRow("missing_image", f"{path} is {kind}; expected a file")
 
 
 def is_utf_16(beginning: bytes) -> bool:

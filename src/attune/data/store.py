@@ -42,11 +42,16 @@ class PreparedData:
 
         Raises:
             FileNotFoundError: the prepare stage has not run.
+            ValueError: what it wrote is damaged.
         """
         if not (folder / "latents.npy").exists():
             raise FileNotFoundError(f"{folder} holds no prepared data; run the prepare stage first")
         table = pd.read_parquet(folder / "prompts.parquet")
         pairs = pd.read_parquet(folder / "pairs.parquet")
+        odd = pairs[~pairs.label_0.between(0, 1)]  # NaN is not between them either
+        if len(odd):
+            where = f"{folder / 'pairs.parquet'} is damaged: row {odd.index[0]} has label_0 {odd.label_0.iloc[0]}"
+            raise ValueError(f"{where}; run the prepare stage again")
         pairs = pairs[pairs.split == split]
         rows = np.flatnonzero(table.split == split)
         here = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)

@@ -17,7 +17,9 @@ one as it finds them; decoding and checking them is the work of `attune.data.ing
 The other three are for the plan, which asks them before any work. They are quick, download nothing and open no
 image:
 `needs_files`     the files and folders here that `read` reads, there or not; [] for the Hub and for generated data.
-`split_sizes`     `prompts/<split>` and `pairs/<split>`, as far as they can be known: some of the names, or None.
+`split_sizes`     `prompts/<split>`, `pairs/<split>` and `choices/train` (pairs that are no ties), as far as they can be
+                  known: some of the names, or None. A source of files here that knows `prompts/train` is read once
+                  more before a model is loaded, for all that can be judged without an image.
                   Rows that turn out bad are counted, so `prepare` can end with fewer.
 `listed_prompts`  prompts that `prepare` will find, as far as they can be known; None for none of them.
 The last two raise `SourceError` as `read` does.

@@ -43,7 +43,7 @@ def read_json_list(path: Path) -> list[Any] | None:
     """
     text = read_text(path)
     if not text.lstrip().startswith("["):
-        _parse_file(text, path)
+        _check_json(text, path)
         return None
     try:
         return _parse_file(text, path)
@@ -60,11 +60,9 @@ def read_json_members(path: Path) -> list[tuple[str, Any]] | None:
         SourceError: the file is not there, or not JSON.
     """
     text = read_text(path)
+    _check_json(text, path)
     if not text.lstrip().startswith("{"):
-        _parse_file(text, path)
         return None
-    with suppress(TooDeep):  # only the member that is
-        _parse_file(text, path)
     found = []
     for member in _members(text):
         key = re.match(r'\s*("[^"\\]*(?:\\.[^"\\]*)*")\s*:', member, re.DOTALL)
@@ -95,6 +93,12 @@ def _parse_file(text: str, path: Path) -> Any:
         raise
     except ValueError as error:
         raise SourceError(f"{path} is not JSON: {error}") from None
+
+
+def _check_json(text: str, path: Path) -> None:
+    """Raises SourceError for what is not JSON; what is nested too deeply may be."""
+    with suppress(TooDeep):
+        _parse_file(text, path)
 
 
 def _integer(digits: str) -> float:

@@ -36,6 +36,9 @@ def read_columns(path: Path, name: str, needed: Sequence[str]) -> list[str]:
     missing = [column for column in needed if column not in names]
     if missing:
         raise SourceError(f"{name}: column {missing[0]!r} is missing; there are {', '.join(names)}")
+    twice = [column for column in needed if names.count(column) > 1]
+    if twice:
+        raise SourceError(f"{name}: column {twice[0]!r} is there twice; remove one of the two")
     return names
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -88,6 +88,9 @@ def _json_row(line: str, file: str, number: int) -> Mapping[str, Any] | BadRow:
 def _header(lines: Iterator[tuple[int, str]], path: Path) -> list[str]:
     first = next((line for _, line in lines if line.strip()), "")
     header = next(csv.reader([first]), [])
+    twice = [name for name, n in Counter(header).items() if name and n > 1]
+    if twice:
+        raise SourceError(f"{path}: column {twice[0]!r} is there twice; remove one of the two")
     for sign, name in ((";", "semicolons"), ("\t", "tabs")):
         if len(header) == 1 and sign in header[0]:
             raise SourceError(f"{path}: the cells of its header are separated by {name}; expected commas")
@@ -113,6 +116,8 @@ def _csv_rows(
 def _csv_row(cells: list[str] | str, header: list[str], file: str, number: int) -> Mapping[str, Any] | BadRow:
     if isinstance(cells, str):
         return BadRow("malformed_row", file, number, detail=f"line {number}: {cells}")
+    while len(cells) > len(header) and not cells[-1]:  # commas at the end, as spreadsheets leave them
+        cells = cells[:-1]
     if len(cells) > len(header):
         expected = f"expected {len(header)} cells, found {len(cells)}: a comma inside a cell needs quotes around it"
         return BadRow("malformed_row", file, number, detail=f"line {number}: {expected}")

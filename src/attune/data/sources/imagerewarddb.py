@@ -133,6 +133,9 @@ def _pairs(groups: Sequence[Group], split: str, root: Path) -> Iterator[Pair | B
     for group in groups:
         yield from group.bad
         ranked = [(image, image.rank) for image in group.images if image.rank is not None]
+        if len(ranked) == 1:
+            alone = ranked[0][0]
+            yield BadRow("no_other_image", file, alone.row, alone.prompt, "expected several images with ranks")
         images = [_image(root, image.name, archive) for image, _ in ranked]
         for i, j, label_0 in ranked_pairs([rank for _, rank in ranked]):
             first, second = ranked[i][0], ranked[j][0]
