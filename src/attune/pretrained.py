@@ -93,13 +93,12 @@ def load_pretrained(
     of_transformers = issubclass(kind, PreTrainedModel)
     stem = "model" if of_transformers else "diffusion_pytorch_model"
     files, pickled = _network_files(source, stem, variant, or_pickles=strict)
-    folder = files[0].parent
     check_weights_files(files)
-    _check_config(folder / "config.json", kind)
+    _check_config(files[0].with_name("config.json"), kind)
     options = {"dtype" if of_transformers else "torch_dtype": dtype, "variant": variant, "output_loading_info": True}
     options |= {"weights_only": True} if pickled else {"use_safetensors": True}
     try:
-        module, info = kind.from_pretrained(folder, **options)
+        module, info = kind.from_pretrained(files[0].parent, **options)
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(source)) from error
     except (OSError, RuntimeError, ValueError) as error:  # a shard that is not there, shapes that differ
@@ -182,15 +181,17 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
         read_json(file) if file.suffix == ".json" else check_there(file)
     parts = [name for name in kind.vocab_files_names.values() if name != "tokenizer.json"]
     there = (folder / "tokenizer.json").is_file() or all((folder / part).is_file() for part in parts)
+    nothing = f"{source}: no vocabulary; a tokenizer needs tokenizer.json, or {' and '.join(parts)}"
+    if not there:
+        raise FileNotFoundError(nothing)
     try:
-        tokenizer = kind.from_pretrained(folder) if there else None
+        tokenizer: Any = kind.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain ones
         raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
-    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) if tokenizer is not None else set()
+    words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     if not words:
-        raise FileNotFoundError(f"{source}: no vocabulary; a tokenizer needs tokenizer.json, or {' and '.join(parts)}")
-    some = sorted(words)[:: max(1, len(words) // 50)]
-    texts = [tokenizer.convert_tokens_to_string([word]).strip() for word in some]
+        raise FileNotFoundError(nothing)
+    texts = [tokenizer.convert_tokens_to_string([word]).strip() for word in words[:: max(1, len(words) // 50)]]
     if len({frozenset(tokenizer(text).input_ids) - {*tokenizer.all_special_ids} for text in texts}) == 1:
         raise ValueError(f"{source}: its tokenizer makes the same tokens of every word, among them {texts[:3]}")
     return tokenizer

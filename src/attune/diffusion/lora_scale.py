@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,13 +145,22 @@ def _config_claim(config: Mapping[str, Any], file: str, place: str) -> Claim:
     alpha = _number(config.get("lora_alpha"), f"{file}: lora_alpha")
     if alpha is None:
         raise ValueError(f"{file}: {place} gives no lora_alpha")
-    patterns = []
-    for name in ("alpha_pattern", "rank_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"{file}: {name} is a {type(pattern).__name__}, not module names with their values")
-        patterns.append({module: _number(value, f"{file}: {name}") for module, value in pattern.items()})
-    return Claim(place, alpha, _number(config.get("r"), f"{file}: r"), *patterns)
+    alphas, ranks = (_pattern(config, name, file) for name in ("alpha_pattern", "rank_pattern"))
+    return Claim(place, alpha, _number(config.get("r"), f"{file}: r"), alphas, ranks)
+
+
+def _pattern(config: Mapping[str, Any], name: str, file: str) -> dict[str, float]:
+    """Values by module name, or by the part of one that peft compares as a regular expression."""
+    pattern = config.get(name) or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{file}: {name} is a {type(pattern).__name__}, not module names with their values")
+    for module in pattern:
+        try:
+            re.compile(module)
+        except re.error as error:
+            raise ValueError(f"{file}: {name}: {module!r:.80} is no pattern: {error}") from error
+    numbers = {module: _number(value, f"{file}: {name}") for module, value in pattern.items()}
+    return {module: number for module, number in numbers.items() if number is not None}
 
 
 def _refuse_more(config: Mapping[str, Any], file: str) -> None:
