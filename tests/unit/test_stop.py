@@ -60,6 +60,19 @@ def test_a_training_that_is_told_to_stop_goes_on_where_it_stopped(
     assert drawn == ([3, 4] if accumulation == 1 else [4])
 
 
+def test_a_training_that_keeps_nothing_stops_at_once():
+    """A trial of a search: finishing the batch would only delay the end."""
+    line, drawn = Line([1.0], [1.0]), []
+
+    def batches(b, generator):
+        os.kill(os.getpid(), signal.SIGTERM)
+        drawn.append(b)
+        return b
+
+    assert code_of(stoppable("sweep")(line.train), 2, {}, batches) == 143
+    assert drawn == []
+
+
 def test_the_curve_of_a_resumed_training_is_logged_from_its_beginning(tmp_path):
     line = Line([1.0], [2.0], [3.0])
     batches = signalled(lambda b, generator: b, 1, signal.SIGTERM)

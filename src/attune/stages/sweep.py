@@ -16,6 +16,7 @@ from attune.config.schema import ConfigError, check
 from attune.config.search import Config
 from attune.paths import Paths
 from attune.stages.common import planned
+from attune.stop import stoppable
 
 if TYPE_CHECKING:
     from attune.search.plan import SweepPlan
@@ -47,7 +48,8 @@ def main() -> None:
 
     work = sweep_plan(plan)
     try:
-        LOG.info("%s: %s", work.report, count_states(sweep(work)))
+        with stoppable(f"sweep {work.run}"):
+            LOG.info("%s: %s", work.report, count_states(sweep(work)))
     except SearchError as error:
         sys.exit(f"sweep {work.run}: {error}")
 

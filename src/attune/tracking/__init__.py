@@ -20,6 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeGuard
 import numpy as np
 
 from attune.files import digest
+from attune.stop import SIGNALS
 from attune.tracking import outbox as outboxes
 from attune.tracking import patience
 from attune.tracking import sender as senders
@@ -30,7 +31,7 @@ __all__ = ["OFF", "Run", "flatten", "mark_killed", "redact", "replay", "run", "s
 
 LOG, OFF = logging.getLogger("attune.tracking"), "tracking is off, the run goes on"
 WAKE_POINTS, TAG_CHARS, THUMBNAIL = 200, 5000, (256, 256)
-STOPPED = (130, 143)  # exit codes after SIGINT and SIGTERM
+STOPPED = tuple(128 + signum for signum in SIGNALS)  # exit codes
 P = ParamSpec("P")
 
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -74,7 +75,9 @@ def train(
     config, train_step = objective.config, TrainStep(trainable, objective.config)
     parameters, shard = train_step.parameters, train_step.shard
     callbacks = callbacks if shard.is_main_process else Callbacks()
-    with shard.process_group_guard(), stop_requests() as stop_request:
+    # without a checkpoint there is nothing to save, and a signal ends the process at once
+    stopping = nullcontext(lambda: 0) if checkpoint is None else stop_requests()
+    with shard.process_group_guard(), stopping as stop_request:
         progress = resume(train_step, checkpoint, callbacks)
         pending_microbatches: list[Any] = []
         bar = progress_bar(callbacks.desc, progress.batch, config.batches, shard)
@@ -92,7 +95,7 @@ def train(
                 callbacks.log(metrics, progress.step)
                 bar.set_postfix({k: f"{metrics[k]:.4g}" for k in SHOWN if k in metrics}, refresh=False)
             progress.batch = b + 1
-            if not pending_microbatches:
+            if checkpoint is not None and not pending_microbatches:
                 save_or_stop(checkpoint, train_step, progress, agreed(stop_request(), shard), last)
             if callbacks.sample_images is not None and progress.batch % callbacks.sample_every == 0:
                 callbacks.sample_images(progress.step)
@@ -103,20 +106,17 @@ def train(
     return progress.history, progress.scores
 
 
-def save_or_stop(
-    checkpoint: Checkpoint | None, train_step: TrainStep, progress: Progress, signum: int, last: bool
-) -> None:
+def save_or_stop(checkpoint: Checkpoint, train_step: TrainStep, progress: Progress, signum: int, last: bool) -> None:
     """Saves a checkpoint if it is time; if a signal has asked to stop, saves at once and stops.
 
     Raises:
         Stopped: a signal has asked for it.
     """
-    if checkpoint is not None:
-        progress.scaler = train_step.scaler.state_dict()
-        checkpoint.maybe_save(train_step.parameters, train_step.optimizer, vars(progress), now=last or signum != 0)
+    progress.scaler = train_step.scaler.state_dict()
+    checkpoint.maybe_save(train_step.parameters, train_step.optimizer, vars(progress), now=last or signum != 0)
     if signum:
-        kept = "nothing of it is kept" if checkpoint is None else f"saved in {checkpoint.folder}, from where it goes on"
-        LOG.warning("%s after batch %d: %s", signal.Signals(signum).name, progress.batch, kept)
+        name = signal.Signals(signum).name
+        LOG.warning("%s: saved after batch %d in %s, from where it goes on", name, progress.batch, checkpoint.folder)
         raise Stopped(signum)
 
 
