@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 LOG = logging.getLogger("attune")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -56,8 +57,11 @@ def stop_requests() -> Iterator[Callable[[], int]]:
         yield lambda: received[0]
 
 
+Handler = Callable[[int, FrameType | None], Any] | int | None  # as `signal.signal` takes and gives it
+
+
 @contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, object]]:
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[signal.Signals, Handler]]:
     """Sets the handler of both signals, and puts back those that were there, which it gives.
 
     Python runs handlers in the main thread alone, and only there can they be set; elsewhere nothing is changed. A

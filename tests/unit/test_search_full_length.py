@@ -109,7 +109,7 @@ def test_the_last_round_of_a_search_that_was_deleted_is_forgotten(tmp_path):
 
 
 def test_the_winner_of_the_last_round_is_the_best(ended, tmp_path):
-    """4.0 was best in short; in full 6.0 is, by (1, 1, 4, 2) over (1, 0, 2, 1): 1 on average, between 0 and 2 of four."""
+    """4.0 was best in short; in full 6.0 is, by (1, 1, 4, 2) over (1, 0, 2, 1): 1 on average, of 4 from 0 to 2."""
     made, spec = ended
     last = full_length.rerun_spec(spec, made, 2, {})
     full = trained_at_full_length(last, {20.0: [1.0, 0.0, 2.0, 1.0], 4.0: [0.0] * 4, 6.0: [1.0, 1.0, 4.0, 2.0]})
