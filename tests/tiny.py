@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,13 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 def adapter(policy: Policy) -> list[Tensor]:
     """A copy of the adapter's tensors."""
     return [weight.detach().clone() for weight in policy.parameters()]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over the frozen weights of a module: tells whether any of them moved."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.named_parameters()):
+        if not weight.requires_grad:
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

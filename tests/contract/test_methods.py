@@ -17,7 +17,6 @@ from attune.config import plugins
 from attune.config.plan import Plugin
 from attune.config.plugins import plugin_config
 from attune.config.resolve import method_of
-from attune.diffusion.policy import fingerprint
 from attune.spm.model import from_clip, save
 from attune.training.checkpoint import Checkpoint
 from attune.training.loop import batch_generator
@@ -92,11 +91,11 @@ def test_three_steps_change_the_adapter_and_nothing_else(name, new_policy, data,
     for _ in range(2):
         policy = new_policy()
         method = build(name, policy)
-        before, base = tiny.weights(policy), fingerprint(policy.denoiser)
+        before, base = tiny.weights(policy), tiny.fingerprint(policy.denoiser)
         history = tiny.run(method, data)
         assert len(history) >= 3
         assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in history)
-        assert fingerprint(policy.denoiser) == base
+        assert tiny.fingerprint(policy.denoiser) == base
         after = tiny.weights(policy)
         moved = {key for key in before if not torch.equal(before[key], after[key])}
         assert moved == {key for key in before if "lora_" in key}

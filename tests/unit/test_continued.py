@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 import tiny
 from attune.config.settings import Lora
 from attune.diffusion.lora_files import ADAPTER_FILE
-from attune.diffusion.policy import fingerprint
 from drawing import drawn, drawn_by, same_weights
 
 TWO, ALL = Lora(rank=2), Lora(rank=2, targets="all")
@@ -31,9 +30,9 @@ def test_what_training_starts_from_is_the_reference_bit_for_bit(started):
     policy, saved = started
     start = drawn(saved)
     assert torch.equal(drawn(policy), start)
-    before = fingerprint(policy.reference_model)
+    before = tiny.fingerprint(policy.reference_model)
     tiny.move(policy, 0.2)
-    assert fingerprint(policy.reference_model) == before
+    assert tiny.fingerprint(policy.reference_model) == before
     assert (drawn(policy) - start).abs().max() > 0.01
     with policy.reference():
         assert torch.equal(drawn(policy), start)

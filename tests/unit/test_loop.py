@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import tiny
-from attune.diffusion.policy import fingerprint
 from attune.training import loop
 from attune.training.loop import Callbacks, batch_generator, epoch_order, epoch_rows
 from trainables import METHODS, Line, equal, method
@@ -116,10 +115,10 @@ def test_same_seed_same_bits_and_only_the_adapter_moves(new_policy, data, name):
     ends = []
     for seed in (0, 0, 1):
         policy = new_policy()
-        before, base = tiny.weights(policy), fingerprint(policy.denoiser)
+        before, base = tiny.weights(policy), tiny.fingerprint(policy.denoiser)
         history = tiny.run(method(name, policy), data, seed=seed)
         assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
-        assert fingerprint(policy.denoiser) == base
+        assert tiny.fingerprint(policy.denoiser) == base
         after = policy.denoiser.state_dict()
         moved = {key for key in before if not torch.equal(before[key], after[key])}
         assert moved == {key for key in before if "lora_" in key}

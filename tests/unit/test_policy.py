@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from attune.diffusion.policy import fingerprint
 from attune.interfaces import Conditioning
 from drawing import drawn, drawn_by, same_weights
 
@@ -153,9 +152,9 @@ def test_the_reference_stays_when_every_weight_moves(new, tmp_path):
     policy.unfreeze()
     assert len(policy.parameters()) == len(list(policy.denoiser.parameters()))
     assert torch.equal(drawn(policy), base)
-    before = fingerprint(policy.reference_model)
+    before = tiny.fingerprint(policy.reference_model)
     tiny.move(policy, 0.01)
-    assert fingerprint(policy.reference_model) == before
+    assert tiny.fingerprint(policy.reference_model) == before
     assert not torch.allclose(drawn(policy), base, atol=1e-3)
     with policy.reference():
         assert torch.equal(drawn(policy), base)
@@ -262,12 +261,12 @@ def test_weights_in_float32_computed_in_bfloat16(new_policy, inputs):
 
 def test_fingerprint_is_of_the_frozen_weights(new_policy):
     policy = new_policy()
-    before = fingerprint(policy.denoiser)
+    before = tiny.fingerprint(policy.denoiser)
     tiny.move(policy, 0.5)
-    assert fingerprint(policy.denoiser) == before
-    assert fingerprint(new_policy(moved=0.1).denoiser) == before
+    assert tiny.fingerprint(policy.denoiser) == before
+    assert tiny.fingerprint(new_policy(moved=0.1).denoiser) == before
     policy.denoiser.conv_in.bias.data[0] += 1e-6
-    assert fingerprint(policy.denoiser) != before
+    assert tiny.fingerprint(policy.denoiser) != before
 
 
 def test_captions_are_dropped_by_the_generator_that_is_given(policy):

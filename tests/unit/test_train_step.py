@@ -8,7 +8,6 @@ from accelerate.state import AcceleratorState, GradientState
 
 import tiny
 from attune.diffusion.noised import NoisedBatch
-from attune.diffusion.policy import fingerprint
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
 from attune.training.loop import batch_generator
@@ -160,10 +159,10 @@ def test_an_overflow_costs_a_repeat_and_no_minibatch():
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_train_on_a_float16_base(new_policy, data, name):
     policy = halved(new_policy())
-    base = fingerprint(policy.denoiser)
+    base = tiny.fingerprint(policy.denoiser)
     history = tiny.run(method(name, policy), data)
     assert all(math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf for row in history)
-    assert fingerprint(policy.denoiser) == base
+    assert tiny.fingerprint(policy.denoiser) == base
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import tiny
-from attune.diffusion.policy import fingerprint
 from trainables import METHODS, equal, method
 
 
@@ -40,10 +39,10 @@ def test_a_compiled_network_is_the_same_network(new_policy, data, tmp_path, monk
         policy = new_policy(adapter=not full)
         if full:
             policy.unfreeze()
-        base, names = fingerprint(policy.reference_model or policy.denoiser), list(policy.denoiser.state_dict())
+        base, names = tiny.fingerprint(policy.reference_model or policy.denoiser), list(policy.denoiser.state_dict())
         history = tiny.run(method("dpo", policy, compile=wanted, lr=1e-4), data)
         assert (policy.denoiser._compiled_call_impl is not None) == wanted
-        assert fingerprint(policy.reference_model or policy.denoiser) == base
+        assert tiny.fingerprint(policy.reference_model or policy.denoiser) == base
         assert list(policy.denoiser.state_dict()) == names
         policy.save(tmp_path / str(wanted))
         ends.append(history)
@@ -60,9 +59,9 @@ def test_a_compiled_network_is_the_same_network(new_policy, data, tmp_path, monk
 def test_every_weight_trains_and_the_reference_does_not(new_policy, data, name):
     policy = new_policy(adapter=False)
     policy.unfreeze()
-    base, before = fingerprint(policy.reference_model), tiny.weights(policy)
+    base, before = tiny.fingerprint(policy.reference_model), tiny.weights(policy)
     history = tiny.run(method(name, policy, lr=1e-4), data)
-    assert fingerprint(policy.reference_model) == base
+    assert tiny.fingerprint(policy.reference_model) == base
     if name == "dpo":
         assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     after = policy.denoiser.state_dict()

@@ -8,7 +8,6 @@ adapter, the reference is another network: copies of the trainable weights, arou
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,13 +176,3 @@ def _in_words(ranks: dict[str, int]) -> str:
     if not ranks:
         return "a whole denoiser"
     return f"a LoRA of rank {', '.join(map(str, sorted(set(ranks.values()))))} on {len(ranks)} modules"
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over the frozen weights of a module: the identity of a reference, for checkpoints and tests."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters()):
-        if not weight.requires_grad:
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
