@@ -93,8 +93,7 @@ def start(home: Path, name: str) -> multiprocessing.Process:
 
 
 def work(home: Path, name: str) -> None:
-    """The stage, in a process group of its own; what it says goes to a file."""
-    os.setsid()
+    """The stage; what it says goes to a file."""
     os.chdir(home)
     log = os.open(home / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -131,7 +130,7 @@ def saved(home: Path, stage: Stage) -> Path | None:
 
 
 def disturb(home: Path, stage: Stage, kills: int, number: signal.Signals, rng: random.Random) -> None:
-    """Kills a stage so many times, lets it end, and compares."""
+    """Kills a stage so many times, lets it end, compares, and prints a line."""
     clear(home, stage)
     stage.seconds = run(home, stage.name)
     expected = digests(home, stage)
@@ -141,7 +140,7 @@ def disturb(home: Path, stage: Stage, kills: int, number: signal.Signals, rng: r
         process, began = start(home, stage.name), time.time()
         process.join(rng.uniform(0.1, 1.0) * stage.seconds)
         if process.is_alive():
-            os.killpg(process.pid, number)
+            os.kill(process.pid, number)  # stages start no processes of their own
             told = time.time()
             process.join()
             stage.codes.append(process.exitcode)
@@ -152,6 +151,13 @@ def disturb(home: Path, stage: Stage, kills: int, number: signal.Signals, rng: r
         clear(home, stage)
     run(home, stage.name)
     stage.identical = digests(home, stage) == expected and saved(home, stage) is None
+    lost, stopping = sorted(stage.lost), sorted(stage.stopping)
+    print(
+        f"{stage.name:18} {stage.seconds:5.1f} s  kills {stage.kills:3}  resumed {stage.resumed:3}  "
+        f"lost s: median {lost[len(lost) // 2]:4.1f}, most {lost[-1]:4.1f}  stops in {stopping[-1]:4.1f} s  "
+        f"codes {sorted(set(stage.codes))}  {'identical' if stage.identical else 'DIFFERENT'}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -180,13 +186,6 @@ def main() -> None:
         disturb(home, stage, given.kills, number, random.Random(stage.name))
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda stage: disturb(home, stage, given.kills, number, random.Random(stage.name)), apart))
-    for stage in chosen:
-        lost, stopping = sorted(stage.lost), sorted(stage.stopping)
-        print(
-            f"{stage.name:18} {stage.seconds:5.1f} s  kills {stage.kills:3}  resumed {stage.resumed:3}  "
-            f"lost s: median {lost[len(lost) // 2]:4.1f}, most {lost[-1]:4.1f}  stops in {stopping[-1]:4.1f} s  "
-            f"codes {sorted(set(stage.codes))}  {'identical' if stage.identical else 'DIFFERENT'}"
-        )
     if given.out:
         given.out.write_text(json.dumps([asdict(stage) for stage in chosen], indent=1) + "\n")
     if not all(stage.identical for stage in chosen):
