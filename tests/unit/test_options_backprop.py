@@ -46,7 +46,7 @@ def gradient_calls(method):
     """Denoiser calls of one batch that have a graph, and all of them."""
     counted = []
     hook = method.policy.denoiser.register_forward_hook(lambda *_: counted.append(torch.is_grad_enabled()))
-    loss, metrics = method.loss(first(method))
+    _, metrics = method.loss(first(method))
     hook.remove()
     return sum(counted), len(counted), metrics
 

@@ -191,7 +191,7 @@ def test_accuracy_is_the_share_of_positive_margins(new_policy, data):
     policy = new_policy(moved=0.05)
     method = build(policy)
     pairs = rollout(method, data, prompts=range(8))
-    loss, metrics = method.loss(pairs)
+    _, metrics = method.loss(pairs)
     turned = StepPairs(pairs.x_t, pairs.rejected, pairs.chosen, pairs.t, pairs.cond)
     _, mirrored = method.loss(turned)
     assert 0 < metrics["accuracy"] < 1
