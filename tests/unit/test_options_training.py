@@ -23,15 +23,15 @@ from attune.spm.objective import SPMObjective
 from attune.training.checkpoint import Checkpoint, resumable
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import batch_generator, epoch_rows
-from trainables import Interrupted, Line, interrupted
+from trainables import Interrupted, Line, equal, interrupted
 
 # ---------------------------------------------------------------- the learner
 
 
 def learner(folder, **changes):
-    model = {key: changes.pop(key) for key in ("dtype",) if key in changes}
+    model, seed = {key: changes.pop(key) for key in ("dtype",) if key in changes}, changes.pop("seed", 0)
     config = MethodConfig(**({"lora": Lora(rank=2), "lr": 1e-3, "batches": 1, "batch_size": 1} | changes))
-    return load_learner(config, Model(backbone="sd", path=folder, **model), seed=changes.get("seed", 0))
+    return load_learner(config, Model(backbone="sd", path=folder, **model), seed=seed)
 
 
 def trained_names(policy):
@@ -46,6 +46,13 @@ def test_the_learner_has_the_adapter_that_is_asked_for(tiny_folder):
         layers = {name.split(".lora_")[0].rpartition(".")[2] for name in factors}
         assert layers == ({"to_q"} if targets == ["to_q"] else {"to_q", "to_k", "to_v", "0"})
         assert policy.reference_model is None
+
+
+def test_the_seed_decides_where_an_adapter_starts(tiny_folder, new_policy):
+    starts = [tiny.adapter(learner(tiny_folder, seed=seed)) for seed in (0, 1, 1)]
+    assert equal(starts[1], starts[2])
+    assert not equal(starts[0], starts[1])
+    assert equal(starts[1], tiny.adapter(new_policy(rank=2, seed=1)))
 
 
 def test_without_lora_every_weight_is_trained_in_float32_and_computed_in_the_models_type(tiny_folder):
