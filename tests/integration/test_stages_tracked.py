@@ -131,7 +131,7 @@ def test_a_replay_of_nothing_is_no_error(here, caplog):
     assert "0 runs sent, 0 wait" in caplog.text
 
 
-def test_a_replay_sends_what_a_store_that_was_away_has_not_got(made, tmp_path):
+def test_a_replay_sends_what_a_store_that_was_away_has_not_got(tmp_path):
     """Nothing listens on port 9: the points stay on disk; they go to the store that is there once it is named."""
     from attune import tracking
 
@@ -142,8 +142,11 @@ def test_a_replay_sends_what_a_store_that_was_away_has_not_got(made, tmp_path):
             stages.call("replay")
         assert end.value.code == 1
         (records,) = tmp_path.glob(".checkpoints/tracking/*/records.jsonl")
-        text = records.read_text()
-        uri = f"sqlite:///{made}/mlflow.db"
+        text, uri = records.read_text(), f"sqlite:///{tmp_path}/here.db"
+        with tracking.run("other", {"a": 1}, tags={"profile": "x"}, uri=uri, root=tmp_path):
+            pass  # another store, which must not be sent what this one is to have
+        assert records.exists()
+        assert "late" not in {run.info.run_name for run in runs_in(uri)}
         records.write_text(text.replace("http://127.0.0.1:9", uri))
         with pytest.raises(SystemExit) as end:
             stages.call("replay")
