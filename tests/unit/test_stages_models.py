@@ -21,8 +21,8 @@ from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
 from attune.evaluation.protocol import hash_prompts
 from attune.finetune import finetune
+from attune.spm.model import from_clip, training_pixels
 from attune.spm.model import load as load_preference
-from attune.spm.model import training_pixels
 from attune.tracking import Run
 
 RUNS = {
@@ -169,16 +169,19 @@ def test_the_preference_model_is_trained_and_its_accuracy_is_that_of_the_saved_f
     data, backbone = PreparedData.read(PREPARED, "validation"), load_policy(plan.model).backbone
     batch = data.pair_batch(range(len(data.pairs)))
     better = data.pairs.utility_0.to_numpy() > data.pairs.utility_1.to_numpy()
-    start, _ = load_preference(MODELS / "preference")
+    trained, _ = load_preference(MODELS / "preference")
+    start = dict(from_clip(plan.settings["clip"])[0].named_parameters())
+    moved = {name: (weight - start[name]).abs().max().item() for name, weight in trained.named_parameters()}
+    assert sum(0 < by < 3 * 3e-4 * 1.1 for by in moved.values()) > 0.9 * len(moved)  # three steps of AdamW at 3e-4
     ids = CLIPTokenizer.from_pretrained(MODELS / "preference")
-    length = start.model.config.text_config.max_position_embeddings
+    length = trained.model.config.text_config.max_position_embeddings
     tokens = ids(batch.prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    size = start.model.config.vision_config.image_size
+    size = trained.model.config.vision_config.image_size
     images = torch.stack(
         [training_pixels(backbone.decode_latents(x), size) for x in (batch.latents_0, batch.latents_1)]
     )
     with torch.no_grad():
-        first, second = start(images, tokens, torch.zeros(len(tokens), dtype=torch.long))
+        first, second = trained(images, tokens, torch.zeros(len(tokens), dtype=torch.long))
     right = (first > second).numpy() == better
     accuracy = facts["accuracy_by_t"]["spm"]
     assert accuracy["t"][0] == 0
