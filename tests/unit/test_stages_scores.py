@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from scipy import stats
 
 import stages
 from attune.build import load_scorer
-from attune.config.plan import EvaluatePlan, read
+from attune.config.plan import EvaluatePlan, Plugin, read
 from attune.evaluation.protocol import read_scores
+from attune.evaluation.scoring import score_images
 from attune.evaluation.summary import Summary
 
 RUNS = {
@@ -94,6 +96,23 @@ def test_parts_of_the_oracle_are_columns_and_features_are_a_clips(here):
     own = load_scorer(plan.scorers["aesthetic"]).features(pixels(GENERATED / "sft", frame.file[3:4])).numpy()
     assert features.shape[0] == len(frame) == 10
     np.testing.assert_allclose(features[3:4], own, atol=1e-5)
+
+
+def test_features_are_those_of_the_first_scorer_that_has_any(here):
+    """Of two CLIPs; the oracle, before them, has none."""
+    oracle = Plugin(kind="rewards", name="oracle", settings={})
+    block = {"model": "ViT-tiny/4@32", "hidden_act": "gelu"}
+    clips = [
+        Plugin(kind="rewards", name="clipscore", settings=block | {"path": f"models/embedded/{folder}"})
+        for folder in ("pickscore", "aesthetic")
+    ]
+    folder, images = GENERATED / "sft", pixels(GENERATED / "sft", table_of("sft").file)
+    own = [load_scorer(clip).features(images).numpy() for clip in clips]
+    assert np.abs(own[0] - own[1]).max() > 0.1
+    for order in (0, 1), (1, 0):
+        named = {"o": oracle} | {f"clip {i}": clips[i] for i in order}
+        _, found = score_images(folder, {name: partial(load_scorer, clip) for name, clip in named.items()})
+        np.testing.assert_allclose(found, own[order[0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("interval", [[2.0, 3.0], [-3.0, -2.0]])
