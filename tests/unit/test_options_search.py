@@ -9,6 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from attune.config.plan import Plugin
+from attune.config.schema import ConfigError, SearchRange, check
 from attune.config.search import Config
 from attune.config.settings import Sampling
 from attune.search import results, study, sweep
@@ -86,6 +87,24 @@ def test_the_sampler_is_the_one_that_is_named(tmp_path, name, kind, options):
     found = study.sampler(spec_of(tmp_path, sampler=name), 0)
     assert type(found) is kind
     assert {key: getattr(found, key) for key in options} == options
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"low": 1, "high": 1}, "low must be less than high"),
+        ({"low": 2, "high": 1}, "low must be less than high"),
+        ({"low": 0, "high": 1, "log": True}, "log is for a range above 0"),
+        ({"choices": [1, 2], "log": True}, "log is for a range above 0"),
+        ({"low": 1}, "either low and high, or choices"),
+        ({"low": 1, "high": 2, "choices": [1]}, "either low and high, or choices"),
+        ({}, "either low and high, or choices"),
+    ],
+    ids=str,
+)
+def test_a_range_that_is_none_is_refused(block, says):
+    with pytest.raises(ConfigError, match=says):
+        check(SearchRange, block, "search.dpo.space.beta")
 
 
 # ---------------------------------------------------------------- what is pruned
