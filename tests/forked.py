@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,7 +34,8 @@ def together(n: int, folder: Path, work: Callable[[Shard], Any]) -> list[Any]:
     found: dict[int, Any] = {}
     try:
         while len(found) < n:
-            rank, value = answers.get(timeout=SECONDS)
+            rank, content = answers.get(timeout=SECONDS)
+            value = pickle.loads(content)
             assert not isinstance(value, BaseException), f"process {rank}: {value!r}"
             found[rank] = value
     except queue.Empty:
@@ -52,9 +54,10 @@ def _work(rank: int, n: int, folder: Path, work: Callable[[Shard], Any], answers
     store = dist.FileStore(str(folder / "meeting"), n)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=SECONDS))
     try:
-        answers.put((rank, work(Shard(rank, n))))
+        value = work(Shard(rank, n))
     except BaseException as error:
-        answers.put((rank, RuntimeError(f"{type(error).__name__}: {error}")))
+        value = RuntimeError(f"{type(error).__name__}: {error}")
+    answers.put((rank, pickle.dumps(value)))  # bytes: a tensor would be lent by a process that is about to end
     answers.close()
     answers.join_thread()
     dist.destroy_process_group()

@@ -104,6 +104,18 @@ def test_sft_is_the_error_on_chosen_images(new_policy, data):
     assert method.loss(minibatch)[0].item() == pytest.approx(errors(policy, minibatch).mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto", "mapo"])
+def test_chosen_images_come_first_and_rejected_ones_after_them(policy, data, name):
+    """Of labels 0, 1, 1, 0, ... the first pair's chosen image is number 1, the second's number 0."""
+    batch = data.pair_batch(range(8))
+    assert set(batch.label_0.tolist()) == {0.0, 1.0}
+    chosen, rejected = drawn(build(name, policy), batch).x_0.chunk(2)
+    for i, label in enumerate(batch.label_0.tolist()):
+        sides = (batch.latents_0[i], batch.latents_1[i]) if label == 1 else (batch.latents_1[i], batch.latents_0[i])
+        assert torch.equal(chosen[i], sides[0])
+        assert torch.equal(rejected[i], sides[1])
+
+
 @pytest.mark.parametrize("beta", [100.0, 300.0])
 @pytest.mark.parametrize("name", ["dpo", "spin"])
 def test_beta_scales_the_margin(new_policy, data, name, beta):
