@@ -211,3 +211,13 @@ def test_draft_lv_scores_every_copy(new_policy, n):
     loss, _ = method.loss(minibatch)
     assert len(light.seen) == 3 * (1 + n)
     assert loss.item() == pytest.approx(-light.seen.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("wanted", "sizes"), [(True, {1}), (False, {3})])
+def test_images_are_decoded_one_by_one_where_memory_is_to_be_saved(new_policy, wanted, sizes):
+    policy = new_policy(moved=0.1)
+    method, decoded = build("draft", policy, checkpoint_steps=wanted), []
+    decode = policy.backbone.decode_latents
+    policy.backbone.decode_latents = lambda latents: decoded.append(len(latents)) or decode(latents)
+    method.loss(first(method))
+    assert set(decoded) == sizes

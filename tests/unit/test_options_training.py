@@ -16,6 +16,7 @@ from attune.build import load_learner
 from attune.config.settings import AIFeedback, Lora, MethodConfig, Model
 from attune.data.labels import with_ai_feedback
 from attune.files import write_atomically
+from attune.finetune import training_batches
 from attune.spm.accuracy import TIMESTEPS, accuracy_by_t
 from attune.spm.model import from_clip
 from attune.spm.objective import Config as PreferenceConfig
@@ -23,7 +24,7 @@ from attune.spm.objective import SPMObjective
 from attune.training.checkpoint import Checkpoint, resumable
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import batch_generator, epoch_rows
-from trainables import Interrupted, Line, equal, interrupted
+from trainables import Interrupted, Line, equal, interrupted, method
 
 # ---------------------------------------------------------------- the learner
 
@@ -83,6 +84,17 @@ def test_an_epochs_order_comes_from_another_generator_than_any_batchs():
         by_batches = [torch.randperm(n, generator=batch_generator(seed, b)) for b in range(60)]
         assert not [1 for order in orders for other in by_batches if torch.equal(order, other)]
         assert len({tuple(order.tolist()) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_batches_are_the_rows_of_the_trainings_own_seed(new_policy, data, tmp_path, seed):
+    write_split(tmp_path, data, data.pairs, "train")
+    trained = method("sft", new_policy(), batch_size=5)
+    n, batches = training_batches(trained, tmp_path, torch.device("cpu"), seed)
+    assert n == len(data.pairs) == 24
+    for b in (0, 4):
+        expected = data.pair_batch(epoch_rows(24, 5, b, seed))
+        assert torch.equal(batches(b, torch.Generator()).latents_0, expected.latents_0)
 
 
 @pytest.mark.parametrize(("options", "w"), [({"lr": 0.1}, -0.3), ({"lr": 0.02}, -0.06)])
@@ -274,12 +286,12 @@ def test_a_label_is_moved_towards_the_scorers_opinion(gap, feedback, label):
 # ---------------------------------------------------------------- the preference model's accuracy
 
 
-def write_validation(folder: Path, data, pairs):
+def write_split(folder: Path, data, pairs, split="validation"):
     np.save(folder / "latents.npy", data.latents.numpy())
     for name, value in data.cond.tensors.items():
         np.save(folder / f"prompt.{name}.npy", value.numpy())
-    pd.DataFrame({"prompt": data.prompts, "split": "validation"}).to_parquet(folder / "prompts.parquet")
-    pairs.drop(columns=["prompt_row", "weight"]).assign(split="validation").to_parquet(folder / "pairs.parquet")
+    pd.DataFrame({"prompt": data.prompts, "split": split}).to_parquet(folder / "prompts.parquet")
+    pairs.drop(columns=["prompt_row", "weight"]).assign(split=split).to_parquet(folder / "pairs.parquet")
 
 
 @pytest.fixture
@@ -290,7 +302,7 @@ def objective(new_policy, clip_folder):
 
 def test_equal_scores_are_not_right(objective, data, tmp_path):
     """Both images of every pair are one: whatever people said, the model does not tell them apart."""
-    write_validation(tmp_path, data, data.pairs.assign(image_1=data.pairs.image_0))
+    write_split(tmp_path, data, data.pairs.assign(image_1=data.pairs.image_0))
     curves = accuracy_by_t(objective, tmp_path, seed=0)
     assert {name: curve["accuracy"] for name, curve in curves.items()} == {
         name: [0.0] * len(TIMESTEPS) for name in ("spm", "untimed")
@@ -303,7 +315,7 @@ def test_accuracy_goes_by_the_utility_where_it_is_known(objective, data, tmp_pat
     found = []
     for i, pairs in enumerate((people, utility)):
         (tmp_path / str(i)).mkdir()
-        write_validation(tmp_path / str(i), data, pairs)
+        write_split(tmp_path / str(i), data, pairs)
         found.append(accuracy_by_t(objective, tmp_path / str(i), seed=0)["spm"]["accuracy"])
     assert np.add(*found) == pytest.approx(np.ones(len(TIMESTEPS)))
     assert all(0 < share < 1 for share in found[0])
@@ -311,7 +323,7 @@ def test_accuracy_goes_by_the_utility_where_it_is_known(objective, data, tmp_pat
 
 def test_the_model_that_training_started_from_does_not_know_the_time(objective, data, tmp_path):
     """At the start both are one model; once the modulation has moved, only the trained one has changed."""
-    write_validation(tmp_path, data, data.pairs)
+    write_split(tmp_path, data, data.pairs)
     before = accuracy_by_t(objective, tmp_path, seed=0)
     assert before["spm"]["accuracy"] == before["untimed"]["accuracy"]
     assert before["spm"]["t"] == [0, 251, 501, 701, 951]
