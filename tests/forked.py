@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 from attune.distributed import Shard
 
@@ -51,6 +52,7 @@ def _work(rank: int, n: int, folder: Path, work: Callable[[Shard], Any], answers
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent has joined as a single process
     store = dist.FileStore(str(folder / "meeting"), n)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=SECONDS))
     try:

@@ -176,3 +176,18 @@ def test_a_step_is_the_step_of_one_process(tmp_path, group):
     for row, w in together(3, tmp_path, work):
         assert row == pytest.approx({"x": mean, "grad_norm": mean, "lr": 0.1})
         assert w == pytest.approx(-0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kto", "dpo"])
+def test_a_step_of_a_method_is_the_step_of_one_process(new_policy, data, tmp_path, name):
+    """Kto's reference point is the mean over all rows, whoever has them."""
+    policy = new_policy(moved=0.1)
+
+    def step(trained):
+        method = build(name, trained, beta=50.0, caption_dropout=0.0, batch_size=4)
+        (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
+        return TrainStep(trained, method.config)(method, [minibatch], 1, 1e-3)
+
+    alone = step(own(policy, policy.shard))
+    for row in together(3, tmp_path, lambda shard: step(own(policy, shard))):
+        assert row == pytest.approx(alone, rel=1e-3)
