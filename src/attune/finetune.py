@@ -56,7 +56,7 @@ def finetune(
     config = method.config
     seed = seed_of(plan.seed, start)
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
-    run.dataset(paths.prepared / "pairs.parquet", "preference pairs", n)
+    run.dataset(paths.prepared / "pairs.parquet", f"training {method.consumes}", n)
     history, scores = train(
         method,
         policy,

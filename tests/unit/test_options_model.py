@@ -16,6 +16,7 @@ from attune.config.settings import Model, Sampling
 from attune.diffusion.generate import generate_images
 from attune.diffusion.noise import noise_seed, per_row_noise
 from attune.evaluation.report.grid import image_grid
+from attune.stages.common import checkpoint_of
 from attune.tracking.samples import sampler
 
 CPU = torch.device("cpu")
@@ -153,6 +154,13 @@ def test_a_stage_without_its_plan_says_how_to_make_it(tmp_path):
         os.environ["DVC_STAGE"] = "generate@spo"
         with pytest.raises(SystemExit, match=r"plan/generate-spo\.json is not there"):
             stages.call("generate")
+
+
+def test_the_interval_of_checkpoints_is_the_profiles(tmp_path):
+    with stages.inside(stages.write(tmp_path, {"base": {"after": "data"}}, checkpoint_seconds=7)):
+        stages.write_plans()
+        with checkpoint_of("align@base", read(RunPlan, "align", "base"), []) as checkpoint:
+            assert checkpoint.every_seconds == 7
 
 
 def test_a_plan_of_other_code_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from attune.build import load_learner
+from attune.config.plan import StagePlan
 from attune.config.settings import AIFeedback, Lora, MethodConfig, Model
 from attune.data.labels import with_ai_feedback
 from attune.files import write_atomically
@@ -151,16 +152,16 @@ def folders(root):
     return {path.name for path in (root / ".checkpoints").iterdir() if path.is_dir()}
 
 
-def broken_off(root, stage="align@x", values=(1,), inputs=()):
+def broken_off(root, stage="align@x", profile="tiny", inputs=()):
     """The name of the folder that a training leaves which breaks off."""
     before = folders(root) if (root / ".checkpoints").exists() else set()
-    with pytest.raises(Interrupted), resumable(root, stage, list(values), list(inputs)):
+    with pytest.raises(Interrupted), resumable(root, stage, StagePlan(profile=profile), list(inputs)):
         raise Interrupted
     gc.collect()
     return folders(root) - before
 
 
-def test_only_the_same_values_and_the_same_content_of_inputs_find_a_checkpoint(tmp_path):
+def test_only_the_same_plan_and_the_same_content_of_inputs_find_a_checkpoint(tmp_path):
     data, root = tmp_path / "data", tmp_path / "root"
     data.mkdir()
     (data / "a.npy").write_bytes(b"one")
@@ -173,58 +174,14 @@ def test_only_the_same_values_and_the_same_content_of_inputs_find_a_checkpoint(t
     assert len(broken_off(root, inputs=[data])) == 1
     (data / "b.npy").write_bytes(b"new")
     assert len(broken_off(root, inputs=[data])) == 1
-    assert len(broken_off(root, values=[2], inputs=[data])) == 1
+    assert len(broken_off(root, profile="other", inputs=[data])) == 1
     assert len(broken_off(root, stage="align@y", inputs=[data])) == 1
 
 
 def test_a_training_that_succeeds_leaves_nothing(tmp_path):
-    with resumable(tmp_path, "align@x", [1], []) as checkpoint:
+    with resumable(tmp_path, "align@x", StagePlan(profile="tiny"), []) as checkpoint:
         assert checkpoint.folder.is_dir()
     assert list((tmp_path / ".checkpoints").iterdir()) == []
-
-
-def test_a_save_that_breaks_off_leaves_the_former_state(tmp_path, monkeypatch):
-    """The disk is full in the middle of the third save: the training goes on from the second."""
-    whole, cut, again = Line([1.0]), Line([1.0]), Line([1.0])
-    expected, _ = whole.train(5)
-    saved, save = [], torch.save
-
-    def fails_at_third(state, file):
-        saved.append(1)
-        if len(saved) == 3:
-            file.write(b"half")
-            raise OSError("No space left on device")
-        save(state, file)
-
-    monkeypatch.setattr("attune.training.checkpoint.torch.save", fails_at_third)
-    checkpoint = Checkpoint(tmp_path, "a", "k", every_seconds=0)
-    with pytest.raises(OSError, match="No space left"):
-        cut.train(5, {"checkpoint": checkpoint})
-    monkeypatch.undo()
-    del checkpoint
-    gc.collect()
-    drawn = []
-    history, _ = again.train(
-        5,
-        {"checkpoint": Checkpoint(tmp_path, "a", "k", every_seconds=0)},
-        lambda b, generator: drawn.append(b) or b,
-    )
-    assert drawn == [2, 3, 4]
-    assert history == expected
-    assert again.w == whole.w
-
-
-def test_a_checkpoint_is_due_after_its_seconds_and_at_the_end(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("attune.training.checkpoint.time.monotonic", lambda: now[0])
-    checkpoint, optimizer = Checkpoint(tmp_path, "a", "k", every_seconds=60), torch.optim.SGD([torch.zeros(1)])
-    for at, last, there in ((59, False, False), (60, False, True)):
-        now[0] = at
-        checkpoint.maybe_save([], optimizer, {"step": at}, last=last)
-        assert checkpoint.file.exists() == there
-    now[0] = 61
-    checkpoint.maybe_save([], optimizer, {"step": 61}, last=True)
-    assert checkpoint.restore([], optimizer, {})["step"] == 61
 
 
 def test_a_process_that_does_not_write_reads_and_removes_nothing(tmp_path):

@@ -20,9 +20,11 @@ from attune.data.rows import Pair, Prompt, Quota
 from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
 from attune.evaluation.protocol import hash_prompts
-from attune.finetune import finetune
+from attune.files import digest
+from attune.finetune import finetune, inputs_of
 from attune.spm.model import from_clip, training_pixels
 from attune.spm.model import load as load_preference
+from attune.stages.common import checkpoint_of
 from attune.tracking import Run
 
 RUNS = {
@@ -152,7 +154,7 @@ def test_what_was_prepared_is_counted(here):
     assert {key: counts[key] for key in counts if not key.startswith("quarantined")} == {
         **{"prompts": 15, "prompts/train": 6, "prompts/validation": 4, "prompts/test": 5},
         **{"pairs": 8, "pairs/train": 4, "pairs/validation": 4, "pairs/test": 0},
-        **{"tie_share": 0.0, "mixed_sizes": 0},
+        **{"choices/train": 4, "tie_share": 0.0, "mixed_sizes": 0, "identical_images": 0, "cut_prompts": 0},
     }
 
 
@@ -297,8 +299,10 @@ def test_another_validation_scorer_does_not_go_on_from_a_checkpoint(mine, monkey
         validation = {"scorer": "hpsv2", "prompts": 2, "every": 1, "sampling": stages.PROFILE["sampling"]}
         stages.write(mine, RUNS, **SETTINGS, scorers__hpsv2__preprocess=resize, methods__sft__validation=validation)
         stages.write_plans()
-        with pytest.raises(KeyError, match="stop"):
-            finetune(read(RunPlan, "align", "sft"), Run(), mine / "x", checkpoints=mine, on_score=broken)
+        plan = read(RunPlan, "align", "sft")
+        kept = checkpoint_of("align@sft", plan, inputs_of(plan))
+        with pytest.raises(KeyError, match="stop"), kept as checkpoint:
+            finetune(plan, Run(), mine / "x", checkpoint=checkpoint, on_score=broken)
         left.append({path.name for path in Path(".checkpoints").glob("*align*") if path.is_dir()})
     assert [len(names) for names in left] == [1, 2, 2]
 
@@ -353,7 +357,9 @@ def test_models_differ_and_a_released_model_is_the_one_it_was_copied_from(painte
 
 def test_the_protocol_says_how_they_were_made(painted):
     index, _ = images_of(painted / "sft")
+    vae = digest(stages.ROOT / "models/embedded/base/vae")[:12]
     assert json.loads((painted / "sft/protocol.json").read_text()) == {
+        "autoencoder": f"{vae} float32",
         "prompt_set_sha": hash_prompts(index.prompt),
         **{"n_prompts": 4, "images_per_prompt": 2, "sampler": "ddim", "steps": 2, "eta": 0.0, "guidance_scale": 2.0},
         **{"resolution": 32, "dtype": "float32", "seed": 0, "scorers": []},

@@ -84,8 +84,9 @@ def planned(kind: type[P], stage: str) -> P:
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
+        plan = read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
         os.environ.setdefault("OMP_NUM_THREADS", str(read(Session, "session").threads))
-        return read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
+        return plan
     except PlanError as error:
         sys.exit(str(error))
 

@@ -38,7 +38,7 @@ def main() -> None:
         for file in (paths.reports / "data.json", paths.model("data") / "data.json"):
             write_atomically(file, text.encode())
         run.summary(counts)
-        run.dataset(paths.prepared / "pairs.parquet", "preference pairs", int(counts["pairs"]))
+        run.dataset(paths.prepared / "pairs.parquet", "prepared pairs", int(counts["pairs"]))
 
 
 def prepare(plan: PreparePlan) -> dict[str, float]:

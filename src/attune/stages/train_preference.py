@@ -60,7 +60,7 @@ def train_preference(
     policy = load_policy(plan.model)
     data = PreparedData.read(paths.prepared, "train", policy.device, keep_ties=True)
     data = replace(data, pairs=with_ai_feedback(data.pairs, config.ai_feedback))
-    run.dataset(paths.prepared / "pairs.parquet", "preference pairs", len(data.pairs))
+    run.dataset(paths.prepared / "pairs.parquet", "training pairs", len(data.pairs))
     model, tokenizer = starting_model(config)
     objective = SPMObjective(config, model.to(policy.device), tokenizer, policy)
     objective.shard = shard()
