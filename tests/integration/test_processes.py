@@ -111,9 +111,8 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path):
 def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     _, (first, second) = in_two("errors", tmp_path)
     assert first["not finite"] == second["not finite"]
-    where = first["not finite"].removeprefix("loss is nan at step 2: ").split("; ")
-    assert where[0] == "process 0: every module's output is finite"
-    assert where[1].startswith("process 1: first bad output in module ")
+    where = first["not finite"].removeprefix("loss is nan at step 2: ")
+    assert where == "process 1: the data, latents_0 of row 0 of the minibatch, is not finite"
     assert first["ended"] == "KeyError: 'pruned'"
     assert second["ended"] == "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
     assert (first["scores asked for"], second["scores asked for"]) == ("3", "0")

@@ -27,17 +27,20 @@ def assert_finite(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) -> str:
-    """Names the first tensor of the minibatch, else weight of `module`, that is not finite, else the first module.
+def nonfinite_input(minibatch: Any) -> str | None:
+    """Names the first tensor of the minibatch that is not finite, and its first such row; None if all are finite."""
+    for name, rows in _tensors(minibatch):
+        if bad := [i for i, row in enumerate(rows) if not torch.isfinite(row).all()]:
+            return f"the data, {name} of row {bad[0]} of the minibatch, is not finite"
+    return None
 
-    That is the first one in `module` with an output that is not finite.
+
+def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) -> str:
+    """Names the first weight of `module` that is not finite, else the first module in it with such an output.
 
     Outputs are those of one more evaluation of the loss of `minibatch`. It runs uncompiled, because compiled code
     ignores hooks that were added after it was compiled.
     """
-    for name, rows in _tensors(minibatch):
-        if bad := [i for i, row in enumerate(rows) if not torch.isfinite(row).all()]:
-            return f"the data, {name} of row {bad[0]} of the minibatch, is not finite"
     root: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     for name, weight in root.named_parameters():
         if not torch.isfinite(weight).all():

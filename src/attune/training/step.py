@@ -23,7 +23,7 @@ from torch import Tensor
 from attune.config.settings import TrainingConfig
 from attune.distributed import Shard
 from attune.interfaces import Objective, Trainable
-from attune.training.guard import NonFiniteError, locate_nonfinite
+from attune.training.guard import NonFiniteError, locate_nonfinite, nonfinite_input
 
 # How long a process waits for the others. The main process may compute a validation score or sample images for as
 # long as this while they wait. It does not delay the news of a process that has died: the launcher reports that.
@@ -119,8 +119,10 @@ class TrainStep:
     def locate_nonfinite(self, objective: Objective, minibatch: Any) -> str:
         """Where numbers first stop being finite, in each of the processes."""
         with self.local_rows(minibatch) as rows:
-            found = self.shard.all_gather_object(locate_nonfinite(objective, self.trainable.module, rows))
-        return found[0] if len(found) == 1 else "; ".join(f"process {i}: {what}" for i, what in enumerate(found))
+            found = self.shard.all_gather_object(nonfinite_input(rows))
+            if not any(found):  # the loss may communicate, so either all processes evaluate it or none
+                found = self.shard.all_gather_object(locate_nonfinite(objective, self.trainable.module, rows))
+        return "; ".join(f"process {i}: {what}" if len(found) > 1 else what for i, what in enumerate(found) if what)
 
 
 def minibatch_weights(group: Sequence[Any]) -> list[float]:
