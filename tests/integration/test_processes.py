@@ -112,7 +112,7 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     _, (first, second) = in_two("errors", tmp_path)
     assert first["not finite"] == second["not finite"]
     where = first["not finite"].removeprefix("loss is nan at step 2: ")
-    assert where == "process 1: the data, latents_0 of row 0 of the minibatch, is not finite"
+    assert where == "process 1: the data, x_0 of row 0 of the minibatch, is not finite"
     assert first["ended"] == "KeyError: 'pruned'"
     assert second["ended"] == "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
     assert (first["scores asked for"], second["scores asked for"]) == ("3", "0")
