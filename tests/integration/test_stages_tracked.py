@@ -235,8 +235,12 @@ def holds(uri, root, alias):
     return found and found.tags["run"]
 
 
-def test_the_champion_of_a_report(here, made, caplog):
-    """None is better; then dpo is the first; sft's mean is higher, but one prompt carries it; then all prompts do."""
+def test_the_champion_of_a_report(here, made, caplog, monkeypatch):
+    """None is better; then dpo is the first; sft's mean is higher, but one prompt carries it; then all prompts do.
+
+    No test of four prompts can pass 0.05, so here every level does, and interval and win rate decide.
+    """
+    monkeypatch.setattr("attune.evaluation.summary.ALPHA", 1.01)
     caplog.set_level(logging.INFO, "attune.champion")
     scored({"sft": -0.1, "dpo": 0.0})
     stages.call("champion")

@@ -171,7 +171,7 @@ def test_an_artifact_that_cannot_be_stored_waits_alone(tmp_path, short_pauses, c
     assert points_of(uri, stuck.run_id, "oracle") == [(0, 0.25)]
     told = [record.getMessage() for record in caplog.records if record.name == "attune.tracking"]
     assert told[0].startswith(f"{Path(__file__).name} cannot be stored")
-    assert told[1] == senders.INCOMPLETE
+    assert senders.INCOMPLETE in told[1:]  # perhaps after a second try by the thread that sends what others left
     (error,) = tracking.replay(tmp_path).values()
     assert isinstance(error, OSError)
     (tmp_path / "mlruns").unlink()
