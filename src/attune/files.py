@@ -31,7 +31,7 @@ def digest(path: Path) -> str:
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replaces `path` by `data` in one step; a reader, or a crash, sees the old bytes or the new ones."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # of a link, what it leads to
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside the target: a rename is atomic only within one file system
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

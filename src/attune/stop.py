@@ -27,14 +27,14 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stoppable(what: str) -> Iterator[None]:
-    """Ends the with-body at either signal: its clean-up runs, one line says that it was stopped, and no traceback."""
-    with handling(_stop):
-        try:
-            yield
-        except Stopped as stopped:
-            name = signal.Signals(stopped.code - 128).name  # type: ignore[operator]
-            LOG.warning("%s: stopped by %s", what, name)
-            raise
+    """Ends the with-body at either signal: one line says so, its clean-up runs, and there is no traceback."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        LOG.warning("%s: stopped by %s", what, signal.Signals(signum).name)
+        raise Stopped(signum)
+
+    with handling(stop):
+        yield
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def stop_requests() -> Iterator[Callable[[], int]]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         received[0] = signum
-        note = f"\n{signal.Signals(signum).name}: stopping after this batch; the same again stops at once\n"
+        note = f"\n{signal.Signals(signum).name}: stopping after this batch or accumulated step; again: at once\n"
         os.write(2, note.encode())  # print could not be entered a second time, and may be what was interrupted
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -80,7 +80,3 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[
         for number, old in before.items():
             if signal.getsignal(number) is handler:  # and not one that the with-body has set for good
                 signal.signal(number, old)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(signum)

@@ -24,6 +24,11 @@ def redact(text: str) -> str:
     return _SECRET.sub(r"\1***", re.sub(r"\S+", lambda word: _without_user(word[0]), text))
 
 
+def has_secret(text: str) -> bool:
+    """Whether it says `password=`, `token=` and the like."""
+    return _SECRET.search(text) is not None
+
+
 def _without_user(word: str) -> str:
     start, end = word.find("//"), word.rfind("@")
     return f"{word[: start + 2]}***{word[end:]}" if -1 < start < end else word

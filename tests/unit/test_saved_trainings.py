@@ -87,6 +87,27 @@ def test_only_what_nothing_will_read_is_removed_unless_all_is(tmp_path, left, mo
     assert len(said) == 5
 
 
+@pytest.mark.parametrize("text", ["[]", '{"stage": "x"}', "{", "7"])
+def test_a_damaged_note_is_stale(tmp_path, text):
+    folder = leave(tmp_path, "align@x", PLAN)
+    (folder / "about.json").write_text(text)
+    folder.with_suffix(".lock").unlink(missing_ok=True)
+    (training,) = saved_trainings(tmp_path, "tiny", {})
+    assert training.state == "stale"
+    assert not folder.with_suffix(".lock").exists()  # asking leaves nothing behind
+
+
+def test_a_folder_on_another_disk_is_removed_with_its_link(tmp_path):
+    folder = leave(tmp_path, "align@x", PLAN)
+    elsewhere = tmp_path / "scratch"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    (training,) = saved_trainings(tmp_path, "tiny", {})
+    assert saved.remove(training)
+    assert not elsewhere.exists()
+    assert not folder.is_symlink()
+
+
 def test_the_plan_that_identifies_a_checkpoint_is_the_plan_file(tmp_path):
     """What `resumable` hashes is what the file holds, so that a training is found by its plan."""
     folder = leave(tmp_path, "align@x", PLAN)

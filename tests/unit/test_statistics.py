@@ -197,3 +197,17 @@ def test_intervals_are_a_little_wider_than_plain_percentiles():
     rows = np.random.default_rng(0).integers(60, size=(st.RESAMPLES, 60))
     means = values[rows].mean(axis=1)
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.1802, 97.8198])), abs=1e-5)
+
+
+def test_rounding_is_no_difference():
+    """0.1 + 0.2 is not 0.3 by one part in 10^16, which five prompts must not win by."""
+    found = st.compare_paired(np.full(5, 0.1 + 0.2), np.full(5, 0.3))
+    assert (found.difference, found.win_rate, found.p_value) == (0.0, 0.5, 1.0)
+    apart = st.compare_paired(np.full(5, 0.3 + 1e-12), np.full(5, 0.3))
+    assert apart.win_rate == 1.0
+
+
+@pytest.mark.parametrize("n", [3, 6, 7, 12, 18, 31])
+def test_equal_scores_have_no_spread_however_many(n):
+    """The deviation of n times 0.1 is 1e-17 for some n."""
+    assert np.isnan(st.standardised_gain(np.full(n, 0.4), np.full(n, 0.1)))

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from attune.stop import Stopped, handling, stop_requests, stoppable
 from attune.training.checkpoint import Checkpoint
+from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import Callbacks
 from trainables import Line, equal, method
 
@@ -140,3 +141,22 @@ def test_the_exit_code_is_what_a_shell_expects(signum, code):
         _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert errors == f"report: stopped by {signal.Signals(signum).name}\n"
+
+
+def test_a_request_during_the_last_validation_is_not_forgotten(tmp_path):
+    """All batches are done and saved; the score is, too, so that it is not taken again."""
+    line, checkpoint, taken = Line([1.0]), Checkpoint(tmp_path, "a", "k"), []
+
+    def score():
+        taken.append(1)
+        if len(taken) == 2:  # after the last batch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    options = {"checkpoint": checkpoint, "early_stopping": EarlyStopping(score, every=10)}
+    assert code_of(line.train, 1, options) == 143
+    del options, checkpoint
+    gc.collect()
+    again = {"checkpoint": Checkpoint(tmp_path, "a", "k"), "early_stopping": EarlyStopping(score, every=10)}
+    _, scores = Line([1.0]).train(1, again)
+    assert len(scores) == len(taken) == 2

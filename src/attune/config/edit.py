@@ -25,7 +25,8 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     block, and a block likewise.
 
     Raises:
-        ConfigError: the value is shared with another block by an anchor, and both would change.
+        ConfigError: the value is shared with another block by an anchor, and both would change; or what should hold
+            it is no block.
     """
     path = Path(path)
     wanted, written = read_yaml(path), StringIO()
@@ -35,7 +36,12 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
     for dotted, value in changes.items():
         *blocks, last = dotted.split(".")
         wanted = merged(wanted, reduce(lambda inner, key: {key: inner}, [last, *reversed(blocks)], value))
-        reduce(lambda place, block: place.setdefault(block, {}), blocks, values)[last] = value
+        place = values
+        for block in blocks:
+            place = place.setdefault(block, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{path}: {dotted}: {block} is no block, so nothing can be written into it")
+        place[last] = value
     yaml.dump(values, written)
     if YAML(typ="safe").load(written.getvalue()) != wanted:
         raise ConfigError(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from attune.config.schema import ConfigError, join
-from attune.text import cut, printable, shown
+from attune.text import SHOWN, cut, printable, shown
 
 FILE_BYTES = 2_000_000
 DEPTH, VALUES = 20, 50_000  # aliases count as often as they are used, or nine lines make 10^9 values
@@ -35,6 +36,25 @@ def check_plain(values: Mapping[Any, Any], path: Path) -> None:
             todo += [((*keys, str(key)), entry) for key, entry in reversed(list(value.items()))]
         elif isinstance(value, list):
             todo += [((*keys, str(i)), entry) for i, entry in reversed(list(enumerate(value)))]
+
+
+def check_expanded(node: Node | None, path: Path) -> None:
+    """Raises ConfigError for a document that aliases and merges (`<<`) would make too large, before they are followed.
+
+    Fourteen lines of merges make 8^13 values.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0  # of a node that is inside of itself, which `check_plain` refuses
+            parts = node.value if isinstance(node, SequenceNode) else []
+            parts = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else parts
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if node is not None and size(node) > 2 * VALUES:
+        raise ConfigError(f"{path}: holds more than {VALUES:,} values, counting each use of an alias")
 
 
 def _fault(value: Any) -> str:
@@ -72,5 +92,6 @@ def yaml_fault(error: Exception) -> str:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     mark = error.problem_mark or error.context_mark
     problem = re.sub(r"^(found duplicate key) \"?(.*?)\"? with value.*", r"\1 \2", error.problem or "", flags=re.S)
+    problem = re.sub(r"(constructor for the tag) .*", r"\1 there, and parameter files have none", problem, flags=re.S)
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"{place}{' '.join(' '.join(part for part in (error.context, problem) if part).split())}"
+    return f"{place}{cut(' '.join(' '.join(part for part in (error.context, problem) if part).split()), SHOWN)}"

@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from attune.config import plugins
-from attune.config.plain import FILE_BYTES, check_plain, yaml_fault
+from attune.config.plain import FILE_BYTES, check_expanded, check_plain, yaml_fault
 from attune.config.profile import Generate, Params, Profile, Run
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config as SearchConfig
@@ -71,6 +71,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
             raise ConfigError(f"{path} has more than {FILE_BYTES:,} bytes, so it is no parameter file")
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path} is no file")
+        check_expanded(YAML(typ="safe").compose(path), path)
         values = YAML(typ="safe").load(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; run from the repository's root") from None

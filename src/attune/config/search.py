@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from math import prod
 from typing import Any, ClassVar, Literal
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
 from attune.config.schema import Float, SearchRange, StrictModel
+from attune.text import has_secret
 
 MOST_POINTS = 100_000  # of a grid; each is a training
 
@@ -59,7 +61,7 @@ class Config(StrictModel):
         if not isinstance(storage, str):
             return values
         user = (storage.partition("://")[2] or storage).rpartition("@")[0]
-        has_one = ":" in user or "password=" in storage.lower()
+        has_one = ":" in user or has_secret(unquote(storage))
         return {**values, "storage": cls.HIDDEN} if has_one else values
 
     @field_validator("storage", mode="before")

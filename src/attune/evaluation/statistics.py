@@ -51,7 +51,7 @@ def compare_paired(
     policy, base = np.asarray(policy, dtype=float), np.asarray(base, dtype=float)
     if policy.shape != base.shape or policy.ndim != 1:
         raise ValueError(f"paired scores need equal shapes (n,), found {policy.shape} and {base.shape}")
-    d = policy - base
+    d = _differences(policy, base)
     wins = (np.sign(d) + 1) / 2
     intervals = _percentile_intervals(np.stack([d, wins], axis=1), seed, resamples)
     sd = float(d.std(ddof=1)) if len(d) > 1 else float("nan")
@@ -64,6 +64,12 @@ def compare_paired(
         p_value=wilcoxon_p(d),
         minimum_detectable_effect=minimum_detectable_effect(sd, len(d), alpha=alpha),
     )
+
+
+def _differences(policy: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """policy - base (n,), with 0 where they differ by no more than the rounding of a sum in another order."""
+    d = policy - base
+    return np.where(np.abs(d) <= 8 * np.spacing(np.maximum(np.abs(policy), np.abs(base))), 0.0, d)
 
 
 def prompt_means(scores: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -190,4 +196,5 @@ def standardised_gain(policy: np.ndarray, base: np.ndarray) -> float:
     """
     policy, base = np.asarray(policy, dtype=float), np.asarray(base, dtype=float)
     spread = base.std(ddof=1) if len(base) > 1 else 0.0
-    return float((policy - base).mean() / spread) if spread > 0 else float("nan")
+    rounding = 8 * np.spacing(np.abs(base).max())  # of equal values the deviation may not be exactly 0
+    return float((policy - base).mean() / spread) if spread > rounding else float("nan")

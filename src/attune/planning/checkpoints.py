@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,22 +40,37 @@ def saved_trainings(root: Path, profile: str, plans: Mapping[Path, str]) -> Iter
     """
     current = {values_sha(json.loads(text)) for text in plans.values()}
     for folder in sorted((root / CHECKPOINTS).glob("*/")):
-        if not (folder / "about.json").exists() and not (folder / "state.pt").exists():
+        if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")):
             continue  # other things are kept here as well, say the ids of tracked runs
         size = sum(file.stat().st_size for file in folder.iterdir())
         yield SavedTraining(folder, size, _state(folder, profile, current))
 
 
-def _state(folder: Path, profile: str, current: set[str]) -> State:
+def remove(training: SavedTraining) -> bool:
+    """Removes a checkpoint, also where its folder is a link to another disk; not if its training runs now."""
     try:
-        with FileLock(folder.with_suffix(".lock"), timeout=0):
-            pass
+        with FileLock(training.folder.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(training.folder.resolve(), ignore_errors=True)
+            if training.folder.is_symlink():
+                training.folder.unlink()
+    except Timeout:
+        return False
+    training.folder.with_suffix(".lock").unlink(missing_ok=True)
+    return True
+
+
+def _state(folder: Path, profile: str, current: set[str]) -> State:
+    lock = folder.with_suffix(".lock")
+    try:
+        if lock.exists():  # asking would make it
+            with FileLock(lock, timeout=0):
+                pass
     except Timeout:
         return "running"
     try:
         about = json.loads((folder / "about.json").read_text())
-    except (OSError, ValueError):
+        if about["profile"] != profile:
+            return "of another profile"
+        return "resumable" if about["plan"] in current else "stale"
+    except (OSError, ValueError, TypeError, LookupError):  # there is none, or it is damaged
         return "stale"
-    if about["profile"] != profile:
-        return "of another profile"
-    return "resumable" if about["plan"] in current else "stale"

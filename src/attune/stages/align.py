@@ -7,6 +7,7 @@ from typing import Any
 from attune.config.plan import RunPlan
 from attune.paths import Paths
 from attune.stages.common import checkpoint_of, is_main_process, launch, planned, remember_run, stage
+from attune.stop import stoppable
 
 
 def main() -> None:
@@ -45,4 +46,5 @@ def write(plan: RunPlan, history: list[dict[str, float]], facts: dict[str, Any])
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("align"):
+        main()

@@ -6,13 +6,12 @@ Those of trainings that run now are never removed. `make plan` lists them.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 
 from attune.config.resolve import load
 from attune.config.schema import ConfigError
 from attune.paths import CHECKPOINTS, project_root
-from attune.planning.checkpoints import saved_trainings
+from attune.planning.checkpoints import remove, saved_trainings
 from attune.stages.plan import say, texts
 
 
@@ -26,9 +25,8 @@ def main() -> None:
         sys.exit(str(error))
     root, removed = project_root(), 0
     for training in saved_trainings(root, settings.profile, texts(settings)):
-        if training.state == "stale" or (everything and training.state != "running"):
-            shutil.rmtree(training.folder)
-            training.folder.with_suffix(".lock").unlink(missing_ok=True)
+        wanted = training.state == "stale" or (everything and training.state != "running")
+        if wanted and remove(training):
             removed += training.size
             say(f"removed {training}")
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attune.config.plan import EvaluatePlan
 from attune.paths import TRACKED_RUNS, Paths
 from attune.stages.common import planned, stage
+from attune.stop import stoppable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,4 +44,5 @@ def evaluate(plan: EvaluatePlan) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("evaluate"):
+        main()

@@ -9,6 +9,7 @@ from attune.config.plan import GeneratePlan
 from attune.config.profile import BASE
 from attune.paths import Paths
 from attune.stages.common import planned, stage
+from attune.stop import stoppable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,4 +97,5 @@ def generation_protocol(plan: GeneratePlan, prompts: list[str], resolution: int)
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("generate"):
+        main()

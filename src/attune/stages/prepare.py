@@ -16,6 +16,7 @@ from attune.data.rows import SourceError
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import planned, stage
+from attune.stop import stoppable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,4 +86,5 @@ def _rows_are_quick(source: ModuleType, config: SourceConfig) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("prepare"):
+        main()

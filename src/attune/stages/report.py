@@ -5,6 +5,7 @@ from __future__ import annotations
 from attune.config.plan import ReportPlan
 from attune.paths import Paths
 from attune.stages.common import planned, stage
+from attune.stop import stoppable
 
 
 def main() -> None:
@@ -28,4 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("report"):
+        main()

@@ -60,7 +60,10 @@ def ask(name: str | None) -> None:
         runs = load().runs
         if name is None or name not in runs:
             raise ConfigError(f"runs: has no {name!r}, so there is nothing to search; there are {', '.join(runs)}")
-        if name not in read_yaml(ASKED)["asked"]:
+        asked = read_yaml(ASKED).get("asked")
+        if not isinstance(asked, dict):
+            raise ConfigError(f"{ASKED}: asked: a block of runs is wanted, or {{}} for none")
+        if name not in asked:
             update_params_file({f"asked.{name}": {"after": runs[name].after}}, ASKED)
     except ConfigError as error:
         sys.exit(str(error))
@@ -100,4 +103,5 @@ def sweep_plan(plan: SearchPlan, report: Path | None = None) -> SweepPlan:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("sweep"):
+        main()

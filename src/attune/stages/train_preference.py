@@ -11,6 +11,7 @@ from attune.config.settings import PreferenceConfig
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import checkpoint_of, is_main_process, launch, planned, stage
+from attune.stop import stoppable
 
 if TYPE_CHECKING:  # at run time these wait until the plan has been read
     from attune.tracking import Run
@@ -79,4 +80,5 @@ def train_preference(
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable("train_preference"):
+        main()

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from attune.config.plan import StagePlan
-from attune.files import digest, values_sha
+from attune.files import digest, values_sha, write_atomically
 from attune.paths import CHECKPOINTS
 from attune.training.guard import assert_finite
 from attune.versions import versions
@@ -144,11 +144,13 @@ def damage(file: Path) -> str | None:
 
     torch.save writes a zip archive with a CRC-32 of every tensor, which torch.load does not look at.
     """
+    if not file.is_file():
+        return "it is no file"
     try:
         with zipfile.ZipFile(file) as archive:
             if (member := archive.testzip()) is not None:
                 return f"the checksum of {member} is wrong"
-        found = sorted(torch.load(file, map_location="meta", weights_only=True))
+        found = sorted(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged archive raises nearly anything
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     expected = sorted(("parameters", "optimizer", "progress"))
@@ -179,6 +181,6 @@ def resumable(
     checkpoint = Checkpoint(root / CHECKPOINTS, stage, values_sha(values), every_seconds, writes)
     if writes:
         about = {"stage": stage, "profile": plan.profile, "plan": values_sha(values[0])}
-        (checkpoint.folder / "about.json").write_text(json.dumps(about) + "\n")
+        write_atomically(checkpoint.folder / "about.json", json.dumps(about).encode() + b"\n")
     yield checkpoint
     checkpoint.discard()

@@ -101,6 +101,8 @@ def train(
                 callbacks.sample_images(progress.step)
         if early_stopping is not None:
             early_stopping.evaluate(progress, parameters, shard, callbacks.on_score, end=True)
+        if checkpoint is not None:  # a signal may have come during what follows the last batch
+            save_or_stop(checkpoint, train_step, progress, agreed(stop_request(), shard), last=False)
         restore_best(progress, parameters)
         assert_finite(parameters)
     return progress.history, progress.scores
