@@ -1,6 +1,7 @@
 """Parameter files that would cost hours, run into a traceback, or print what they should not."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,12 +40,10 @@ def test_a_tag_is_not_repeated(tmp_path):
 
 @pytest.mark.parametrize("text", ["asked:\n", "foo: 1\n", "asked: 3\n", "asked: [a]\n"])
 def test_a_list_of_searches_that_is_none(tmp_path, monkeypatch, text):
-    class Settings:
-        runs = {"sft": None}
-
+    settings = SimpleNamespace(runs={"sft": None})
     (tmp_path / "asked.yaml").write_text(text)
     monkeypatch.setattr(sweep, "ASKED", tmp_path / "asked.yaml")
-    monkeypatch.setattr(sweep, "load", Settings)
+    monkeypatch.setattr(sweep, "load", lambda: settings)
     with pytest.raises(SystemExit, match=r"asked\.yaml: asked: a block of runs is wanted"):
         sweep.ask("sft")
 
