@@ -103,8 +103,8 @@ def scales(ranks: Mapping[str, int], alphas: Mapping[str, float], said: list[Cla
     Raises:
         ValueError: naming the file and both values, if two places disagree with each other or with the tensors.
     """
-    for module, alpha in alphas.items():
-        _alpha(alpha, f"{file}: the alpha of {module}")
+    for module, value in alphas.items():
+        _alpha(value, f"{file}: the alpha of {module}")
     for claim in said:
         _check_ranks(claim, ranks, file)
         known = {alphas[module] for module in ranks if module in alphas}
