@@ -101,8 +101,9 @@ def load_pretrained(
         module, info = kind.from_pretrained(files[0].parent, **options)
     except pickle.UnpicklingError as error:
         raise ValueError(refusal(source)) from error
-    except (OSError, RuntimeError, ValueError) as error:  # a shard that is not there, shapes that differ
-        raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())[:400]}") from error
+    except Exception as error:  # a lost shard, shapes that differ, settings of wrong types: all fail in other ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise ValueError(f"{source} cannot be read: {reason}") from error
     missing = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
     unexpected = info["unexpected_keys"] if strict else []
     if missing or unexpected:
@@ -141,7 +142,28 @@ def _check_config(file: Path, kind: type[Any]) -> None:
     if described is None:
         raise ValueError(f"{file} does not describe a network: it has neither _class_name nor model_type")
     if config.get("_class_name") not in (None, kind.__name__):
-        raise ValueError(f"{file} describes a {config['_class_name']}, not a {kind.__name__}")
+        raise ValueError(f"{file} describes a {config['_class_name']!s:.60}, not a {kind.__name__}")
+    if config.get("quantization_config"):
+        raise ValueError(f"{file}: quantised weights (quantization_config) are not supported")
+    if config.get("_class_name") is None:
+        _check_architecture(config, file, kind)
+
+
+def _check_architecture(config: Mapping[str, Any], file: Path, kind: type[Any]) -> None:
+    """Raises ValueError if a configuration of transformers is of another family: a CLIP's may be of both its halves."""
+    own = kind.config_class.model_type if hasattr(kind.config_class, "model_type") else ""
+    family = own.partition("_")[0]
+    said = config.get("model_type")
+    if said not in (None, family, own):
+        raise ValueError(f"{file}: model_type {said!r:.60} is not that of a {kind.__name__}, {own}")
+    names = config.get("architectures") or []
+    odd = [name for name in (names if isinstance(names, list) else [names]) if not _is_of(name, family)]
+    if odd:
+        raise ValueError(f"{file}: architectures names a {odd[0]!r:.60}, not a {kind.__name__}")
+
+
+def _is_of(name: Any, family: str) -> bool:
+    return isinstance(name, str) and name.lower().startswith(family)
 
 
 def check_network(module: nn.Module, files: Iterable[Path]) -> None:
@@ -188,6 +210,7 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
         tokenizer: Any = kind.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain ones
         raise ValueError(f"{source}: its tokenizer cannot be read: {error}") from error
+    _check_lengths(tokenizer, source)
     words = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
     if not words:
         raise FileNotFoundError(nothing)
@@ -195,6 +218,22 @@ def load_tokenizer(kind: type[Any], source: Source) -> Any:
     if len({frozenset(tokenizer(text).input_ids) - {*tokenizer.all_special_ids} for text in texts}) == 1:
         raise ValueError(f"{source}: its tokenizer makes the same tokens of every word, among them {texts[:3]}")
     return tokenizer
+
+
+def _check_lengths(tokenizer: Any, source: Source) -> None:
+    """Raises ValueError unless a tokenizer can pad and cut texts at their ends, and tells its words apart."""
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1 or length % 1 != 0:
+        raise ValueError(f"{source}: model_max_length of its tokenizer is {length!r:.40}, not a number of tokens")
+    for name in ("padding_side", "truncation_side"):
+        if (side := getattr(tokenizer, name)) != "right":
+            raise ValueError(f"{source}: {name} of its tokenizer is {side!r:.40}; only right is supported")
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{source}: its tokenizer has no pad_token to fill short texts with")
+    words: dict[int, str] = {}
+    for word, number in tokenizer.get_vocab().items():
+        if (other := words.setdefault(number, word)) != word:
+            raise ValueError(f"{source}: {other!r:.40} and {word!r:.40} of its tokenizer are both token {number}")
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: int, source: str | Path | Source) -> None:

@@ -83,6 +83,40 @@ def test_alpha_is_read_wherever_the_header_has_it(scale, header):
     assert scale(header=header) == pytest.approx(4)
 
 
+NAMES = [
+    {"ss_network_args": '{"network_alpha": 2}'},
+    {"lora_config": '{"rank": 4, "alpha": 2}'},
+    {"network": '{"linear": 4, "linear_alpha": 2, "conv": 4, "conv_alpha": 2}'},
+    {"linear_alpha": "2"},
+    {"LORA_ALPHA": "2"},
+    {"lora.alpha": "2"},
+    {"networkAlpha": "2"},
+    {"config": ' \n{"lora_alpha": 2}'},
+    {"training": '{"network": {"lora_alpha": 2}}'},
+    {"jobs": '[{"network": "{\\"alpha\\": 2}"}]'},
+    {"alpha": "2", "lora_scale": "1.0", "ss_adaptive_noise_scale": "0.5", "ss_mode_scale": "1.29"},
+    {"alpha": "2", "ss_tag_frequency": '{"art": {"alpha": 7, "scale": 3}}', "te_alpha": "8"},
+]
+
+
+@pytest.mark.parametrize("header", NAMES)
+def test_alpha_is_read_under_any_trainers_name(scale, header):
+    assert scale(header=header) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_alphas_that_are_whole_numbers_are_read(scale, tensors, dtype):
+    modules = {kohya(key).partition(".")[0] for key in tensors}
+    assert scale(more={"lora_alpha": torch.tensor(2, dtype=dtype)}) == pytest.approx(0.5)
+    assert scale(kohya, more={f"{m}.alpha": torch.tensor(2, dtype=dtype) for m in modules}) == pytest.approx(0.5)
+
+
+def test_an_alpha_of_kohya_with_several_values_is_named(read, tensors):
+    name = f"{kohya(next(iter(tensors))).partition('.')[0]}.alpha"
+    with pytest.raises(ValueError, match=rf"some\.safetensors: {name} has 4 values, an alpha has one"):
+        read(kohya, more={name: torch.ones(4)})
+
+
 def test_kohyas_header_counts_where_no_tensor_does(scale):
     header = {"ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "16"}
     assert scale(kohya, header) == pytest.approx(4)
@@ -140,7 +174,22 @@ CONTRADICTIONS = [
     ({"lora_adapter_metadata": '{"lora_alpha": 4, "alpha_pattern": [1]}'}, None, "alpha_pattern is a list"),
     ({"lora_adapter_metadata": '{"lora_alpha": 4, "rank_pattern": {"(": 4}}'}, None, "is no pattern"),
     ({"lora_adapter_metadata": '{"lora_alpha": 4, "rank_pattern": {"to_k": 8}}'}, None, "says rank 8"),
-    ({"lora_alpha": "1e38"}, None, "scaled by its alpha: .* holds values that are not finite"),
+    ({"lora_alpha": "1e30"}, None, r"lora_alpha is 1e\+30; an alpha is above 0"),
+    ({"lora_alpha": "-2"}, None, "lora_alpha is -2; an alpha is above 0"),
+    ({"lora_adapter_metadata": '{"lora_alpha": 0}'}, None, "lora_alpha is 0; an alpha is above 0"),
+    ({"lora_adapter_metadata": '{"lora_alpha": 4, "alpha_pattern": {"to_k": -1}}'}, None, "to_k is -1; an alpha"),
+    (None, {"lora_alpha": torch.tensor(-2)}, "the alpha of .* is -2; an alpha is above 0"),
+    ({"ss_network_args": '{"network_alpha": 2}', "alpha": "4"}, None, "is 2 in ss_network_args.network_alpha and 4"),
+    ({"config": '{"lora_alpha": 2, "alpha": 4}'}, None, "is 2 in config and 4 in config.alpha"),
+    ({"network": "{'lora_alpha': 2}"}, None, "network of its header is not JSON"),
+    ({"mixup_alpha": "2"}, None, "mixup_alpha of its header looks like an alpha and is not understood"),
+    ({"network": '{"lora_alphas": {"to_k": 2}}'}, None, "network.lora_alphas of its header looks like an alpha"),
+    ({"conv_alpha": "2"}, None, "conv_alpha is the alpha of convolutions alone"),
+    *(
+        ({key: "0.5"}, None, f"{key} '0.5' of its header is not understood")
+        for key in ("scale", "scaling", "LoRA_scale")
+    ),
+    ({"network": '{"scaling_factor": 0.5}'}, None, "network.scaling_factor 0.5 of its header is not understood"),
     (None, {"lora_alpha": torch.tensor(torch.nan)}, "lora_alpha holds values that are not finite"),
     (None, {"alpha": torch.ones(3)}, "alpha has 3 values, an alpha has one"),
     (None, {"nowhere.alpha": torch.ones(1)}, "an alpha for nowhere, which has no weights"),
@@ -148,9 +197,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("header", "more", "says"), CONTRADICTIONS)
-def test_places_that_disagree_or_say_nothing_sensible_are_refused(read, tensors, header, more, says):
-    for value in tensors.values():
-        value *= 100  # so that alpha 1e38 is too much
+def test_places_that_disagree_or_say_nothing_sensible_are_refused(read, header, more, says):
     with pytest.raises(ValueError, match=rf"some\.safetensors.*{says}"):
         read(header=header, more=more)
 
@@ -202,6 +249,27 @@ def test_an_adapter_whose_start_changed_the_base_is_refused(read, start, place):
     in_header = {"header": {"lora_adapter_metadata": json.dumps(config)}}
     with pytest.raises(ValueError, match=rf"init_lora_weights '{start.lower()}' changed the base model's own weights"):
         read(**{"name": of_peft, "config": config} if place == "beside" else in_header)
+
+
+UNUSUAL = [
+    ({"config": '{"r": 4, "init_lora_weights": "pissa"}'}, "init_lora_weights 'pissa' changed the base model"),
+    ({"ss_network_args": '{"rs_lora": "True"}'}, "a LoRA with rs_lora is not supported"),
+    ({"ss_network_args": '{"dora_wd": "True"}'}, "a LoRA with dora_wd is not supported"),
+    ({"config": '{"r": 4, "peft_type": "LOHA"}'}, "an adapter of peft_type 'LOHA' is not supported"),
+    ({"config": '{"loftq_config": {"loftq_bits": 4}}'}, "loftq_config without init_lora_weights"),
+    ({"config": '{"lora_alpha": 4, "corda_config": {"corda_method": "kpm"}}'}, "corda_config without init_lora_wei"),
+]
+
+
+@pytest.mark.parametrize(("header", "says"), UNUSUAL)
+def test_a_header_tells_an_unusual_adapter_wherever_it_says_so(read, header, says):
+    with pytest.raises(ValueError, match=rf"some\.safetensors: {says}"):
+        read(header=header)
+
+
+def test_a_configuration_of_another_start_is_refused_beside_the_file_too(read):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: loftq_config without init_lora_weights"):
+        read(of_peft, config={"r": RANK, "lora_alpha": RANK, "loftq_config": {"loftq_bits": 4}})
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,25 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
     if source.commit is None and (folder / "unet" / "config.json").is_file() and (folder / "vae/config.json").is_file():
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
-        resolution = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        if model.resolution is None:
+            factor = _pixels_per_latent(vae, folder / "vae/config.json")
+            resolution = _sample_size(config, folder / "unet/config.json") * factor
     return Facts(**counts, resolution=model.resolution or resolution)
+
+
+def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
+    """Latents per side that a denoiser was trained at. Raises ValueError naming the file if it does not say."""
+    size = config.get("sample_size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{file}: sample_size {size!r:.40} is no number of latents; set model.resolution instead")
+    return size
+
+
+def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source) -> int:
+    channels = config.get("block_out_channels")
+    if not isinstance(channels, list | tuple) or not channels:
+        raise ValueError(f"{file}: block_out_channels {channels!r:.40} is no list of an autoencoder's channels")
+    return 2 ** (len(channels) - 1)
 
 
 def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[Source, list[str]]]:
@@ -101,6 +119,11 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
     vae = load_pretrained(AutoencoderKL, source, getattr(torch, model.vae_dtype), device, variant)
     if vae.config.latents_mean is not None:
         raise ValueError(f"{source}: an autoencoder with latents_mean and latents_std is not supported")
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{source / 'config.json'}: scaling_factor {scale!r:.40} is not a number above 0")
+    if shift is not None and (isinstance(shift, bool) or shift != 0):
+        raise ValueError(f"{source / 'config.json'}: an autoencoder with shift_factor {shift!r:.40} is not supported")
     return vae
 
 
@@ -114,8 +137,11 @@ def load_text(
     tokenizer = load_tokenizer(CLIPTokenizer, source / f"tokenizer{number}")
     encoder = load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
     check_clip_tokenizer(tokenizer, encoder.config, source / f"tokenizer{number}")
-    # prompts are padded to it; without a tokenizer_config.json it would be 10^30
-    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    positions = encoder.config.max_position_embeddings
+    if tokenizer.model_max_length < positions:
+        short = f"model_max_length {tokenizer.model_max_length} of its tokenizer"
+        raise ValueError(f"{source / f'tokenizer{number}'}: {short} is below the encoder's {positions} positions")
+    tokenizer.model_max_length = positions  # prompts are padded to it; without a tokenizer_config.json it is 10^30
     return tokenizer, encoder
 
 
@@ -178,11 +204,13 @@ def _check_schedule(alphas: Tensor, file: Path) -> None:
 def _check_family(config: Mapping[str, Any], file: Path) -> None:
     """Raises ValueError unless a scheduler is of models that are trained on `process.add_noise` at whole timesteps."""
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f"{file}: a model for {name!r:.60} is no Stable Diffusion and not supported")
-    if config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
-        odd = "use_flow_sigmas" if config.get("use_flow_sigmas") else "timestep_type: continuous"
-        raise ValueError(f"{file}: a model with {odd} is not supported; it is no Stable Diffusion")
+    kind = config.get("timestep_type")
+    odd = [] if kind in (None, "discrete") else [f"timestep_type: {kind!s:.40}"]
+    odd += [key for key in ("use_flow_sigmas", "sigma_data", "sigma_schedule") if config.get(key)]
+    if odd:
+        raise ValueError(f"{file}: a model with {odd[0]} is not supported; it is no Stable Diffusion")
 
 
 def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel) -> tuple[int, tuple[int, int, int]]:
@@ -191,11 +219,12 @@ def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel)
     Raises:
         ValueError: the autoencoder cannot make latents of that size, or none that fit the denoiser.
     """
-    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)  # pixels per latent
+    factor = _pixels_per_latent(vae.config, parse(model.path) / "vae/config.json")
     channels = denoiser.config["in_channels"]
     if vae.config["latent_channels"] != channels:
         raise ValueError(f"model.vae has {vae.config['latent_channels']} latent channels, the denoiser {channels}")
-    resolution = model.resolution or denoiser.config["sample_size"] * factor
+    place = parse(model.path) / "unet/config.json"
+    resolution = model.resolution or _sample_size(denoiser.config, place) * factor
     if resolution % factor:
         raise ValueError(f"model.resolution: {resolution} is not a multiple of {factor}, the pixels of a latent")
     return resolution, (channels, resolution // factor, resolution // factor)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -150,7 +151,11 @@ def _check_kind(tensors: Mapping[str, Tensor], file: Path) -> None:
         first = min(tensors, default="none")
         of_whole = "; a whole model must be a folder in diffusers' layout" if len(tensors) > 0 else ""
         raise ValueError(f"{file} holds no LoRA; its first tensor is {first!r:.200}{of_whole}")
-    if odd := next((name for name, value in tensors.items() if not value.is_floating_point()), None):
+    alphas = [name for name in tensors if _ALPHA.search(name)]
+    if odd := next((name for name in alphas if tensors[name].numel() != 1), None):
+        raise ValueError(f"{file}: {odd:.200} has {tensors[odd].numel()} values, an alpha has one")
+    whole = {name for name in alphas if not tensors[name].is_complex() and tensors[name].dtype != torch.bool}
+    if odd := next((name for name, v in tensors.items() if not v.is_floating_point() and name not in whole), None):
         raise ValueError(f"{file}: {odd:.200} is of {tensors[odd].dtype}; only floating-point weights are read")
 
 
@@ -173,8 +178,6 @@ def _in_peft_names(
     found = {name.removeprefix("unet."): value.float() for name, value in found.items()}
     alphas = {_module(name): float(value) for name, value in of_kohya.items()}
     for name, value in plain.items():
-        if value.numel() != 1:
-            raise ValueError(f"{file}: {name} has {value.numel()} values, an alpha has one")
         of_all = {key.partition(".lora_")[0] for key in found} if _module(name) == "" else {_module(name)}
         alphas |= dict.fromkeys(of_all, float(value))
     return found, alphas

@@ -20,11 +20,23 @@ from peft.utils.other import get_pattern_key
 from attune.weights import read_json
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ALPHA_KEYS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
+METADATA = "lora_adapter_metadata"  # diffusers' key of a header
+MOST_ALPHA = 1e6  # published ones go to some thousands
+_OF_THE_ADAPTER = r"(?:ss|unet|lora|network|adapter|peft|config|linear|conv|[\W_])*"
+_ALPHA_KEY = re.compile(rf"{_OF_THE_ADAPTER}alpha")
+_SCALE_KEY = re.compile(rf"{_OF_THE_ADAPTER}(?:scale|scaling|scaling_?factor|multiplier|strength)")
+_LIKE_ALPHA = re.compile(r"alphas?$|(?:lora|network)[\W_]*alpha")
+NOT_OF_THE_DENOISER = re.compile(  # keys of text encoders, and of the pictures trained on, whose tags are any words
+    r"text_encoder|te\d?[_.]|ss_(tag_frequency|datasets|dataset_dirs|reg_dataset_dirs|bucket_info)"
+)
 RANK_KEYS = ("r", "lora_r", "lora_rank", "rank", "ss_network_dim", "network_dim")
 MORE_THAN_LORA = (  # settings of peft under which A and B at alpha / r are not the whole adapter
     "use_rslora",
+    "rs_lora",
+    "rslora",
     "use_dora",
+    "dora",
+    "dora_wd",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -38,6 +50,7 @@ MORE_THAN_LORA = (  # settings of peft under which A and B at alpha / r are not 
     "velora_config",
     "monteclora_config",
 )
+OTHER_STARTS = ("loftq_config", "corda_config", "lora_ga_config")  # what `init_lora_weights` would name
 KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # `init_lora_weights`; others change it
 
 
@@ -90,6 +103,8 @@ def scales(ranks: Mapping[str, int], alphas: Mapping[str, float], said: list[Cla
     Raises:
         ValueError: naming the file and both values, if two places disagree with each other or with the tensors.
     """
+    for module, value in alphas.items():
+        _alpha(value, f"{file}: the alpha of {module}")
     for claim in said:
         _check_ranks(claim, ranks, file)
         known = {alphas[module] for module in ranks if module in alphas}
@@ -122,27 +137,58 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], file: Path) -> None:
 
 
 def _header_claims(header: Mapping[str, str], file: Path) -> Iterator[Claim]:
-    values = {name.removeprefix("unet."): text for name, text in header.items()}
-    _refuse_more(values, str(file))
-    for name, text in values.items():
-        if name in ALPHA_KEYS and (number := _number(text, f"{file}: {name}")) is not None:
-            yield Claim(name, number, of_all=False)
-        elif name in RANK_KEYS and (number := _number(text, f"{file}: {name}")) is not None:
-            yield Claim(name, None, number, of_all=False)
-        elif name == "lora_adapter_metadata" or (text.startswith("{") and '"lora_alpha"' in text):
-            config = _parsed(text, f"{file}: {name}")
-            of_unet = {key.removeprefix("unet."): v for key, v in config.items() if not key.startswith("text_encoder")}
-            if of_unet:
-                yield _config_claim(of_unet, str(file), name)
+    """What a header and the JSON objects in it, however deep, say under any of the names that trainers give it."""
+    for place, block in _blocks(header, file):
+        values = {name.removeprefix("unet."): v for name, v in block.items() if not NOT_OF_THE_DENOISER.match(name)}
+        _refuse_more(values, str(file))
+        whole = bool(place and values) and (place == METADATA or "lora_alpha" in values)
+        if whole:
+            yield _config_claim(values, str(file), place)
+        rest = {name: value for name, value in values.items() if not (whole and name in ("lora_alpha", "r"))}
+        yield from _plain_claims(rest, f"{place}." if place else "", file)
+
+
+def _plain_claims(values: Mapping[str, Any], start: str, file: Path) -> Iterator[Claim]:
+    """One claim of each alpha and rank among the values of one object, whose place begins its keys.
+
+    Raises:
+        ValueError: a key looks as if it gave an alpha or a scale, and is not understood.
+    """
+    alphas = {name for name in values if _ALPHA_KEY.fullmatch(name.lower())}
+    for name, value in values.items():
+        key, place = name.lower(), f"{start}{name}"
+        if name in alphas and (number := _alpha(value, f"{file}: {place}")) is not None:
+            if "conv" in key and len(alphas) == 1:
+                raise ValueError(f"{file}: {place} is the alpha of convolutions alone, which is not supported")
+            yield Claim(place, number, of_all=False)
+        elif key in RANK_KEYS and (alphas or not start) and (number := _number(value, f"{file}: {place}")) is not None:
+            yield Claim(place, None, number, of_all=False)
+        elif _SCALE_KEY.fullmatch(key) and _number(value, f"{file}: {place}") not in (None, 1):
+            raise ValueError(f"{file}: {place} {value!r:.40} of its header is not understood; a scale is read as alpha")
+        elif name not in alphas and name != "alpha_pattern" and _LIKE_ALPHA.search(key) and _plain(value) is not None:
+            raise ValueError(f"{file}: {place} of its header looks like an alpha and is not understood")
+
+
+def _blocks(header: Mapping[str, str], file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every JSON object of a header with its place, also those inside texts: the header itself first, at ""."""
+    left: list[tuple[str, Any]] = [("", dict(header))]
+    while left:
+        place, value = left.pop(0)
+        if isinstance(value, dict):
+            yield place, value
+            inner = {name: v for name, v in value.items() if not NOT_OF_THE_DENOISER.match(name)}
+            patterns = ("alpha_pattern", "rank_pattern")  # their keys are names of modules
+            left += [(f"{place}.{n}" if place else n, v) for n, v in inner.items() if not n.endswith(patterns)]
+        elif isinstance(value, list):
+            left += [(place, item) for item in value]
+        elif place == METADATA or (isinstance(value, str) and value.lstrip().startswith(("{", "["))):
+            left += _parsed(value, place, file)
 
 
 def _config_claim(config: Mapping[str, Any], file: str, place: str) -> Claim:
     """What a configuration of peft says."""
-    kind = config.get("peft_type")
-    if kind not in (None, "LORA"):
-        raise ValueError(f"{file}: an adapter of peft_type {kind!r:.40} is not supported, only LORA")
     _refuse_more(config, file)
-    alpha = _number(config.get("lora_alpha"), f"{file}: lora_alpha")
+    alpha = _alpha(config.get("lora_alpha"), f"{file}: lora_alpha")
     if alpha is None:
         raise ValueError(f"{file}: {place} gives no lora_alpha")
     alphas, ranks = (_pattern(config, name, file) for name in ("alpha_pattern", "rank_pattern"))
@@ -159,16 +205,23 @@ def _pattern(config: Mapping[str, Any], name: str, file: str) -> dict[str, float
             re.compile(module)
         except re.error as error:
             raise ValueError(f"{file}: {name}: {module!r:.80} is no pattern: {error}") from error
-    numbers = {module: _number(value, f"{file}: {name}") for module, value in pattern.items()}
+    read = _alpha if name == "alpha_pattern" else _number
+    numbers = {module: read(value, f"{file}: {name}: {module:.80}") for module, value in pattern.items()}
     return {module: number for module, number in numbers.items() if number is not None}
 
 
 def _refuse_more(config: Mapping[str, Any], file: str) -> None:
     """Raises ValueError if A and B alone, on the base model as it is published, would not be this adapter."""
+    kind = _plain(config.get("peft_type"))
+    if kind not in (None, "LORA"):
+        raise ValueError(f"{file}: an adapter of peft_type {kind!r:.40} is not supported, only LORA")
     said = {name: _plain(value) for name, value in config.items() if name in (*MORE_THAN_LORA, "bias")}
     odd = [name for name, value in said.items() if value and (name, value) != ("bias", "none")]
     if odd:
         raise ValueError(f"{file}: a LoRA with {odd[0]} is not supported")
+    other = [name for name in OTHER_STARTS if _plain(config.get(name))]
+    if other and "init_lora_weights" not in config:
+        raise ValueError(f"{file}: {other[0]} without init_lora_weights leaves open whether the base model was changed")
     start = _plain(config.get("init_lora_weights"))
     start = start.lower() if isinstance(start, str) else start
     if start not in KEEP_THE_BASE:
@@ -180,18 +233,29 @@ def _refuse_more(config: Mapping[str, Any], file: str) -> None:
 
 def _plain(value: Any) -> Any:
     """A value of a header, where everything is text, as JSON would have it."""
-    words = {"true": True, "false": False, "none": None, "null": None, "": None, "[]": None, "{}": None}
-    return words.get(value.lower(), value) if isinstance(value, str) else value
+    words = {"true": True, "false": False, "none": None, "null": None, "": None, "[]": None, "{}": None, "0": False}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(text: Any, place: str, file: Path) -> list[tuple[str, Any]]:
+    """The JSON in a text of a header; nothing if it is none, unless it should be, or seems to give an alpha."""
     try:
         values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} of its header is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} of its header is a {type(values).__name__}, not a JSON object")
-    return values
+    except (TypeError, ValueError, RecursionError) as error:
+        if place != METADATA and "alpha" not in text.lower():
+            return []
+        raise ValueError(f"{file}: {place} of its header is not JSON: {error}") from error
+    if place == METADATA and not isinstance(values, dict):
+        raise ValueError(f"{file}: {place} of its header is a {type(values).__name__}, not a JSON object")
+    return [(place, values)]
+
+
+def _alpha(value: Any, where: str) -> float | None:
+    """An alpha as `_number` reads it. Raises ValueError if it is not above 0, or beyond all reason."""
+    number = _number(value, where)
+    if number is not None and not 0 < number <= MOST_ALPHA:
+        raise ValueError(f"{where} is {number:g}; an alpha is above 0 and at most {MOST_ALPHA:g}")
+    return number
 
 
 def _number(value: Any, where: str) -> float | None:
