@@ -78,8 +78,8 @@ def test_a_row_of_too_many_cells_and_a_cell_that_is_too_long_are_told(tmp_path):
     assert good == ["a dog"]
     assert bad[2] == "line 2: expected 4 cells, found 5: a comma inside a cell needs quotes around it"
     assert table(tmp_path, line("a cow", "a.png,b.png,1,,"), line("a dog")) == (["a cow", "a dog"], {})
-    assert bad[3].startswith("line 3: field larger than field limit")
-    assert bad[4].startswith("line 4: field larger than field limit")
+    assert bad[3].startswith("line 3, column prompt: 200000 characters; ")
+    assert bad[4].startswith("line 4, column prompt: 200000 characters; ")
 
 
 def row(prompt: str, label: str = "1") -> str:

@@ -66,8 +66,9 @@ def read_json_members(path: Path) -> list[tuple[str, Any]] | None:
     found = []
     for member in _members(text):
         key = re.match(r'\s*("[^"\\]*(?:\\.[^"\\]*)*")\s*:', member, re.DOTALL)
-        if key is not None:
-            found.append((str(json.loads(key[1], strict=False)), _or_none(member[key.end() :])))
+        if key is None:
+            raise SourceError(f"{path} is not JSON: expected a name in quotes, found {member.strip()[:40]!r}")
+        found.append((str(json.loads(key[1], strict=False)), _or_none(member[key.end() :])))
     return found
 
 
@@ -113,7 +114,10 @@ def _or_none(text: str) -> Any:
 
 
 def _members(text: str) -> Iterator[str]:
-    """The texts of the elements of a list, or of `"key": value` of an object, without reading what is inside them."""
+    """The texts of the elements of a list, or of `"key": value` of an object, without reading what is inside them.
+
+    What is left over after the end, or where there is no end, is one more.
+    """
     depth = start = 0
     for token in TOKEN.finditer(text):
         sign = token[0]
@@ -124,3 +128,7 @@ def _members(text: str) -> Iterator[str]:
             if text[start : token.start()].strip():
                 yield text[start : token.start()]
             start = token.end()
+            if depth == 0:
+                break
+    if text[start:].strip():
+        yield text[start:]

@@ -16,7 +16,8 @@ MAX_ROW_BYTES = 2 * MAX_IMAGE_BYTES
 BATCH_BYTES, BATCH_ROWS = 2**27, 1024  # what a batch may come to if every cell is as large as its column allows
 # A group of rows is a bomb if a column is larger than both, unpacked: images are packed already, text about 5 times
 BOMB_BYTES, BOMB_RATIO = 2**28, 50
-ERRORS = (pyarrow.ArrowException, OSError, ValueError, MemoryError)
+VALUE_BYTES = 8  # of a value in a list, at most
+ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 Row = tuple[int, Mapping[str, Any]]
 
@@ -59,14 +60,14 @@ def parquet_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[Row 
 def _group_rows(
     file: pyarrow.parquet.ParquetFile, group: int, start: int, name: str, columns: Sequence[str]
 ) -> Iterator[Row | BadRow]:
-    chunks = list(_chunks(file.metadata.row_group(group), columns))
+    chunks = list(_chunks(file, group, columns))
     rows = f"rows {start} to {start + file.metadata.row_group(group).num_rows - 1}"
-    for chunk in chunks:
-        if chunk.total_uncompressed_size > max(BOMB_BYTES, BOMB_RATIO * chunk.total_compressed_size):
-            sizes = f"{chunk.total_compressed_size} bytes that stand for {chunk.total_uncompressed_size}"
+    for chunk, unpacked in chunks:
+        if unpacked > max(BOMB_BYTES, BOMB_RATIO * chunk.total_compressed_size):
+            sizes = f"{chunk.total_compressed_size} bytes that stand for {unpacked}"
             yield BadRow("too_large", name, start, detail=f"{rows}, column {chunk.path_in_schema}: {sizes}")
             return
-    largest = sum(chunk.total_uncompressed_size for chunk in chunks)  # one cell can be as large as its column
+    largest = sum(unpacked for _, unpacked in chunks)  # one cell can be as large as its column
     at_once = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
     number = start
     try:
@@ -78,11 +79,17 @@ def _group_rows(
         yield BadRow("unreadable_file", name, number, detail=f"{rows} from {number} on: {error}")
 
 
-def _chunks(group: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """What the file says of each column's data; of a column of structs there are several."""
-    for i in range(group.num_columns):
-        if group.column(i).path_in_schema.partition(".")[0] in columns:
-            yield group.column(i)
+def _chunks(file: pyarrow.parquet.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[tuple[Any, int]]:
+    """What the file says of each column's data, and its bytes unpacked; of a column of structs there are several.
+
+    Equal values of a list are written once with their number, so the values are counted.
+    """
+    metadata = file.metadata.row_group(group)
+    for i in range(metadata.num_columns):
+        chunk = metadata.column(i)
+        if chunk.path_in_schema.partition(".")[0] in columns:
+            in_lists = chunk.num_values * VALUE_BYTES if file.schema.column(i).max_repetition_level else 0
+            yield chunk, max(chunk.total_uncompressed_size, in_lists)
 
 
 def _row(batch: pyarrow.RecordBatch, number: int, name: str) -> Row | BadRow:
@@ -90,16 +97,15 @@ def _row(batch: pyarrow.RecordBatch, number: int, name: str) -> Row | BadRow:
         return BadRow("too_large", name, number, detail=f"{batch.nbytes} bytes; {MAX_ROW_BYTES} are read at most")
     try:
         return number, batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        column = next(c for c in batch.schema.names if not _is_readable(batch.column(c)))
-        return BadRow("malformed_row", name, number, detail=f"column {column}: expected text in UTF-8")
-    except ERRORS as error:  # of a type that Python has no value for
-        return BadRow("malformed_row", name, number, detail=str(error))
+    except ERRORS as error:  # of a type that Python has no value for, or beyond the values that it has
+        column = next((c for c in batch.schema.names if not _is_readable(batch.column(c))), "")
+        what = "expected text in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        return BadRow("malformed_row", name, number, detail=f"column {column}: {what}")
 
 
 def _is_readable(column: pyarrow.Array) -> bool:
     try:
         column.to_pylist()
-    except ValueError:
+    except ERRORS:
         return False
     return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+MAX_IMAGES = 100  # of a prompt: n images make n (n - 1) / 2 pairs
+
 
 def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int, float]]:
     """All pairs (i, j) of ranked images, with label_0: 1 where i has the better, that is smaller, rank."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +16,7 @@ from attune.data.rows import BadRow, SourceError
 from attune.data.sources._json import parse_json
 
 MAX_LINE_CHARS = 10_000_000
+MAX_CELL_CHARS = 2**17
 MAX_RECORD_LINES = 1000  # of a CSV cell with line breaks; one that is longer has lost its closing quote
 
 Row = tuple[int, "Mapping[str, Any] | BadRow"]
@@ -87,7 +90,11 @@ def _json_row(line: str, file: str, number: int) -> Mapping[str, Any] | BadRow:
 
 def _header(lines: Iterator[tuple[int, str]], path: Path) -> list[str]:
     first = next((line for _, line in lines if line.strip()), "")
-    header = next(csv.reader([first]), [])
+    header = _cells(first)
+    if isinstance(header, str):
+        raise SourceError(f"{path}: its header is no row of cells: {header}")
+    if any(len(name) > MAX_CELL_CHARS for name in header):
+        raise SourceError(f"{path}: a name in its header has more than {MAX_CELL_CHARS} characters; expected a header")
     twice = [name for name, n in Counter(header).items() if name and n > 1]
     if twice:
         raise SourceError(f"{path}: column {twice[0]!r} is there twice; remove one of the two")
@@ -121,6 +128,10 @@ def _csv_row(cells: list[str] | str, header: list[str], file: str, number: int) 
     if len(cells) > len(header):
         expected = f"expected {len(header)} cells, found {len(cells)}: a comma inside a cell needs quotes around it"
         return BadRow("malformed_row", file, number, detail=f"line {number}: {expected}")
+    for column, cell in zip(header, cells, strict=False):
+        if len(cell) > MAX_CELL_CHARS:
+            size = f"{len(cell)} characters; {MAX_CELL_CHARS} are read at most"
+            return BadRow("malformed_row", file, number, detail=f"line {number}, column {column}: {size}")
     return dict(zip(header, [*cells, *[None] * (len(header) - len(cells))], strict=True))
 
 
@@ -134,22 +145,38 @@ def _record(
     """
     reader = csv.reader((line for _, line in ahead), strict=True)
     try:
-        cells = next(reader)
+        with _cells_of_any_length():
+            cells = next(reader)
     except csv.Error as error:
         if reader.line_num > 1 or "unexpected end of data" in str(error):
             return 1, "a quote is opened here, and never closed"
         return 1, _cells(ahead[0][1])
     taken = reader.line_num
-    inside = (next(csv.reader([line], quoting=csv.QUOTE_NONE), []) for _, line in islice(ahead, taken - 1))
-    rows = (dict(zip(header, found, strict=True)) for found in inside if len(found) == len(header))
+    inside = (_cells(line, csv.QUOTE_NONE) for _, line in islice(ahead, taken - 1))
+    rows = (
+        dict(zip(header, found, strict=True))
+        for found in inside
+        if len(found) == len(header) and not isinstance(found, str)
+    )
     if taken > 1 and (len(cells) > len(header) or any(map(is_row, rows))):
         return 1, "a quote is opened here, and the next one is rows below"
     return taken, cells
 
 
-def _cells(line: str) -> list[str] | str:
+def _cells(line: str, quoting: int = csv.QUOTE_MINIMAL) -> list[str] | str:
     """The cells of a line by itself, or what is wrong with it."""
     try:
-        return next(csv.reader([line]), [])
+        with _cells_of_any_length():
+            return next(csv.reader([line], quoting=quoting), [])
     except csv.Error as error:
         return str(error)
+
+
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Without csv's own limit, which is the whole process's, and at which a record ends in the middle of a cell."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)

@@ -25,10 +25,10 @@ from attune.config.settings import PairFilesConfig
 from attune.data.local import MAX_IMAGE_BYTES
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadImage, BadRow, ImageGenerator, ImageRef, Pair, Prompt, Quota, Row, SourceError
-from attune.data.sources._cells import as_float, as_text
+from attune.data.sources._cells import as_float, as_text, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._parquet import parquet_rows, read_columns
-from attune.data.sources._ranks import ranked_pairs
+from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs
 from attune.data.splits import count_rows
 
 HAS_PAIRS = True
@@ -118,6 +118,7 @@ def _sort_in(groups: dict[str, Group], number: int, cells: Mapping[str, Any], fi
     group = groups.setdefault(repr(cells["prompt_id"]), Group())
     try:
         prompt = as_text(cells["prompt"], "prompt")
+        _check_id(cells["prompt_id"], prompt, group)
     except RejectedRow as reason:
         group.bad.append(BadRow(str(reason), file, number, detail=reason.detail))
         return
@@ -125,6 +126,17 @@ def _sort_in(groups: dict[str, Group], number: int, cells: Mapping[str, Any], fi
     if rank is None:
         group.bad.append(BadRow("no_label", file, number, prompt, "column rank: expected a number"))
     group.images.append(Ranked(number, prompt, cells["image_path"], rank))
+
+
+def _check_id(prompt_id: Any, prompt: str | None, group: Group) -> None:
+    """Raises RejectedRow for a row that has no id, or the id of another prompt: its images belong to no others."""
+    if prompt_id is None or prompt_id == "" or prompt_id != prompt_id:  # NaN is unlike itself
+        raise RejectedRow("malformed_row", "column prompt_id: expected an id, found nothing")
+    if prompt is None:
+        raise RejectedRow("empty_prompt", "column prompt: expected a prompt, found nothing")
+    if group.images and group.images[0].prompt != prompt:
+        other = f"row {group.images[0].row} has another prompt under this id, {shown(group.images[0].prompt)}"
+        raise RejectedRow("malformed_row", f"column prompt_id: {other}")
 
 
 def _pairs(groups: Sequence[Group], split: str, root: Path) -> Iterator[Pair | BadRow]:
@@ -136,6 +148,10 @@ def _pairs(groups: Sequence[Group], split: str, root: Path) -> Iterator[Pair | B
         if len(ranked) == 1:
             alone = ranked[0][0]
             yield BadRow("no_other_image", file, alone.row, alone.prompt, "expected several images with ranks")
+        if len(ranked) > MAX_IMAGES:
+            detail = f"{len(ranked)} images of one prompt; {MAX_IMAGES} are read at most"
+            yield BadRow("malformed_row", file, ranked[0][0].row, ranked[0][0].prompt, detail)
+            continue
         images = [_image(root, image.name, archive) for image, _ in ranked]
         for i, j, label_0 in ranked_pairs([rank for _, rank in ranked]):
             first, second = ranked[i][0], ranked[j][0]
@@ -147,6 +163,8 @@ def _image(root: Path, name: Any, archive: Callable[[Path], Archive]) -> ImageRe
     """The unpacked file, or the bytes of the member of that name in the zip that its folder comes from."""
     path = image_in(root, name)
     if isinstance(path, BadImage) or path.exists():
+        return path
+    if not path.parent.name:  # in the folder `.`, which no zip is called after
         return path
     packed = archive(path.parent.with_suffix(".zip"))
     if not isinstance(packed, zipfile.ZipFile):
