@@ -59,7 +59,7 @@ def test_links_inside_the_folder_are_followed_and_others_are_not(table, tmp_path
     (raw / "folder").symlink_to(tmp_path / "elsewhere")
     (raw / "circle.png").symlink_to(raw / "circle.png")
     (raw / "in.png").symlink_to("good.png")
-    for name in ("out.png", "zero.png", "folder/b.png", "circle.png", "../secret.png", "/dev/zero", "x" * 5000):
+    for name in ("out.png", "zero.png", "folder/b.png", "circle.png", "../secret.png", "/dev/zero"):
         reason, detail = table(name)
         assert reason == "missing_image"
         assert "leads out of" in detail

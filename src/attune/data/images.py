@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Set
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,10 +20,11 @@ from attune.data.quarantine import RejectedRow
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # other decoders run far more code on untrusted input
 CROPPED_RATIO = 4  # beyond it, the longer side is cropped before resizing, not only after
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # the chunks that pixels and rotation depend on
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}  # the chunks that pixels and rotation depend on
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+ERRORS = (ValueError, OSError, SyntaxError)  # of Pillow, for what it cannot read
 SIGNED, WHITE_IS_ZERO = 2, 0
-FEWEST_LEVELS = 8  # of 256 that an image of more than 16 bits must reach, or its values have another range
+FEWEST_LEVELS = 16  # of 256 that a TIFF of 16 bits or more must reach, or its numbers have 12 bits or 8
 
 
 def decode(data: bytes) -> Image.Image:
@@ -47,28 +49,39 @@ def _decode(data: bytes) -> Image.Image:
     """Errors are Pillow's. PNGs whose texts or profiles Pillow refuses, for their size, are read without them."""
     try:
         return _open(data)
-    except (ValueError, OSError, SyntaxError) as error:
-        bare = _bare_png(data)
+    except ERRORS as error:
+        bare = _bare_png(data, PNG_PIXELS)
         if isinstance(error, RejectedRow) or bare is None:
             raise
-    return _open(bare)
+    try:
+        return _open(bare)
+    except ERRORS:
+        return _open(_bare_png(bare, PNG_PIXELS - {b"eXIf"}) or bare)
 
 
 def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _rgb(ImageOps.exif_transpose(image), dict(getattr(image, "tag_v2", {})))
+            return _rgb(_upright(image), dict(getattr(image, "tag_v2", {})))
 
 
-def _bare_png(data: bytes) -> bytes | None:
-    """The PNG with nothing but its pixels; None for bytes that are no PNG."""
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as EXIF turns it; as it is where the EXIF cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of the EXIF in any way; damaged pixels fail again when they are converted
+        return image
+
+
+def _bare_png(data: bytes, kinds: Set[bytes]) -> bytes | None:
+    """The PNG with nothing but these chunks; None for bytes that are no PNG."""
     if not data.startswith(PNG_SIGNATURE):
         return None
     kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4])  # length, kind, content, checksum
-        if data[start + 4 : start + 8] in PNG_PIXELS:
+        if data[start + 4 : start + 8] in kinds:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
@@ -77,6 +90,8 @@ def _bare_png(data: bytes) -> bytes | None:
 def _rgb(image: Image.Image, tags: dict) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # numbers, which `convert` would clip instead of scaling
         return Image.fromarray(_scaled(image, tags)).convert("RGB")
+    if tags.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
+        raise RejectedRow("pixel_range", "signed numbers of 8 bits; expected unsigned ones, 0 to 255")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -103,9 +118,11 @@ def _scaled(image: Image.Image, tags: dict) -> np.ndarray:
     if not (low >= 0 and high <= top):  # also of NaN
         raise RejectedRow("pixel_range", f"numbers from {low} to {high}; expected 0 to {top:g}")
     levels = values // 257 if top == 65535 else values * (255 / top)
-    if bits > 16 and image.mode != "F" and 0 < high * (255 / top) < FEWEST_LEVELS:
+    if bits >= 16 and tags and image.mode != "F" and 0 < high * (255 / top) < FEWEST_LEVELS:
         raise RejectedRow("pixel_range", f"{bits}-bit numbers up to {high} are all but black; expected up to {top}")
     grey = levels.astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):  # the one number of a PNG that is not shown
+        grey[values == transparent] = 255
     return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 

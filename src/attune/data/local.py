@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -12,6 +13,7 @@ from attune.data.quarantine import RejectedRow
 
 MAX_IMAGE_BYTES = 2**28  # of an encoded image: 268 MB, an uncompressed one of 89 million pixels
 MAX_TEXT_BYTES = 2**20  # of a prompt, label or flag that is a file of its own
+MAX_NAME_BYTES = 255  # of a file or a folder, on all common file systems
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")  # in lower case
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
@@ -56,6 +58,8 @@ def inside(root: Path, name: Any) -> Path:
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise RejectedRow("missing_image", "expected the name of an image file, and there is none")
+    if any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in re.split(r"[\\/]", name)):
+        raise RejectedRow("missing_image", f"{name[:40]!r}... is longer than a file's name, {MAX_NAME_BYTES} bytes")
     parts = PurePosixPath(name.replace("\\", "/"))
     path = root / parts
     if parts.is_absolute() or ".." in parts.parts or not _is_below(path, root):

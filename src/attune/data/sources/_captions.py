@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attune.data.local import inside
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, SourceError
 from attune.data.sources._cells import as_text, shown
@@ -27,6 +28,7 @@ class Caption:
 
     prompt: str | None
     row: int | str
+    bad: BadRow | None = None  # why it is none
 
 
 @dataclass(frozen=True)
@@ -34,49 +36,62 @@ class Captions:
     """The prompts of a captions file by the names of their images, and its rows that cannot be used."""
 
     file: str
+    path: Path
     prompts: Mapping[str, Caption]
     by_stem: Mapping[str, Sequence[str]]  # name without ending -> names
     bad: Sequence[BadRow]
 
     def find(self, names: Sequence[str]) -> str | None:
         """The name under which a file with these names has its prompt: with its ending, with none, or with another."""
-        exact = next((name for name in names if name in self.prompts), None)
-        if exact is not None:
-            return exact
         alike = {found for name in names for found in self.by_stem.get(stem(name), ())}
-        return alike.pop() if len(alike) == 1 else None
+        for group in ([name for name in alike if not self.prompts[name].bad], alike):
+            exact = next((name for name in names if name in group), None)
+            if exact is not None or len(group) == 1:
+                return exact or next(iter(group))
+        return None
 
     def unused(self, used: Iterable[str]) -> Iterator[BadRow]:
         """A row for every prompt whose image is not there."""
         for name in self.prompts.keys() - set(used):
-            caption = self.prompts[name]
-            yield BadRow("missing_image", self.file, caption.row, caption.prompt, f"there is no image {name!r}")
+            caption, detail = self.prompts[name], f"there is no image {name!r}"
+            yield caption.bad or BadRow("missing_image", self.file, caption.row, caption.prompt, detail)
 
 
 def read_captions(folders: Sequence[Path]) -> Captions | None:
     """The prompts of the first of `FILES` in the first folder that has one; None without any.
 
     Raises:
-        SourceError: the file is not what its name says.
+        SourceError: the file is not what its name says, or a link out of the first folder.
     """
     path = next((folder / name for folder in folders for name in FILES if (folder / name).exists()), None)
     if path is None:
         return None
+    try:
+        inside(folders[0], path.relative_to(folders[0]).as_posix())
+    except RejectedRow as reason:
+        raise SourceError(reason.detail) from None
     prompts: dict[str, Caption] = {}
     bad: list[BadRow] = []
     for row, name, text in _entries(path, bad):
-        try:
-            caption = Caption(as_text(text, "prompt"), row)
-        except RejectedRow as reason:
-            bad.append(BadRow(str(reason), path.name, row, detail=f"{name}: {reason.detail}"))
+        caption = _caption(path.name, row, name, text)
+        known = prompts.setdefault(plain_name(name), caption)
+        if known is caption or (known.prompt == caption.prompt and not caption.bad):
             continue
-        if prompts.setdefault(plain_name(name), caption).prompt != caption.prompt:
-            detail = f"another prompt for {name!r}; that of row {prompts[plain_name(name)].row} is used"
-            bad.append(BadRow("malformed_row", path.name, row, caption.prompt, detail))
+        if known.bad and not caption.bad:
+            prompts[plain_name(name)], caption = caption, known
+        detail = f"another prompt for {name!r}; that of row {prompts[plain_name(name)].row} is used"
+        bad.append(caption.bad or BadRow("malformed_row", path.name, row, caption.prompt, detail))
     by_stem = defaultdict(list)
     for name in prompts:
         by_stem[stem(name)].append(name)
-    return Captions(path.name, prompts, by_stem, bad)
+    return Captions(path.name, path, prompts, by_stem, bad)
+
+
+def _caption(file: str, row: int | str, name: str, text: Any) -> Caption:
+    try:
+        return Caption(as_text(text, "prompt"), row)
+    except RejectedRow as reason:
+        return Caption(None, row, BadRow(str(reason), file, row, detail=f"{name}: {reason.detail}"))
 
 
 def plain_name(name: str) -> str:

@@ -30,6 +30,8 @@ def as_float(value: Any) -> float | None:
     word = _word(value)
     if word in YES or word in NO:
         return float(word in YES)
+    if word is not None and ("_" in word or not word.isascii()):  # `float` reads 1_0 as 10, and digits of any script
+        return None
     try:
         return None if math.isnan(number := float(_plain(value))) else number
     except (TypeError, ValueError, OverflowError):

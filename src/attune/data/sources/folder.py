@@ -29,6 +29,7 @@ HAS_PAIRS = True
 FREE_PROMPTS = True
 
 SIDES = ("chosen", "rejected")
+UNUSED_LIST = f"one file of prompts is read, the first of {', '.join(FILES)} in the folder itself, else in chosen/"
 UNUSED = "belongs to no image of chosen/ and rejected/"
 
 
@@ -96,24 +97,36 @@ def _all_rows(
     texts = _texts(files)
     used_captions: set[str] = set()
     used_texts: set[str] = set()
+    used_file = captions.path.relative_to(root).as_posix() if captions else ""
     for match in _matches(files):
         names = match.names
         used_texts.update(name for name in names if name in texts)
+        found = list(dict.fromkeys(text for name in names for text in texts.get(name, ())))
         caption = captions.find(names) if captions else None
         used_captions.update([caption] if caption else [])
         if match.ambiguous:
             yield match.ambiguous
-        elif captions and caption:
-            yield _pair(match, captions.prompts[caption].prompt, root, config)
+        elif captions and caption and not captions.prompts[caption].bad:
+            prompt = captions.prompts[caption].prompt
+            yield _pair(match, prompt, root, config)
+            yield from _other_texts(found, prompt, root)
         else:
-            yield _with_text(match, next((texts[name] for name in names if name in texts), None), root, config)
+            bad = captions.prompts[caption].bad if captions and caption else None
+            yield from [bad] if bad else []
+            if found or not bad:
+                row = _with_text(match, found[0] if found else None, root, config)
+                yield row
+                yield from _other_texts(found[1:], row.prompt, root)
     if captions:
         yield from captions.bad
         yield from captions.unused(used_captions)
-    apart = [texts[name] for name in texts.keys() - used_texts]
+    apart = [text for name in texts.keys() - used_texts for text in texts[name]]
     apart += [name for name in files[""] if not name.lower().endswith(".txt")]
-    lists = {captions.file if captions else "", Path(config.test_list or "").name}
-    yield from (BadRow("unused_file", "", name, detail=UNUSED) for name in sorted(apart) if name not in lists)
+    apart += [f"{side}/{name}" for side in SIDES for name in files[side] if name in FILES]
+    lists = {used_file, Path(config.test_list or "").name}
+    for name in sorted(apart):
+        if name not in lists:
+            yield BadRow("unused_file", "", name, detail=UNUSED_LIST if Path(name).name in FILES else UNUSED)
 
 
 @dataclass(frozen=True)
@@ -152,13 +165,13 @@ def _matches(files: Mapping[str, Sequence[str]]) -> Iterator[Match]:
             yield Match(key, next(iter(chosen), None), next(iter(rejected), None))
 
 
-def _texts(files: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _texts(files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Name without .txt -> the .txt with that prompt, below the top folder; beside a chosen image it counts first."""
-    found: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
     for side in ("chosen", "", "rejected"):
         for name in files[side]:
             if name.lower().endswith(".txt"):
-                found.setdefault(plain_name(name)[: -len(".txt")], f"{side}/{name}".removeprefix("/"))
+                found.setdefault(plain_name(name)[: -len(".txt")], []).append(f"{side}/{name}".removeprefix("/"))
     return found
 
 
@@ -168,10 +181,26 @@ def _with_text(match: Match, text: str | None, root: Path, config: Config) -> Pa
         expected = f"expected a prompt in {' or '.join(FILES)}, or in chosen/{match.name}.txt"
         return BadRow("empty_prompt", "chosen", match.name, detail=expected)
     try:
-        data = read_regular(inside(root, text), MAX_TEXT_BYTES)
+        return _pair(match, _text(root, text), root, config)
     except RejectedRow as reason:
         return BadRow("empty_prompt", "chosen", match.name, detail=reason.detail)
-    return _pair(match, data.decode("utf-8-sig", errors="surrogateescape").strip(), root, config)
+
+
+def _other_texts(texts: Sequence[str], prompt: str | None, root: Path) -> Iterator[BadRow]:
+    """A row for each .txt of a pair that has another prompt than the one that is used."""
+    for text in texts:
+        try:
+            other = _text(root, text)
+        except RejectedRow as reason:
+            yield BadRow("unused_file", "", text, detail=reason.detail)
+            continue
+        if other != (prompt or "").strip():
+            yield BadRow("unused_file", "", text, other, "another prompt of the same pair is used")
+
+
+def _text(root: Path, name: str) -> str:
+    """The prompt in a .txt. Raises RejectedRow for one that cannot be read."""
+    return read_regular(inside(root, name), MAX_TEXT_BYTES).decode("utf-8-sig", errors="surrogateescape").strip()
 
 
 def _pair(match: Match, prompt: str | None, root: Path, config: Config) -> Pair:

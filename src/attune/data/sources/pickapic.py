@@ -60,12 +60,13 @@ def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quot
     Raises:
         SourceError: there are no shards, or none of them has the columns.
     """
-    shards = by_split(data_files(config.path, (".parquet", ".tar")))
+    files = data_files(config.path, (".parquet", ".tar"))
+    shards = by_split(files)
     first = shards[0][1]
     if config.max_gb is not None and first.size > config.max_gb * GB:
         raise SourceError(f"data.max_gb: {config.max_gb} is less than {first.name} alone, {first.size / GB:.3g} GB")
     _check_columns([shard for _, shard in (shards if local_paths(config.path) else shards[:HUB_SHARDS])])
-    return chain(listed_test_prompts(config.test_list), _pairs(shards, config, quota))
+    return chain(listed_test_prompts(config.test_list), _without_split(files, shards), _pairs(shards, config, quota))
 
 
 def needs_files(config: Config) -> list[Path]:
@@ -93,6 +94,15 @@ def by_split(shards: Sequence[DataFile]) -> list[tuple[str | None, DataFile]]:
     if not all(chosen.values()):
         return [(None, shard) for shard in shards]
     return [(split, shard) for split in ("test", "validation", "train") for shard in chosen[split]]
+
+
+def _without_split(files: Sequence[DataFile], shards: Sequence[tuple[str | None, DataFile]]) -> Iterator[BadRow]:
+    """A row for each shard that is not read because its name gives no split, where those of the others do."""
+    read_names = {shard.name for _, shard in shards}
+    for file in files:
+        if file.name not in read_names and not own_split(file.name):
+            detail = "its name gives no split, as those of the other shards do; begin it with train, validation or test"
+            yield BadRow("unused_file", file.name, detail=detail)
 
 
 def own_split(name: str) -> str:
