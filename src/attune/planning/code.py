@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[2]
-NO_EFFECT = ("attune.tracking", "attune.config", "attune.planning")
-"""Packages that change no result: tracking is a view, and what config decides is in the plan itself."""
+NO_EFFECT = ("attune.tracking", "attune.config", "attune.planning", "attune.text")
+"""What changes no result: tracking is a view, what config decides is in the plan itself, and text is for messages."""
 
 
 def code_digests(start: Iterable[str], without: str = "") -> dict[str, str]:
