@@ -68,7 +68,7 @@ def test_images_of_any_type():
     png = image(0)
     wrapped = {"bytes": png, "path": "a.png"}
     assert [as_image(cell, "jpg_0") for cell in (png, list(png), wrapped, None)] == [*[png] * 3, None]
-    for cell in ("a.png", 3, [256], ["a"], {"path": 3, "array": []}):
+    for cell in ("a.png", 3, [256], ["a"], {"array": []}):
         with pytest.raises(RejectedRow, match="malformed_row") as rejected:
             as_image(cell, "jpg_0")
         assert rejected.value.detail.startswith("column jpg_0: expected the bytes of an encoded image, found ")

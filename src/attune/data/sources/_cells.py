@@ -89,8 +89,11 @@ def as_image(value: Any, column: str) -> bytes | None:
     """An encoded image: bytes, a list of them as numbers, or either in the mapping of the `datasets` library.
 
     Raises:
-        RejectedRow: `malformed_row`: it is anything else.
+        RejectedRow: `missing_image`: it only names a file; `malformed_row`: it is anything else.
     """
+    if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
+        where = f"column {column}: only the path {str(value['path'])[:FOUND_CHARS]!r}"
+        raise RejectedRow("missing_image", f"{where}; expected the bytes of the image in the file itself")
     value = value["bytes"] if isinstance(value, Mapping) and "bytes" in value else value
     try:
         if value is None or isinstance(value, bytes | bytearray | memoryview | list):

@@ -152,7 +152,7 @@ def _record(
             return 1, "a quote is opened here, and never closed"
         return 1, _cells(ahead[0][1])
     taken = reader.line_num
-    inside = (_cells(line, quoted=False) for _, line in islice(ahead, taken - 1))
+    inside = (_cells(line, quotes=False) for _, line in islice(ahead, taken - 1))
     rows = (
         dict(zip(header, found, strict=True))
         for found in inside
@@ -163,11 +163,11 @@ def _record(
     return taken, cells
 
 
-def _cells(line: str, quoted: bool = True) -> list[str] | str:
+def _cells(line: str, quotes: bool = True) -> list[str] | str:
     """The cells of a line by itself, or what is wrong with it."""
     try:
         with _cells_of_any_length():
-            return next(csv.reader([line], quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE), [])
+            return next(csv.reader([line], quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE), [])
     except csv.Error as error:
         return str(error)
 
