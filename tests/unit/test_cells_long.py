@@ -24,9 +24,10 @@ def test_a_long_cell_of_several_lines_is_one_row(tmp_path, cell):
 
 
 def test_a_cell_of_many_quotes_is_read(tmp_path):
-    (tmp_path / "t.csv").write_text(f'{HEADER}"two\n' + '""' * 70_000 + f'"{REST}a dog{REST}')
+    """Its middle line has twice as many characters when it is looked at by itself."""
+    (tmp_path / "t.csv").write_text(f'{HEADER}"two\n' + '""' * 70_000 + f'\nend"{REST}a dog{REST}')
     quotes, dog = rows_from("table", path=str(tmp_path / "t.csv"))
-    assert (quotes.prompt, dog.prompt) == ("two\n" + '"' * 70_000, "a dog")
+    assert (quotes.prompt, dog.prompt) == ("two\n" + '"' * 70_000 + "\nend", "a dog")
 
 
 @pytest.mark.parametrize("quote", ["", '"'])
