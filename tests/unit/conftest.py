@@ -1,4 +1,11 @@
-"""A tiny CLIP and the step-aware model that starts from it; policies on SD and on SDXL; a summary of scores."""
+"""What several unit tests start from.
+
+A tiny CLIP and the step-aware model that starts from it; policies on SD and on SDXL; rows written as prepared data; a
+project whose stages have run; a summary of scores.
+"""
+
+import csv
+import shutil
 
 import pandas as pd
 import pytest
@@ -7,6 +14,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import scores
+import stages
+from attune.data.ingest.ingest import Rules
+from attune.data.ingest.write import write_prepared
+from attune.data.quarantine import Quarantine
 from attune.evaluation.protocol import Protocol
 from attune.evaluation.summarise import summarise
 from attune.evaluation.summary import Diagnostics, Summary
@@ -58,6 +69,41 @@ def pipeline(new, new_policy, tiny_folder, tiny_xl_folder):
     pipeline = kind.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def backbone(new_policy):
+    return new_policy(adapter=False).backbone
+
+
+@pytest.fixture
+def write(tmp_path, backbone):
+    """Writes rows to tmp_path/prepared; returns the counts and the quarantine's rows by number."""
+
+    def run(rows, scorers=None, **rules):
+        rules = Rules(**({"max_bad_share": 1.0} | rules))
+        with Quarantine(tmp_path / "quarantine.csv", "test") as quarantine:
+            counts = write_prepared(tmp_path / "prepared", rows, backbone, scorers or {}, quarantine, rules)
+        with (tmp_path / "quarantine.csv").open(newline="") as file:
+            return counts, {row["row"]: row for row in csv.DictReader(file)}
+
+    return run
+
+
+@pytest.fixture
+def here(made):
+    """The project of a test file's fixture `made`, to look at."""
+    with stages.inside(made):
+        yield made
+
+
+@pytest.fixture
+def mine(made, tmp_path):
+    """A copy of it that a test may change."""
+    folder = tmp_path / "project"
+    shutil.copytree(made, folder, symlinks=True)
+    with stages.inside(folder):
+        yield folder
 
 
 @pytest.fixture(scope="module")

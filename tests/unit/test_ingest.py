@@ -8,8 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-from attune.data.ingest.ingest import Rules
-from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine, TooManyBadRows, escape_csv_cell
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
 from attune.data.splits import SPLITS, count_rows
@@ -58,19 +56,12 @@ def test_an_empty_quarantine_is_a_header(tmp_path):
 
 
 @pytest.fixture
-def backbone(new_policy):
-    return new_policy(adapter=False).backbone
-
-
-@pytest.fixture
-def write(tmp_path, backbone):
-    """Writes rows to tmp_path/prepared; returns the counts and the reasons by row."""
+def write(write):
+    """As everywhere, but of the quarantine's rows the reasons alone."""
 
     def run(rows, scorers=None, **rules):
-        rules = Rules(**({"max_bad_share": 1.0} | rules))
-        with Quarantine(tmp_path / "quarantine.csv", "test") as quarantine:
-            counts = write_prepared(tmp_path / "prepared", rows, backbone, scorers or {}, quarantine, rules)
-        return counts, {row["row"]: row["reason"] for row in rows_of(tmp_path / "quarantine.csv")}
+        counts, found = write(rows, scorers, **rules)
+        return counts, {number: row["reason"] for number, row in found.items()}
 
     return run
 

@@ -1,6 +1,5 @@
 """What prepare counts, refuses and says of rows that are no use to a training, though each can be read."""
 
-import csv
 import io
 import logging
 
@@ -14,32 +13,12 @@ from attune.config.settings import AIFeedback
 from attune.data.batches import PairBatch
 from attune.data.ingest.encoder import MAX_PIXELS, is_full
 from attune.data.ingest.ingest import Rules, check_rows
-from attune.data.ingest.write import write_prepared
 from attune.data.labels import with_ai_feedback
 from attune.data.quarantine import Quarantine, TooManyBadRows
 from attune.data.rows import BadRow, Pair, Prompt, SourceError
 from attune.data.store import PreparedData
 from attune.interfaces import Conditioning
 from raw_data import encoded, pixels
-
-
-@pytest.fixture
-def backbone(new_policy):
-    return new_policy(adapter=False).backbone
-
-
-@pytest.fixture
-def write(tmp_path, backbone):
-    """Writes rows; returns the counts and the quarantine's rows by number."""
-
-    def run(rows, scorers=None, **rules):
-        rules = Rules(**({"max_bad_share": 1.0} | rules))
-        with Quarantine(tmp_path / "quarantine.csv", "test") as quarantine:
-            counts = write_prepared(tmp_path / "prepared", rows, backbone, scorers or {}, quarantine, rules)
-        with (tmp_path / "quarantine.csv").open(newline="") as file:
-            return counts, {row["row"]: row for row in csv.DictReader(file)}
-
-    return run
 
 
 def pair(row=0, prompt="a cat", images=None, label_0=1.0, split="train") -> Pair:

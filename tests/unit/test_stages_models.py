@@ -61,21 +61,6 @@ def made(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(made):
-    with stages.inside(made):
-        yield made
-
-
-@pytest.fixture
-def mine(made, tmp_path):
-    """A copy of the project that a test may change."""
-    folder = tmp_path / "project"
-    shutil.copytree(made, folder, symlinks=True)
-    with stages.inside(folder):
-        yield folder
-
-
 def pixels(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -43,20 +42,6 @@ def made(tmp_path_factory):
             for stage in ("align", "generate", "evaluate"):
                 stages.call(stage, run=run)
     return folder
-
-
-@pytest.fixture
-def here(made):
-    with stages.inside(made):
-        yield made
-
-
-@pytest.fixture
-def mine(made, tmp_path):
-    folder = tmp_path / "project"
-    shutil.copytree(made, folder, symlinks=True)
-    with stages.inside(folder):
-        yield folder
 
 
 def table_of(run):
