@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from attune.rewards import aesthetic, hpsv2, imagereward
+from attune.spm import model as spm
 from attune.world.grammar import all_scenes
+
+EMBEDDED = Path(__file__).parents[1] / "models/embedded"
 
 HEAD_WIDTH = 8
 WORDS = sorted({word for scene in all_scenes() for word in scene.prompt.split()})
@@ -91,3 +95,27 @@ def block(name: str, folder: Path) -> dict[str, str]:
         return write_imagereward(folder)
     # the aesthetic predictor's CLIP was grounded in words as well, and nobody's preference tuned it
     return {"model": "ViT-tiny/4@32", "path": "models/embedded/aesthetic", "hidden_act": "gelu"}
+
+
+# A scorer whose weights are to be in one file: that file, which is not there yet, and what loads the scorer.
+
+
+def aesthetic_head(folder):
+    block = {"path": str(EMBEDDED / "aesthetic"), "head": str(folder / "head.pth"), "hidden_act": "gelu"}
+    return folder / "head.pth", lambda: aesthetic.load(aesthetic.Config(**block))
+
+
+def hpsv2_file(folder):
+    layout = (EMBEDDED / "hpsv2/open_clip_model.json").read_text()
+    (folder / "hps.json").write_text(layout)
+    block = {"version": "2.1", "path": str(folder / "hps.pt"), "tokenizer": str(EMBEDDED / "hpsv2")}
+    return folder / "hps.pt", lambda: hpsv2.load(hpsv2.Config(**block))
+
+
+def imagereward_file(folder):
+    block = write_imagereward(folder)
+    return Path(block["path"]), lambda: imagereward.load(imagereward.Config(**block))
+
+
+def spm_file(folder):
+    return folder / "spm.bin", lambda: spm.load(folder / "spm.bin", clip=str(EMBEDDED / "pickscore"))

@@ -8,10 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attune.rewards import aesthetic, hpsv2, imagereward
-from attune.spm import model as spm
 from attune.weights import count_parameters, read_json, read_tensors
-from tiny_scorers import write_imagereward
+from tiny_scorers import aesthetic_head, hpsv2_file, imagereward_file, spm_file
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 INSTEAD = {
@@ -90,27 +88,9 @@ def test_numbers_are_counted_of_whole_files_only(tmp_path):
 # ---------------------------------------------------------------- through every scorer that is one file
 
 
-def head(folder):
-    block = {"path": str(EMBEDDED / "aesthetic"), "head": str(folder / "head.pth"), "hidden_act": "gelu"}
-    return folder / "head.pth", lambda: aesthetic.load(aesthetic.Config(**block))
-
-
-def hps(folder):
-    (folder / "hps.json").write_text((EMBEDDED / "hpsv2/open_clip_model.json").read_text())
-    block = {"version": "2.1", "path": str(folder / "hps.pt"), "tokenizer": str(EMBEDDED / "hpsv2")}
-    return folder / "hps.pt", lambda: hpsv2.load(hpsv2.Config(**block))
-
-
-def image_reward(folder):
-    block = write_imagereward(folder)
-    return Path(block["path"]), lambda: imagereward.load(imagereward.Config(**block))
-
-
-def step_aware(folder):
-    return folder / "spm.bin", lambda: spm.load(folder / "spm.bin", clip=str(EMBEDDED / "pickscore"))
-
-
-@pytest.mark.parametrize("slot", [head, hps, image_reward, step_aware], ids=lambda slot: slot.__name__)
+@pytest.mark.parametrize(
+    "slot", [aesthetic_head, hpsv2_file, imagereward_file, spm_file], ids=lambda slot: slot.__name__
+)
 @pytest.mark.parametrize("what", ["pointer", "page", "answer", "empty", "noise"])
 def test_a_scorer_names_its_file(tmp_path, slot, what):
     file, load = slot(tmp_path)
@@ -120,7 +100,7 @@ def test_a_scorer_names_its_file(tmp_path, slot, what):
         load()
 
 
-@pytest.mark.parametrize("slot", [hps, image_reward], ids=lambda slot: slot.__name__)
+@pytest.mark.parametrize("slot", [hpsv2_file, imagereward_file], ids=lambda slot: slot.__name__)
 def test_a_layout_that_is_no_layout_is_named(tmp_path, slot):
     file, load = slot(tmp_path)
     torch.save({"a": torch.ones(1)}, file)

@@ -28,10 +28,9 @@ from attune.hub import (
     parse,
 )
 from attune.pretrained import build_with
-from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
-from attune.spm import model as preference
+from attune.rewards import aesthetic, clipscore, hpsv2, pickscore
 from attune.weights import check_finite, read_tensors
-from tiny_scorers import write_imagereward
+from tiny_scorers import aesthetic_head, hpsv2_file, imagereward_file, spm_file
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 ZERO = "0" * 64
@@ -73,27 +72,6 @@ def aesthetic_folder(folder):
     path = clip_with_pickle(folder / "clip", "aesthetic")
     block = {"path": path, "head": str(EMBEDDED / "aesthetic/head.safetensors"), "hidden_act": "gelu"}
     return folder / "clip/pytorch_model.bin", lambda: aesthetic.load(aesthetic.Config(**block))
-
-
-def aesthetic_head(folder):
-    block = {"path": str(EMBEDDED / "aesthetic"), "head": str(folder / "head.pth"), "hidden_act": "gelu"}
-    return folder / "head.pth", lambda: aesthetic.load(aesthetic.Config(**block))
-
-
-def hpsv2_file(folder):
-    layout = (EMBEDDED / "hpsv2/open_clip_model.json").read_text()
-    (folder / "hps.json").write_text(layout)
-    block = {"version": "2.1", "path": str(folder / "hps.pt"), "tokenizer": str(EMBEDDED / "hpsv2")}
-    return folder / "hps.pt", lambda: hpsv2.load(hpsv2.Config(**block))
-
-
-def imagereward_file(folder):
-    block = write_imagereward(folder)
-    return Path(block["path"]), lambda: imagereward.load(imagereward.Config(**block))
-
-
-def spm_file(folder):
-    return folder / "spm.bin", lambda: preference.load(folder / "spm.bin", clip=str(EMBEDDED / "pickscore"))
 
 
 SLOTS = (
