@@ -1,25 +1,53 @@
+# The commands are those of `attune` (src/attune/__main__.py); WITH="--seed 1" passes on any other option.
 # Every target sets the environment up if it is missing; nothing else has to be installed but Python 3.11, git and make.
 PYTHON ?= python3.11
 VENV   ?= .venv
 READY  := $(VENV)/.ready
+ATTUNE := python -m attune
+# What is given on the command line reaches the shell as variables of its environment, so no text of it is run as code.
+override export DATA := $(value DATA)
+override export PROMPT := $(value PROMPT)
+override export RUN := $(value RUN)
+override export AGAINST := $(value AGAINST)
+override export REPO := $(value REPO)
+override export A := $(value A)
+override export B := $(value B)
+override export EXPORT := $(value EXPORT)
 TESTS  := python -m pytest -n auto --maxprocesses 8 --dist loadfile
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help plan repro sweep sweep-apply test pipeline check settings ui champion replay embedded clean clean-checkpoints
+.PHONY: help init plan inspect label repro sample package push sweep sweep-apply test pipeline check settings ui champion replay embedded clean clean-checkpoints
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+init: $(READY)  ## a profile for pictures of your own: make init DATA=my/folder [BASE=sd15_24gb]
+	@$(ATTUNE) init "$$DATA" $(if $(BASE),--base $(BASE)) $(WITH)
 
 plan: $(READY)  ## what a run will do and need, and all that would stop it; ONLINE=1 asks the Hub too
-	@python -m attune.stages.plan --show $(if $(ONLINE),--online)
+	@$(ATTUNE) plan $(if $(ONLINE),--online)
 
-repro: $(READY)  ## run the whole pipeline (what has changed of it) and publish reports/<profile>
-	dvc repro
-	@echo "report: reports/$$(sed -n 's/^profile: *\([A-Za-z0-9_-]*\).*/\1/p' params.yaml)/report.html"
+inspect: $(READY)  ## look at the data before training: reports/<profile>/data.html; SCORE=pickscore asks a scorer
+	@$(ATTUNE) inspect $(if $(SCORE),--score $(SCORE)) $(WITH)
+
+label: $(READY)  ## a page to choose between images: make label A=base [B=dpo] [EXPORT=data/raw/labels]
+	@$(ATTUNE) label --a "$$A" $(if $(B),--b "$$B") $(if $(EXPORT),--export "$$EXPORT") $(WITH)
+
+repro: $(READY)  ## run the whole pipeline (what has changed of it) and print the result
+	@$(ATTUNE) repro
+
+sample: $(READY)  ## images of any prompt: make sample RUN=dpo PROMPT="a red ring" [N=4] [AGAINST=base]
+	@$(ATTUNE) sample --run "$$RUN" --prompt "$$PROMPT" $(if $(N),--n $(N)) $(if $(AGAINST),--against "$$AGAINST") $(WITH)
+
+package: $(READY)  ## an adapter with its card, for diffusers, ComfyUI and A1111: make package RUN=dpo
+	@$(ATTUNE) package --run "$$RUN" $(WITH)
+
+push: $(READY)  ## upload a package to the Hugging Face Hub: make push RUN=dpo REPO=owner/name
+	@$(ATTUNE) push --run "$$RUN" --repo "$$REPO" $(WITH)
 
 test: $(READY)  ## all tests but the end-to-end one
 	$(TESTS) -m "not pipeline"
@@ -36,24 +64,23 @@ settings: $(READY)  ## write docs/settings.md and docs/schema from the code
 	python -m attune.config.reference
 
 sweep: $(READY)  ## search the settings of a run, say METHOD=spo: docs/search.md
-	@python -m attune.stages.sweep --run $(METHOD) --ask
-	dvc repro sweeps/dvc.yaml:sweep@$(METHOD)
+	@$(ATTUNE) sweep --run $(METHOD)
 
 sweep-apply: $(READY)  ## write the best settings of `make sweep METHOD=spo` into params/<profile>.yaml
-	python -m attune.stages.sweep --run $(METHOD) --apply
+	@$(ATTUNE) sweep --run $(METHOD) --apply
 
 ui: $(READY)  ## tracking UI at http://localhost:5000, in its lean form (0.5 GB instead of 3)
 	@echo "trainings and trials by beta, lr and scores: http://localhost:5000/#/experiments/1/runs?viewStateShareKey=attune"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
 champion: $(READY)  ## register the best run of the report, if it beats the champion
-	python -m attune.stages.champion
+	@$(ATTUNE) champion
 
 replay: $(READY)  ## send what a tracking store that was away has not got yet
-	python -m attune.stages.replay
+	@$(ATTUNE) replay
 
 clean-checkpoints: $(READY)  ## remove what stopped trainings saved and nothing will resume; ALL=1: all of it
-	@python -m attune.stages.clean_checkpoints $(if $(ALL),--all)
+	@$(ATTUNE) clean-checkpoints $(if $(ALL),--all)
 
 embedded: $(READY)  ## train the embedded family again (about an hour on one core)
 	python -m recipes.embedded.build

@@ -47,8 +47,7 @@ def test_a_sweep_through_dvc_is_applied_and_not_repeated(project):
     """dvc runs prepare, three trials, two at full length; then nothing more; apply changes one line of the profile."""
     target = "sweeps/dvc.yaml:sweep@sft"
     assert "sweep" not in run(project, "dvc", "stage", "list", "--all")
-    run(project, sys.executable, "-m", "attune.stages.sweep", "--run", "sft", "--ask")
-    said = run(project, "dvc", "repro", target)
+    said = run(project, sys.executable, "-m", "attune", "sweep", "--run", "sft")
     assert "Running stage 'prepare'" in said
     results = project / "reports" / "short" / "sweeps" / "sft"
     table = pd.read_csv(results / "trials.csv")

@@ -47,7 +47,54 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
         raise ConfigError(
             f"{path}: {', '.join(changes)}: another block shares these by an anchor; write them out there"
         )
-    changed = written.getvalue().replace("\r\n", "\n")
+    _write_like(path, written.getvalue(), text, encoding)
+
+
+def replace_blocks(blocks: Mapping[str, Any], path: Path | str, to: Path | str | None = None) -> None:
+    """Writes top-level blocks anew, or takes them out (None); every other line, comments included, stays.
+
+    A block that is not there yet is put at the end.
+
+    Args:
+        path: the YAML file that is read.
+        to: where the result is written; None: the same file.
+
+    Raises:
+        ConfigError: the layout of the file hides where a block ends; nothing is written.
+    """
+    text, encoding = _decoded(Path(path))
+    lines = text.replace("\r\n", "\n").splitlines(keepends=True)
+    for key, value in blocks.items():
+        start, end = _place(lines, key)
+        lines[start:end] = [] if value is None else [_dumped({key: value})]
+    changed, wanted = "".join(lines), read_yaml(path)
+    wanted = {key: value for key, value in (wanted | dict(blocks)).items() if blocks.get(key, value) is not None}
+    if YAML(typ="safe").load(changed) != YAML(typ="safe").load(_dumped(wanted)):
+        raise ConfigError(f"{path}: {', '.join(blocks)}: write each of these as a block of its own, from the margin on")
+    _write_like(Path(to or path), changed, text, encoding)
+
+
+def _place(lines: list[str], key: str) -> tuple[int, int]:
+    """First and last line (excluded) of a top-level block, without the blank lines and comments below it."""
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"{key}:")), len(lines))
+    end = start + 1
+    for i in range(start + 1, len(lines)):
+        if lines[i].startswith((" ", "\t", "- ")):
+            end = i + 1
+        elif lines[i].strip() and not lines[i].startswith("#"):
+            break
+    return start, end
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    written = StringIO()
+    round_trip().dump(dict(values), written)
+    return written.getvalue()
+
+
+def _write_like(path: Path, changed: str, text: str, encoding: str) -> None:
+    """Writes a changed text with the line ends, the last line and the encoding of the text that it was."""
+    changed = changed.replace("\r\n", "\n")
     if not text.endswith("\n"):
         changed = changed.removesuffix("\n")
     newline = "\r\n" if "\r\n" in text else "\n"

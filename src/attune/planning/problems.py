@@ -20,6 +20,7 @@ from attune.data.splits import check_splits
 from attune.planning.costs import Row, size
 from attune.planning.make import needs, needs_preference_model, wanted_rows
 from attune.text import shown
+from attune.world.grammar import is_of_the_world
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -162,7 +163,7 @@ def _prompts(s: Settings) -> Iterator[str]:
         listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
     except SourceError:  # said with the data
         return
-    foreign = next((prompt for prompt in listed if not _is_of_the_world(prompt)), None)
+    foreign = next((prompt for prompt in listed if not is_of_the_world(prompt)), None)
     if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
         return
     said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
@@ -170,16 +171,6 @@ def _prompts(s: Settings) -> Iterator[str]:
         f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
         f"cannot score {said}; remove scorers.{oracles[0]}"
     )
-
-
-def _is_of_the_world(prompt: str) -> bool:
-    from attune.world.grammar import parse
-
-    try:
-        parse(prompt)
-    except ValueError:
-        return False
-    return True
 
 
 def _searches(s: Settings) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", help="a run with a block in the profile's search; DVC's stage says it otherwise")
     parser.add_argument("--apply", action="store_true", help="write the best settings found into the profile")
-    parser.add_argument("--ask", action="store_true", help="note in sweeps/asked.yaml that the run is to be searched")
+    parser.add_argument("--dvc", action="store_true", help="have DVC run it: a stage of sweeps/dvc.yaml, noted in git")
     given = parser.parse_args()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     LOG.setLevel(logging.INFO)
-    if given.ask:
+    if given.dvc and not given.apply:
         ask(given.run)
-        return
+        stage = f"{ASKED.with_name('dvc.yaml')}:sweep@{given.run}"
+        sys.exit(subprocess.call([sys.executable, "-m", "dvc", "repro", stage]))
     plan = planned(SearchPlan, "sweep")
     profile = Path("params", f"{plan.profile}.yaml")
     if plan.search is None:

@@ -125,6 +125,11 @@ def parse(prompt: str) -> Scene:
     )
 
 
+def is_of_the_world(prompt: str) -> bool:
+    """Whether a prompt is in the grammar, so that the oracle can score images of it."""
+    return _PATTERN.fullmatch(prompt.strip().lower()) is not None
+
+
 def _plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
