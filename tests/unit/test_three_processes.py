@@ -120,7 +120,7 @@ def test_all_processes_have_the_minibatches_that_one_would_have(new_policy, data
 
     def minibatches(trained):
         method = build(name, trained, **ROLLOUTS[label])
-        batch = (data.pair_batch if method.consumes == "pairs" else data.prompt_batch)(list(range(n)))
+        batch = data.rows_for(method.consumes)[1](list(range(n)))
         return [tensors(m) for m in method.minibatches(batch, batch_generator(0, 0))]
 
     expected = minibatches(policy)

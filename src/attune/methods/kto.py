@@ -1,12 +1,12 @@
 """Diffusion-KTO: raise the utility of liked images, lower that of disliked ones, each image by itself.
 
-No pair is needed: an image's implicit reward is compared with a reference point, the mean over its batch, through a
-utility that saturates for great gains and losses (Kahneman and Tversky's model of people). Pairs are used as two
-single images: the chosen one is liked, the rejected one disliked. Each has its own timestep, noise and caption dropout.
+No pair is needed, and there may be more likes than dislikes: an image's implicit reward is compared with a reference point, the mean over its batch, through a
+utility that saturates for great gains and losses (Kahneman and Tversky's model of people). A pair counts as two
+images: the chosen one is liked, the rejected one disliked. Each image has its own timestep, noise and caption dropout.
 
 Source: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv:2404.04465; authors' code:
 train_kto_sd_v1.5.py, jacklishufan/diffusion-kto, whose beta has no factor 1/2. Differences: docs/methods/kto.md.
-Cost per step: one policy and one reference forward, and one backward, on 2 B images.
+Cost per step: one policy and one reference forward, and one backward, on B images, 2 B of B pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
-from attune.data.batches import PairBatch
+from attune.data.batches import ImageBatch
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.interfaces import Metrics
 
@@ -35,8 +35,8 @@ class Config(MethodConfig):
     lora: Lora | None = Field(None, description="null = train every weight, in float32, as the authors do")
     lr: Float = Field(1e-7, gt=0, description="learning rate; authors' code: 1e-7")
     warmup: int = Field(200, ge=0, description="optimizer steps of linear warm-up; authors' code: 200")
-    batches: int = Field(2_560_000, ge=1, description="batches of pairs; authors' code: 20,000 steps")
-    batch_size: int = Field(8, ge=1, description="pairs per batch")
+    batches: int = Field(2_560_000, ge=1, description="batches; authors' code: 20,000 steps")
+    batch_size: int = Field(8, ge=1, description="images per batch, or pairs, which are two images each")
     accumulation: int = Field(128, ge=1, description="batches per optimizer step; 2,048 images to a step")
     gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
     beta: Float = Field(
@@ -81,28 +81,35 @@ def kto_loss(gain: Tensor, liked: Tensor, utility: str, lambda_desirable: float,
 
 
 class Method:
-    consumes = "pairs"
+    consumes = "images"
     needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator, per_pair=2)
-        cond = self.policy.drop_captions(batch.cond.repeat(2), self.config.caption_dropout, generator)
-        yield NoisedBatch(torch.cat([batch.chosen, batch.rejected]), t, noise, cond, images_per_row=2)
+    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
+        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
+        yield NoisedBatch(batch.latents, t, noise, cond, batch.images_per_row, liked=batch.liked)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         c = self.config
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         reward = c.beta * (reference_error - error)
-        liked = torch.arange(len(reward), device=reward.device) < len(minibatch)
-        z_ref = reference_point(self.policy.shard.gather(reward))
+        liked = minibatch.liked
+        assert liked is not None
+        rewards, likes = self.policy.shard.gather(reward), self.policy.shard.gather(liked.float()) > 0
+        z_ref = reference_point(rewards)
         loss = kto_loss(reward - z_ref, liked, c.utility, c.lambda_desirable, c.lambda_undesirable).mean()
         return loss, {
             "loss": loss,
             "z_ref": z_ref,
             "accuracy": ((reward > z_ref) == liked).float().mean(),
-            "liked_reward": reward[liked].mean(),
-            "disliked_reward": reward[~liked].mean(),
+            "liked_reward": mean_or_zero(rewards[likes]),
+            "disliked_reward": mean_or_zero(rewards[~likes]),
         }
+
+
+def mean_or_zero(values: Tensor) -> Tensor:
+    """The mean; 0 of a batch that happens to have no image of the kind."""
+    return values.mean() if len(values) else values.new_zeros(())
