@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST = 10  # bars of a histogram, without the open ones at its ends
-OUTER = (2, 98)  # percentiles: what lies beyond is counted in open bars
+OUTER = (5, 95)  # percentiles: what lies beyond is counted in open bars
 RATIOS = (1 / 2, 3 / 4, 0.999, 1.001, 4 / 3, 2)  # width / height, between the kinds of shape
 SHAPES = ("tall, beyond 1:2", "1:2 to 3:4", "3:4 to 1:1", "square", "1:1 to 4:3", "4:3 to 2:1", "wide, beyond 2:1")
 
@@ -68,5 +68,6 @@ def _nice(width: float) -> int:
 
 
 def _label(start: int, width: int) -> str:
-    start = max(0, start)
+    if start < 0:
+        return f"below {start + width:,}"
     return f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from attune.data.rows import SourceError
 from attune.data.splits import check_splits
-from attune.inspection.choices import Agreement
+from attune.inspection.choices import Agreement, Share
 from attune.inspection.facts import DEEP_CUT, Facts
 from attune.inspection.learning import Learning
 
@@ -97,10 +97,10 @@ def _choices(facts: Facts) -> Iterator[Finding]:
     n, decided = int(facts.found.counts["pairs"]), sum(facts.choices.values())
     if facts.contradictions.share > NOTICED:
         text = f"{count(facts.contradictions.pairs, 'pair')} ({percent(facts.contradictions.share)} of the choices) "
-        text += "show the same images for the same prompt with opposite choices."
+        text += "contradict: the same images and prompt, and opposite choices."
         yield Finding("look", text, "If people disagree, keep them; if not, the two labels or folders are mixed up.")
     if facts.identical:
-        text = f"{count(facts.identical, 'pair')} show the same image twice."
+        text = f"{count(facts.identical, 'pair', 'show')} the same image twice."
         yield Finding("look", text, "They teach nothing; remove them.")
     position = facts.position
     if position and not position.is_chance and position.value not in (0, 1) and position.prompts >= FEW_PROMPTS:
@@ -108,7 +108,7 @@ def _choices(facts: Facts) -> Iterator[Finding]:
         text = f"Image {side} is chosen more often than a coin would: image 0 in {interval(position)} of the choices."
         yield Finding("look", text, "People who always see it on one side may prefer that side; labels tell less then.")
     if n and (n - decided) / n > MANY_TIES:
-        text = f"{count(n - decided, 'pair')} of {n:,} are ties."
+        text = f"{percent(n - decided, n)} of the pairs are ties, {n - decided:,} of {n:,}."
         yield Finding("look", text, "Methods on a chosen and a rejected image leave them out.")
     share = facts.circles.circles / max(1, facts.circles.triples)
     if facts.circles.triples >= FEW_PROMPTS and share >= MANY_CIRCLES:
@@ -150,10 +150,12 @@ def _images(facts: Facts) -> Iterator[Finding]:
         return
     if images.enlarged:
         text = f"{count(images.enlarged, 'image')} of {images.images:,} ({percent(images.enlarged, images.images)}) "
-        text += f"are smaller than the model's {images.resolution} pixels and will be enlarged."
+        text += f"will be enlarged: the model's side is {images.resolution} pixels."
         yield Finding("look", text, "A model learns their blur; bring larger images, or set data.min_side.")
     if images.deeply_cropped:
-        text = f"{count(images.deeply_cropped, 'image')} ({percent(images.deeply_cropped, images.images)}) lose more "
+        text = (
+            f"{count(images.deeply_cropped, 'image')} ({percent(images.deeply_cropped, images.images)}) will lose more "
+        )
         text += f"than {percent(DEEP_CUT)} of their area to the centre crop, at most {percent(images.largest_cut)}."
         yield Finding("look", text, "Crop them yourself where what the prompt says lies outside of the centre.")
 
@@ -161,10 +163,10 @@ def _images(facts: Facts) -> Iterator[Finding]:
 def _prompts(facts: Facts) -> Iterator[Finding]:
     if facts.lengths.cut:
         n, of = facts.lengths.cut, len(facts.lengths.counts)
-        text = f"{count(n, 'prompt')} of {of:,} are longer than the text encoder reads, {facts.lengths.limit} tokens."
-        yield Finding("look", text, "Their ends are cut; say what matters first.")
+        text = f"{count(n, 'prompt')} of {of:,} will be cut: the text encoder reads {facts.lengths.limit} tokens."
+        yield Finding("look", text, "Say what matters first.")
     if facts.leaks:
-        text = f"{count(facts.leaks, 'prompt')} are in several splits and stay in the last of train, validation, test."
+        text = f"{count(facts.leaks, 'prompt', 'stand')} in several splits; the last of train, validation, test counts."
         yield Finding("look", text, "Write each prompt in one split if the other rows are to be used.")
 
 
@@ -191,7 +193,7 @@ def said(agreement: Agreement) -> str:
     return f"it is right in {interval(share)}"
 
 
-def interval(share) -> str:
+def interval(share: Share) -> str:
     """A share with its 95 % interval."""
     return f"{percent(share.value)} (95 % interval {percent(share.low)} to {percent(share.high)})"
 
@@ -202,9 +204,10 @@ def percent(part: float, of: float = 1) -> str:
     return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.1f} %"
 
 
-def count(n: int, what: str) -> str:
-    """A number of things."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def count(n: float, what: str, does: str = "") -> str:
+    """A number of things, and what they do."""
+    thing, verb = (what, f" {does}s") if n == 1 else (f"{what}s", f" {does}")
+    return f"{n:,.0f} {thing}{verb if does else ''}"
 
 
 def _things(n: int) -> str:
