@@ -44,6 +44,7 @@ def to_html(
             splits=[(name, _by_split(name, facts, wanted)) for name in ("prompts", "pairs", "choices", "ties")],
             split_names=SPLITS,
             runs=runs,
+            many_epochs=words.MANY_EPOCHS,
             read=read_text(subject, facts),
             titles={CONTRADICTIONS: "Choices that contradict an earlier one", AT_RANDOM: "Pairs at random"},
         )

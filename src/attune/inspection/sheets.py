@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -168,6 +169,4 @@ def data_uri(ref: ImageRef, most_bytes: int) -> str:
 
 
 def _encoded(ref: ImageRef) -> bytes:
-    from pathlib import Path
-
     return read_regular(ref) if isinstance(ref, Path) else ref if isinstance(ref, bytes) else b""

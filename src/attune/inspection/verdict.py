@@ -10,7 +10,7 @@ from attune.data.rows import SourceError
 from attune.data.splits import check_splits
 from attune.inspection.choices import Agreement, Share
 from attune.inspection.facts import DEEP_CUT, Facts
-from attune.inspection.learning import Learning
+from attune.inspection.learning import PREFERENCE_MODEL, Learning
 
 MANY_EPOCHS = 20  # of one row; the papers present a pair 1 to 5 times
 FEW_CHOICES = 200
@@ -141,7 +141,8 @@ def _teaching(facts: Facts, trainings: Sequence[Learning]) -> Iterator[Finding]:
         if each.rows and each.epochs > MANY_EPOCHS:
             text = f"{each.run} would see each of its {count(each.rows, each.kind.removesuffix('s'))} "
             text += f"{each.epochs:,.0f} times."
-            yield Finding("look", text, f"Lower methods.{each.run}.batches, or bring more data.")
+            key = "preference" if each.run == PREFERENCE_MODEL else f"methods.{each.run}"
+            yield Finding("look", text, f"Lower {key}.batches, or bring more data.")
 
 
 def _images(facts: Facts) -> Iterator[Finding]:
@@ -189,7 +190,7 @@ def said(agreement: Agreement) -> str:
     """How far a scorer agrees, in words."""
     share = agreement.accuracy
     if share.is_chance:
-        return f"no better than chance ({interval(share)})"
+        return f"no better than chance: {interval(share)}"
     return f"it is right in {interval(share)}"
 
 
