@@ -21,6 +21,7 @@ from attune.data.rows import Pair, Prompt
 from attune.inspection import choices
 from attune.inspection.bars import histogram
 from attune.inspection.collect import collect, kind_of
+from attune.inspection.facts import image_facts
 from attune.inspection.sheets import SUSPECTS, Sheets
 from raw_data import encoded, pixels
 
@@ -231,6 +232,13 @@ def test_prompts_alone_do_not_count_among_the_rows_that_are_read(look):
     found = look(rows, most=2)
     assert (len(found.prompts), len(found.pairs), found.is_whole) == (6, 2, False)
     assert look(rows, most=4).is_whole
+
+
+def test_images_of_pairs_that_are_left_out_in_the_end_are_not_counted(look):
+    """The first pair's prompt is a test prompt too, and its images are in no other pair."""
+    rows = [pair(0, 0, prompt="leak"), Prompt("leak", "test"), pair(1, 1, side=24)]
+    found = image_facts(look(rows), 16)
+    assert (found.images, found.kinds, found.enlarged, found.smallest) == (2, [("PNG", 2)], 0, (24, 24))
 
 
 def test_without_pairs_there_is_still_a_page(project, capsys):

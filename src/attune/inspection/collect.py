@@ -32,8 +32,7 @@ class Collected:
 
     prompts: pd.DataFrame  # prompt, split
     pairs: pd.DataFrame  # prompt, split, label_0, image_0, image_1 (rows of images), scores, file, row, content_0, _1
-    images: pd.DataFrame  # width, height, content; a row per distinct image of the pairs
-    kinds: Mapping[str, int]  # type of file -> images
+    images: pd.DataFrame  # width, height, content, kind; a row per distinct image of all pairs, leaking ones too
     counts: Mapping[str, float]  # as `prepare` counts them
     rows: int  # that were read and judged
     passed_over: int  # pairs of a split that had enough
@@ -63,9 +62,10 @@ class ImageIndex:
     def flush(self) -> None:
         """Nothing waits to be written."""
 
-    def table(self) -> pd.DataFrame:
-        """Width, height and content of every image, in the order of the rows."""
-        return pd.DataFrame(self._seen, columns=["width", "height", "content"])
+    def table(self, kinds: Mapping[bytes, str]) -> pd.DataFrame:
+        """Width, height, content and, by digest, type of file of every image, in the order of the rows."""
+        table = pd.DataFrame(self._seen, columns=["width", "height", "content"])
+        return table.assign(kind=[kinds[digest] for digest in self._rows])
 
 
 class Limit:
@@ -117,12 +117,12 @@ def collect(
             sheets.offer(number, row, (first, second), scorer)
     prompts, pairs = ingest.to_tables()
     counts = ingest.counts(prompts, pairs)
-    pairs = with_places(pairs, places, index.table())
+    images = index.table(kinds)
+    pairs = with_places(pairs, places, images)
     return Collected(
         prompts=prompts,
         pairs=pairs,
-        images=index.table(),
-        kinds=pd.Series(kinds.values(), dtype="str").value_counts().to_dict(),
+        images=images,
         counts=counts,
         rows=judged,
         passed_over=passed_over,
