@@ -20,6 +20,7 @@ SRC = ROOT / "src"
 # Top to bottom: a line imports only from lines below it, and modules on one line know nothing of each other.
 LAYERS = (
     "stages",
+    "inspection",
     "search | planning",
     "finetune",
     "build | tracking",
@@ -43,6 +44,7 @@ OWNERS = {
     "peft": ("diffusion",),
     "accelerate": ("training",),
     "argparse": ("stages",),
+    "jinja2": ("inspection",),
     "ruamel": ("config",),
     "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained"),
     "huggingface_hub": ("hub",),

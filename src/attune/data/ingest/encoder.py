@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Protocol
+
 import numpy as np
 import torch
 
@@ -16,6 +19,19 @@ MAX_IMAGES, MAX_PIXELS = 64, 2**21  # of a batch: 64 images, but 8 of 512 px or 
 def is_full(images: int, pixels: int) -> bool:
     """Whether a batch of so many images, of so many pixels in all, may not grow any more."""
     return images > MAX_IMAGES or (images > 1 and pixels > MAX_PIXELS)
+
+
+class ImageRows(Protocol):
+    """What `Ingest` asks of an encoder: a row for every image, known by its digest."""
+
+    @property
+    def bad_rows(self) -> Collection[int]: ...
+
+    def __contains__(self, digest: bytes) -> bool: ...
+
+    def row(self, image: DecodedImage) -> int: ...
+
+    def flush(self) -> None: ...
 
 
 class ImageEncoder:

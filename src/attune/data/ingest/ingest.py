@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from attune.data.ingest.encoder import ImageEncoder
+from attune.data.ingest.encoder import ImageRows
 from attune.data.ingest.reader import DecodedImage, ImageReader, digest
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.quarantine import Quarantine, RejectedRow
@@ -51,7 +51,7 @@ class Ingest:
     """Takes the rows of a source one by one and makes the tables of the good ones."""
 
     def __init__(
-        self, reader: ImageReader, encoder: ImageEncoder, scorer: ImageScorer, quarantine: Quarantine, rules: Rules
+        self, reader: ImageReader, encoder: ImageRows, scorer: ImageScorer, quarantine: Quarantine, rules: Rules
     ):
         self._reader, self._encoder, self._scorer = reader, encoder, scorer
         self._quarantine, self._rules = quarantine, rules
