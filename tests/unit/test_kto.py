@@ -1,11 +1,14 @@
 """Diffusion-KTO: the utility by hand, the reference point, and images that are no longer pairs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tiny
+from attune.data.batches import ImageBatch
+from attune.diffusion.noised import policy_and_reference_error
 from attune.methods import kto
 from attune.methods.kto import kto_loss, reference_point
 from attune.training.loop import batch_generator
@@ -23,7 +26,7 @@ def method(policy, **options):
 
 def only(method, data, rows=range(4)):
     """The one minibatch of a batch."""
-    (minibatch,) = method.minibatches(data.pair_batch(rows), batch_generator(0, 0))
+    (minibatch,) = method.minibatches(data.rows_for(method.consumes)[1](rows), batch_generator(0, 0))
     return minibatch
 
 
@@ -126,3 +129,26 @@ def test_a_weight_of_zero_ignores_that_half(new_policy, data, silent, heard):
     inner.loss(m)[0].backward()
     pulled = m.x_0.grad.flatten(1).abs().amax(1) > 0
     assert pulled.tolist() == [heard == "liked"] * len(m) + [heard == "disliked"] * len(m)
+
+
+def test_it_learns_from_single_images_unequal_in_number(new_policy, data):
+    """Three liked images and one disliked one, not of one pair: lambda weighs each, and a slice keeps its verdicts."""
+    policy = new_policy(moved=0.2)
+    pairs = data.pair_batch(range(4))
+    liked = torch.tensor([True, True, False, True])
+    inner = method(policy, batch_size=4, lambda_desirable=1, lambda_undesirable=3)
+    batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, liked)
+    (m,) = inner.minibatches(batch, batch_generator(0, 0))
+    assert len(m) == 4
+    assert m[1:3].liked.tolist() == [True, False]
+    error, reference = policy_and_reference_error(policy, m)
+    reward = (50 * (reference - error)).detach()
+    gain = reward - reward.mean().clamp(min=0)
+    expected = sum(
+        (1 if like else 3) * (1 - torch.sigmoid(g if like else -g)) for g, like in zip(gain, liked, strict=True)
+    )
+    loss, metrics = inner.loss(m)
+    assert loss.item() == pytest.approx(expected.item() / 4, rel=1e-6)
+    assert metrics["disliked_reward"].item() == pytest.approx(reward[2].item())
+    (none,) = inner.minibatches(replace(batch, liked=torch.ones(4, dtype=torch.bool)), batch_generator(0, 0))
+    assert inner.loss(none)[1]["disliked_reward"] == 0

@@ -26,7 +26,9 @@ def build(name, policy, **changes):
 
 
 def drawn(method, batch, seed=0):
-    """The one minibatch of a batch."""
+    """The one minibatch of a batch of pairs, which may be single images to the method."""
+    if "images" in method.consumes:
+        batch = batch.images if method.consumes == "images" else batch.liked_images
     (minibatch,) = method.minibatches(batch, batch_generator(seed, 0))
     return minibatch
 

@@ -185,7 +185,7 @@ def test_a_step_of_a_method_is_the_step_of_one_process(new_policy, data, tmp_pat
 
     def step(trained):
         method = build(name, trained, beta=50.0, caption_dropout=0.0, batch_size=4)
-        (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
+        (minibatch,) = method.minibatches(data.rows_for(method.consumes)[1](range(4)), batch_generator(0, 0))
         return TrainStep(trained, method.config)(method, [minibatch], 1, 1e-3)
 
     alone = step(own(policy, policy.shard))

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from attune.config import plugins
 from attune.config.profile import Generate
 from attune.config.schema import StrictModel, check
-from attune.config.settings import Model, Sampling
+from attune.config.settings import Model, Sampling, Seed
 
 FOLDER = Path("plan")
 PluginKind = Literal["methods", "rewards", "sources"]
@@ -49,7 +49,7 @@ class StagePlan(StrictModel):
 class PreparePlan(StagePlan):
     """prepare: prompts and pairs, checked, their encodings."""
 
-    seed: int
+    seed: Seed
     model: Model
     sampling: Sampling
     source: Plugin
@@ -59,7 +59,7 @@ class PreparePlan(StagePlan):
 class PreferencePlan(StagePlan):
     """train_preference; without settings, as no run comes after it, nothing is trained."""
 
-    seed: int
+    seed: Seed
     model: Model
     settings: Mapping[str, Any] | None
 
@@ -68,7 +68,7 @@ class RunPlan(StagePlan):
     """align@<run>: a training, or a model that is there already."""
 
     run: str
-    seed: int
+    seed: Seed
     model: Model
     method: Plugin | None  # None: nothing is trained
     released: str | None  # where a released model is
@@ -88,7 +88,7 @@ class GeneratePlan(StagePlan):
     """generate@<run>: images of test prompts."""
 
     run: str
-    seed: int
+    seed: Seed
     model: Model
     generate: Generate
 
@@ -103,7 +103,7 @@ class EvaluatePlan(StagePlan):
 class ReportPlan(StagePlan):
     """report: the comparison."""
 
-    seed: int
+    seed: Seed
     runs: list[str]
     trained_on: Mapping[str, list[str]]
     selected_by: Mapping[str, list[str]]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from attune.config.schema import Float, StrictModel
-from attune.config.settings import Location, Model, Sampling
+from attune.config.settings import Location, Model, Sampling, Seed
 
 BASE = "base"
 """The run that every other is compared with: the base model as it is."""
@@ -83,7 +83,7 @@ class Params(StrictModel):
 class Profile(StrictModel):
     """params/<profile>.yaml: what is decided for one base model. Blocks of plug-ins are checked by their own Config."""
 
-    seed: int = Field(ge=0, lt=2**63, description="the one seed; all others follow from it")
+    seed: Seed = Field(description="the one seed; all others follow from it")
     threads: int = Field(1, ge=1, le=4096, description="CPU threads; two on busy cores can be far slower than one")
     checkpoint_seconds: Float = Field(
         60, ge=0, description="from one checkpoint of a training to the next; more, where saving takes long"

@@ -45,6 +45,9 @@ Location = Annotated[str, AfterValidator(_location)]
 """Where weights are: a local file or folder, or owner/name[/file]@commit on the Hub; see `attune.hub`."""
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Model(StrictModel):
     """The base model every method starts from."""
 

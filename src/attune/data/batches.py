@@ -85,7 +85,9 @@ class PairBatch:
     def liked_images(self) -> ImageBatch:
         """The chosen images alone."""
         chosen = self.chosen
-        return ImageBatch(self.prompts, self.cond, chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device))
+        return ImageBatch(
+            self.prompts, self.cond, chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
+        )
 
     @property
     def _first_chosen(self) -> Tensor:

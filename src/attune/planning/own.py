@@ -59,7 +59,9 @@ def look(path: Path, test_list: Path | None) -> Found:
             "or more, or give a list of test prompts (--test-list prompts.txt)"
         )
     prompts = [*(plugin.listed_prompts(config) or ()), *prompt_texts(listed_test_prompts(_text(test_list)))]
-    return Found(source, {kind: n for kind, n in rows.items() if n}, all(map(is_of_the_world, prompts)), _text(test_list))
+    return Found(
+        source, {kind: n for kind, n in rows.items() if n}, all(map(is_of_the_world, prompts)), _text(test_list)
+    )
 
 
 def _source_of(path: Path) -> str:

@@ -21,10 +21,10 @@ from attune.stages.plan import say
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="a folder with chosen/ and rejected/ or liked/ and disliked/, or a table")
+    parser.add_argument("data", type=Path, help="a folder with chosen/ and rejected/, or liked/ and disliked/; a table")
     parser.add_argument("--base", default="tiny", help="the profile of params/ it is made from: tiny, sd15_24gb, ...")
     parser.add_argument("--methods", nargs="+", help="the methods to train, instead of what suits the data")
-    parser.add_argument("--test-list", type=Path, help="a list of prompts to test with, instead of a fifth of the data's")
+    parser.add_argument("--test-list", type=Path, help="a list of prompts to test with; else a fifth of the data's")
     parser.add_argument("--profile", default="own", help="name of the profile that is written")
     given = parser.parse_args()
     try:
