@@ -25,6 +25,7 @@ from attune.files import digest
 
 VALUES = {"a": 0.0, "tie": 0.5, "bad": 0.5, "b": 1.0}
 """Answer -> what it counts for the second run; `bad` means that neither image is acceptable."""
+Key = tuple[str, int, tuple[str, str], bool]  # prompt, ordinal, digests, whether it is shown again
 COLUMNS = ("prompt", "ordinal", "digest_a", "digest_b", "annotator", "repeat", "answer", "answered_at")
 
 
@@ -44,6 +45,11 @@ class Answer:
     def pair(self) -> tuple[str, int, tuple[str, str]]:
         """What was shown."""
         return self.prompt, self.ordinal, self.digests
+
+    @property
+    def key(self) -> Key:
+        """What was asked."""
+        return *self.pair, self.repeat
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ def _changed(found: PeopleComparison) -> str:
 _PEOPLE = (
     "Win rate by people who saw both images of a prompt blinded, in random order; ties, and pairs of which neither was "
     "acceptable, count half. The interval is a bootstrap over prompts, the p-value an exact two-sided sign test "
-    "over prompts after Holm correction over these rows. Agreement is the share of equal answers: with oneself of pairs that "
-    "were shown a second time, between annotators of pairs that several answered, with a 95 % interval (Wilson)."
+    "over prompts after Holm correction over these rows. Agreement is the share of equal answers: with oneself of "
+    "pairs that were shown a second time, between annotators of pairs that several answered; its 95 % interval is "
+    "Wilson's."
 )
 _LEGEND = (
     "Mean score and, in brackets, the mean paired difference to the base; * p < 0.05, ** p < 0.01, "
