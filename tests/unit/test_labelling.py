@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_repeats_come_half_a_round_later_with_sides_drawn_anew():
 
 def test_what_is_shown_is_what_is_saved_and_the_page_is_not_told_whose_it_is(tmp_path):
     """An annotator who always chooses red has always chosen side a, wherever it was."""
-    asked, left = labelled.session(tmp_path, PROMPTS * 1, repeats=0.5), []
+    asked, left = labelled.session(tmp_path, PROMPTS, repeats=0.5), []
     with labelled.served(asked) as page:
         for _ in range(9):
             state = page.state("anna")
@@ -64,9 +65,7 @@ def test_what_is_shown_is_what_is_saved_and_the_page_is_not_told_whose_it_is(tmp
             left.append(is_red(shown[0]))
             assert is_red(shown[0]) != is_red(shown[1])
             told = json.dumps(state).encode() + b"".join(shown) + page.ask("/")[2]
-            assert not [
-                word for word in (b"red", b"blue", b"swapped", b"repeat") if word in told.replace(b"reduc", b"")
-            ]
+            assert not re.search(rb"\b(red|blue|swapped|repeat)\b|\.png", told)
             page.answer("anna", "left" if left[-1] else "right")
         done = page.state("anna")
     assert len(set(left)) == 2
@@ -171,13 +170,8 @@ def test_every_answer_forbids_what_the_page_does_not_need(tmp_path):
             assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
             assert headers["cache-control"] == "no-store"
         assert b"<script>alert" not in page.ask("/")[2]
-        for path in (
-            "/docs",
-            "/openapi.json",
-            "/image/../../red/000_0.png/left",
-            "/static/../app.py",
-            "/static/%2e%2e/app.py",
-        ):
+        ways_out = ("/image/../../red/000_0.png/left", "/static/../app.py", "/static/%2e%2e/app.py")
+        for path in ("/docs", "/openapi.json", *ways_out):
             assert page.ask(path)[0] in (404, 422)
         for name in ("", "%20", "a" * 61, "%00", "%E2%80%AE"):
             assert page.ask(f"/state?annotator={name}")[0] == 422
@@ -209,7 +203,7 @@ def test_images_of_one_run_are_paired_in_order(tmp_path):
 def plain(folder, names, **texts):
     folder.mkdir()
     for name in names:
-        Image.new("RGB", (4, 4), name[0] * 0 or "red").save(folder / name)
+        Image.new("RGB", (4, 4), "red").save(folder / name)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
     return Side(folder.name, folder, is_run=False)
