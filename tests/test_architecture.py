@@ -23,7 +23,7 @@ LAYERS = (
     "inspection",
     "search | planning",
     "finetune",
-    "build | tracking",
+    "build | labelling | tracking",
     "methods | rewards | spm | diffusion.generate",
     "backbones | data | training | evaluation",
     "diffusion.ddim | diffusion.noised | clip",
@@ -48,6 +48,10 @@ OWNERS = {
     "ruamel": ("config",),
     "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained"),
     "huggingface_hub": ("hub",),
+    "fastapi": ("labelling.app",),
+    "uvicorn": ("labelling.server",),
+    "jinja2": (),  # FastAPI's templates are Jinja's
+    "sqlite3": ("labelling.store", "tracking"),
     "yaml": (),  # PyYAML reads DVC's 1e-05 as a string
 }
 PURE = {"diffusion.process": {"torch"}, "diffusion.losses": {"torch"}}  # all else they need is the standard library

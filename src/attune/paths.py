@@ -54,6 +54,14 @@ class Paths:
     def features(self, run: str) -> Path:
         return self.reports / "features" / f"{run}.npy"
 
+    def labels(self, session: str) -> Path:
+        """The answers of a session of the labelling page, a SQLite database."""
+        return self.data / "labels" / f"{session}.db"
+
+    def people(self, a: str, b: str) -> Path:
+        """What people chose between the images of two runs."""
+        return self.reports / "people" / f"{a}-vs-{b}.csv"
+
     def search(self, run: str) -> Path:
         return self.reports / "sweeps" / run
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from attune.evaluation.people import PeopleComparison
 from attune.evaluation.protocol import Protocol
 
 ALPHA = 0.05
@@ -153,6 +154,7 @@ class Summary:
     pairs: tuple[PairOfMethods, ...]
     best: Best | None = None  # None of fewer than two methods
     made_with: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # method -> versions and device
+    people: tuple[PeopleComparison, ...] = ()  # runs that people compared
 
     @property
     def headline(self) -> str:
@@ -164,9 +166,14 @@ class Summary:
         """All methods but the base."""
         return {name: method for name, method in self.methods.items() if name != self.base}
 
+    def people_vs_base(self, method: str) -> PeopleComparison | None:
+        """What people chose between a method and the base, if anybody was asked."""
+        found = (each for each in self.people if (each.run, each.other) == (method, self.base) and each.n_answers)
+        return next(found, None)
+
     def to_json(self) -> str:
         """The text of summary.json; `from_json` is its inverse."""
-        values = {
+        values: dict[str, Any] = {
             "protocol": self.protocol.to_dict(),
             "n_prompts": self.protocol.n_prompts,
             "base": self.base,
@@ -179,6 +186,8 @@ class Summary:
                 for pair in self.pairs
             ],
         }
+        if self.people:
+            values["people"] = [asdict(comparison) for comparison in self.people]
         return json.dumps(_nan_to_null(values), indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -197,6 +206,7 @@ class Summary:
                 PairOfMethods(pair["method"], pair["other"], _entries_from_dict(pair["scores"]))
                 for pair in values["pairs"]
             ),
+            people=tuple(PeopleComparison.from_dict(comparison) for comparison in values.get("people", ())),
         )
 
 

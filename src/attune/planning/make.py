@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import permutations
 from pathlib import Path
 
 from attune.config import plugins
@@ -36,7 +37,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
     plans: dict[Path, StrictModel] = {
         plan_file("prepare"): _prepare(settings, digests),
         plan_file("preference"): _preference(settings, digests),
-        plan_file("report"): _report(settings),
+        plan_file("report"): _report(settings, digests),
         plan_file("session"): Session(
             profile=settings.profile,
             tracking=settings.tracking,
@@ -232,13 +233,16 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
     )
 
 
-def _report(settings: Settings) -> ReportPlan:
+def _report(settings: Settings, digests: Digests) -> ReportPlan:
+    runs, paths = [BASE, *(name for name in settings.runs if name != BASE)], Paths(settings.profile)
+    answers = [paths.people(a, b) for a, b in permutations(runs, 2)]
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
-        runs=[BASE, *(name for name in settings.runs if name != BASE)],
+        runs=runs,
         trained_on=by_run(trained_on, settings),
         selected_by=by_run(selected_by, settings),
+        files=digests.of(file for file in answers if file.exists()),
         code=code_digests(["attune.stages.report"]),
     )
 

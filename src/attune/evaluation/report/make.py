@@ -13,6 +13,7 @@ from PIL import Image
 
 from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.images import read_images
+from attune.evaluation.people import read_people
 from attune.evaluation.protocol import read_comparable, read_made_with
 from attune.evaluation.report import figures
 from attune.evaluation.report.document import Picture
@@ -37,15 +38,16 @@ def make_report(
 
     Args:
         runs: names, the base first.
-        reports: folder with scores/<run>.parquet; and, where there are any, features/<run>.npy, train/<run>.csv and
-            train/preference.json.
+        reports: folder with scores/<run>.parquet; and, where there are any, features/<run>.npy, train/<run>.csv,
+            train/preference.json and people/<run>-vs-<run>.csv.
         generated: folder of the runs' folders of images.
         trained_on: run -> scorers it optimised, itself or where it started.
         selected_by: run -> scorers that early stopping or a search chose it by.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: the runs cannot be compared, see `protocol.read_comparable` and `summarise`.
+        ValueError: the runs cannot be compared, see `protocol.read_comparable` and `summarise`, or a file of
+            people's answers cannot be read.
     """
     base = runs[0]
     tables, protocol = read_comparable({name: reports / "scores" / f"{name}.parquet" for name in runs})
@@ -59,7 +61,8 @@ def make_report(
         seed=seed,
     )
     made_with = {name: read_made_with(reports / "scores" / f"{name}.parquet") for name in runs}
-    summary = replace(summary, made_with=made_with)
+    people = read_people(reports / "people", tables, generated, seed)
+    summary = replace(summary, made_with=made_with, people=people)
     plots = {"samples": ("The same prompts and noise, every model", _sample_grid(summary, tables, generated))}
     if summary.tuned:
         plots["win_rate"] = ("Win rate against base", figures.win_rate_plot(summary))

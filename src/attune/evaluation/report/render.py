@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from attune.evaluation.people import PeopleComparison
 from attune.evaluation.report.document import (
     DocumentBlock,
     Heading,
@@ -21,6 +22,7 @@ from attune.evaluation.report.tables import (
     overview,
     pairs_table,
     parts_table,
+    people_table,
     scorer_table,
 )
 from attune.evaluation.report.verdict import best_text, differing_versions, verdict
@@ -52,6 +54,11 @@ def _blocks(summary: Summary, figures: Sequence[Picture]) -> Iterator[DocumentBl
     if differing := differing_versions(summary.made_with):
         yield Paragraph(differing)
     yield Paragraph(_LEGEND + (_SELECTED if any(method.selected_by for method in methods) else ""))
+    if summary.people:
+        yield Heading("Scorer: people")
+        yield people_table(summary)
+        yield Paragraph(_PEOPLE)
+        yield from (Paragraph(_changed(found)) for found in summary.people if found.changed)
     yield from figures
     for scorer in summary.scorers:
         yield Heading(f"Scorer: {scorer}")
@@ -76,6 +83,20 @@ def _blocks(summary: Summary, figures: Sequence[Picture]) -> Iterator[DocumentBl
     yield protocol
 
 
+def _changed(found: PeopleComparison) -> str:
+    return (
+        f"{found.run} against {found.other}: {found.changed} answers are about images that have changed since, and are "
+        f"not used; make label A={found.other} B={found.run} asks about the new ones."
+    )
+
+
+_PEOPLE = (
+    "Win rate by people who saw both images of a prompt blinded, in random order; ties, and pairs of which neither was "
+    "acceptable, count half. The interval is a bootstrap over prompts, the p-value an exact two-sided sign test "
+    "over prompts after Holm correction over these rows. Agreement is the share of equal answers: with oneself of "
+    "pairs that were shown a second time, between annotators of pairs that several answered; its 95 % interval is "
+    "Wilson's."
+)
 _LEGEND = (
     "Mean score and, in brackets, the mean paired difference to the base; * p < 0.05, ** p < 0.01, "
     "*** p < 0.001: two-sided Wilcoxon signed-rank over prompts, after Holm correction over all methods and "

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from attune.evaluation.agreement import Agreement
+from attune.evaluation.people import PeopleComparison
 from attune.evaluation.report.document import Cell, Table
-from attune.evaluation.summary import ComparisonEntry, MethodSummary, Summary
+from attune.evaluation.summary import ALPHA, ComparisonEntry, MethodSummary, Summary
 
 
 def overview(summary: Summary) -> Table:
-    """Methods by scorers: mean, difference to the base, marks."""
+    """Methods by scorers: mean, difference to the base, marks; and how often people preferred them, if asked."""
+    people = {name: found for name in summary.methods if (found := summary.people_vs_base(name))}
     rows: list[tuple[Cell | str, ...]] = []
     for name, method in summary.methods.items():
-        rows.append((name, *(_overview_cell(summary, method, scorer) for scorer in summary.scorers)))
-    return Table(("method", *summary.scorers), tuple(rows))
+        cells = [_overview_cell(summary, method, scorer) for scorer in summary.scorers]
+        asked = [_preferred(people[name]) if name in people else ""] if people else []
+        rows.append((name, *cells, *asked))
+    return Table(("method", *summary.scorers, *(["people"] if people else [])), tuple(rows))
 
 
 def _overview_cell(summary: Summary, method: MethodSummary, scorer: str) -> Cell:
@@ -23,7 +28,7 @@ def _overview_cell(summary: Summary, method: MethodSummary, scorer: str) -> Cell
     if scorer not in method.vs_base:
         return Cell(text)
     entry = method.vs_base[scorer]
-    difference = f"({entry.difference:+.{digits}f}){_stars(entry)}"
+    difference = f"({entry.difference:+.{digits}f}){_stars(entry.p_corrected)}"
     return Cell(f"{text} {difference}{not_held_out(method, scorer)}", _tone(entry))
 
 
@@ -43,7 +48,7 @@ def _evidence(entry: ComparisonEntry, digits: int) -> list[Cell | str]:
     low, high = entry.difference_ci95
     mde = entry.minimum_detectable_effect
     return [
-        Cell(f"{entry.difference:+.{digits}f}{_stars(entry)}", _tone(entry)),
+        Cell(f"{entry.difference:+.{digits}f}{_stars(entry.p_corrected)}", _tone(entry)),
         f"{low:+.{digits}f} to {high:+.{digits}f}",
         percent(entry.win_rate),
         f"{100 * entry.ci95[0]:.1f} to {percent(entry.ci95[1])}",
@@ -72,7 +77,7 @@ def pairs_table(summary: Summary) -> Table:
         cells = []
         for scorer in summary.scorers:
             entry, digits = pair.scores[scorer], decimals(summary, scorer)
-            text = f"{entry.difference:+.{digits}f}{_stars(entry)}, {percent(entry.win_rate)}"
+            text = f"{entry.difference:+.{digits}f}{_stars(entry.p_corrected)}, {percent(entry.win_rate)}"
             cells.append(Cell(text, _tone(entry)))
         rows.append((f"{pair.method} against {pair.other}", *cells))
     return Table(("difference, win rate", *summary.scorers), tuple(rows))
@@ -110,6 +115,41 @@ def extremes_table(summary: Summary) -> Table:
     return Table(("method", "difference", "prompt"), rows, prose=True)
 
 
+def people_table(summary: Summary) -> Table:
+    """What people chose, a row per two runs."""
+    rows = []
+    for found in summary.people:
+        low, high = found.ci95
+        asked = found.n_answers > 0
+        rows.append(
+            (
+                f"{found.run} against {found.other}",
+                _preferred(found) if asked else "-",
+                f"{100 * low:.1f} to {percent(high)}" if asked else "-",
+                p_text(found.p_holm).removeprefix("p ").removeprefix("= ") if asked else "-",
+                *(str(n) for n in (found.n_prompts, found.n_answers, found.n_annotators, found.ties, found.both_bad)),
+                *(_agreement(each) for each in (found.with_oneself, found.between)),
+            )
+        )
+    header = ("people", "win rate", "95 % CI", "p (Holm)", "prompts", "answers", "annotators", "ties", "both bad")
+    return Table((*header, "agreement with oneself", "between annotators"), tuple(rows))
+
+
+def _preferred(found: PeopleComparison) -> Cell:
+    """The win rate by people; coloured where test and interval agree that it is not a half."""
+    low, high = found.ci95
+    tone = "" if found.p_holm >= ALPHA else "good" if low > 0.5 else "bad" if high < 0.5 else ""
+    return Cell(percent(found.win_rate) + _stars(found.p_holm), tone)
+
+
+def _agreement(found: Agreement | None) -> str:
+    if found is None:
+        return "-"
+    low, high = found.ci95
+    coefficient = f", {found.measure} {found.coefficient:.2f}" if math.isfinite(found.coefficient) else ""
+    return f"{percent(found.share)} of {found.n_items} ({100 * low:.0f} to {100 * high:.0f} %){coefficient}"
+
+
 def decimals(summary: Summary, scorer: str) -> int:
     """Enough to show differences of a thousandth of the score's size."""
     size = abs(summary.methods[summary.base].scores[scorer].mean)
@@ -140,9 +180,9 @@ def _tone(entry: ComparisonEntry) -> str:
     return {"better": "good", "worse": "bad"}.get(entry.evidence, "")
 
 
-def _stars(entry: ComparisonEntry) -> str:
-    """A star for each level that the corrected p-value is below."""
-    return "*" * sum(entry.p_corrected < level for level in (0.05, 0.01, 0.001))
+def _stars(p: float) -> str:
+    """A star for each level that a corrected p-value is below."""
+    return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
 
 
 def _or_dash(value: float, spec: str) -> str:
