@@ -11,8 +11,8 @@ from attune.files import write_atomically
 from attune.versions import versions
 
 
-def write_run_json(plan: RunPlan, folder: Path) -> None:
-    """Writes run.json: method, every setting, base model, what it starts from, seed and versions.
+def write_run_json(plan: RunPlan, folder: Path) -> dict[str, Any]:
+    """Writes run.json and returns it: method, every setting, base model, what it starts from, seed and versions.
 
     No commit and no date: the same training leaves the same folder, so what comes after it need not run again. MLflow
     has both.
@@ -31,3 +31,4 @@ def write_run_json(plan: RunPlan, folder: Path) -> None:
         "versions": versions(),
     }
     write_atomically(folder / "run.json", (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
+    return known

@@ -1,7 +1,7 @@
 """Paints prompts with a run's model, beside others with the same noise: `python -m attune.stages.sample --run dpo`.
 
-A model is a run of params.yaml, `base`, or an adapter or denoiser: a file, a folder or owner/name@commit. The sampling is
-the report's (`generate.sampling`). It writes one picture, or with --out FOLDER a folder of images for each model.
+A model is a run of params.yaml, `base`, or an adapter or denoiser: a file, a folder or owner/name@commit. The sampling
+is the report's (`generate.sampling`). It writes one picture, or with --out FOLDER a folder of images for each model.
 """
 
 from __future__ import annotations
