@@ -1,4 +1,4 @@
-"""Upload of a folder to the Hugging Face Hub. The token is the one of `hf auth login` or HF_TOKEN, and is never shown."""
+"""Upload of a folder to the Hugging Face Hub. The token is that of `hf auth login` or HF_TOKEN, and is never shown."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A model's card: README.md beside an adapter, as the Hub shows it, with YAML in front.
 
-All text of prompts, names and paths is escaped. The card of a model's folder is a function of its training alone; that of a
-package adds scores, a picture and a commit.
+All text of prompts, names and paths is escaped. The card of a model's folder is a function of its training alone; that
+of a package adds scores, a picture and a commit.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def card(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | 
     """
     front = "\n".join(["---", *_front(made, data), "---"])
     body = render_markdown(f"{made['run']}: {_subject(made)}", list(_blocks(made, data, evidence)))
-    return f"{front}\n\n{body}\n{_loading(made, evidence)}"
+    paper = _paper(made["method"])
+    link = f"\n## Paper\n\nThe method is that of <https://arxiv.org/abs/{paper}>.\n" if paper else ""
+    return f"{front}\n\n{body}\n{_loading(made, evidence)}{link}"
 
 
 def base_license(base: str) -> str | None:
@@ -103,20 +105,21 @@ def _subject(made: Mapping[str, Any]) -> str:
 def _front(made: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
     base, lora = parse(made["base"]["path"]), bool(made["settings"]["lora"])
     if found := base_license(made["base"]["path"]):
-        yield f"license: {_scalar(found)}"
+        yield f"license: {yaml_text(found)}"
     if base.commit is not None:
-        yield f"base_model: {_scalar(base.place)}"
+        yield f"base_model: {yaml_text(base.place)}"
         yield f"base_model_relation: {'adapter' if lora else 'finetune'}"
     yield "library_name: diffusers"
     yield "pipeline_tag: text-to-image"
     if dataset := _dataset(data):
-        yield from ("datasets:", f"- {_scalar(dataset)}")
+        yield from ("datasets:", f"- {yaml_text(dataset)}")
     kind = "stable-diffusion-xl" if made["base"]["backbone"] == "sdxl" else "stable-diffusion"
     tags = ["text-to-image", "diffusers", kind, *(["lora"] if lora else []), "attune", made["method"]]
-    yield from ("tags:", *(f"- {_scalar(tag)}" for tag in tags))
+    paper = _paper(made["method"])
+    yield from ("tags:", *(f"- {yaml_text(tag)}" for tag in tags), *([f"- arxiv:{paper}"] if paper else []))
 
 
-def _scalar(text: str) -> str:
+def yaml_text(text: str) -> str:
     """Text as YAML reads it back: as it is where that is safe, else quoted as JSON, which is YAML too."""
     safe = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
     return text if safe else json.dumps(one_line(text))
@@ -158,7 +161,7 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
     base, lora = made["base"]["path"], made["settings"]["lora"]
     yield "base model", base
     yield "license of the base", base_license(base) or "not known here: look it up before you publish"
-    yield "method", f"{made['method']}{_paper(made['method'])}"
+    yield "method", made["method"]
     if lora:
         targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
         yield "adapter", f"LoRA of rank {lora['rank']} and alpha {lora['rank']} on {targets}"
@@ -176,10 +179,10 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
         yield "packaged at commit", evidence.commit
 
 
-def _paper(method: str) -> str:
-    """The paper that a method's docstring names first."""
+def _paper(method: str) -> str | None:
+    """The number at arXiv of the paper that a method's docstring names first."""
     found = re.search(r"arXiv:(\d{4}\.\d{4,5})", importlib.import_module(f"attune.methods.{method}").__doc__ or "")
-    return f", https://arxiv.org/abs/{found[1]}" if found else ""
+    return found[1] if found else None
 
 
 def _text(value: Any) -> str:
@@ -211,8 +214,8 @@ def _scores(summary: Summary, run: str) -> Iterator[DocumentBlock]:
     yield Heading("Signs of reward hacking")
     yield hacking_table(two)
     yield Paragraph(
-        "Gains are in units of the base's spread over prompts. A large gap between trained and held-out scorers, falling "
-        "diversity, or rising saturation or high-frequency energy are signs that the scorers were exploited."
+        "Gains are in units of the base's spread over prompts. A large gap between trained and held-out scorers, "
+        "falling diversity, or rising saturation or high-frequency energy are signs that the scorers were exploited."
     )
 
 

@@ -63,9 +63,10 @@ def to_kohya(tensors: Mapping[str, Tensor], unet: Mapping[str, Any]) -> dict[str
 
 
 def sgm_name(module: str, unet: Mapping[str, Any]) -> str:
-    """A module of diffusers' SDXL by its name in sgm: `down_blocks.1.attentions.0.proj_in` is `input_blocks.4.1.proj_in`.
+    """A module of diffusers' SDXL by its name in sgm: `down_blocks.1.attentions.0.norm` is `input_blocks.4.1.norm`.
 
-    Blocks are numbered through: one of diffusers has `layers_per_block` layers and a sampler, on the way up one layer more.
+    Blocks are numbered through: one of diffusers has `layers_per_block` layers and a sampler; on the way up, a layer
+    more.
 
     Raises:
         ValueError: there is no such module in SDXL.

@@ -1,7 +1,7 @@
 """A package of a run's model for others to use, and the check that others' programs read it as we do.
 
-A LoRA is written as diffusers and as kohya write it. Each file is loaded into diffusers' own pipeline, which then paints; a
-picture that differs from our own by more than rounding is an error, and nothing is left of the package.
+A LoRA is written as diffusers and as kohya write it. Each file is loaded into diffusers' own pipeline, which then
+paints; a picture that differs from our own by more than rounding is an error, and nothing is left of the package.
 """
 
 from __future__ import annotations

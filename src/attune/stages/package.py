@@ -1,7 +1,7 @@
 """Writes a run's model for others to use: `python -m attune.stages.package --run dpo`.
 
-The package holds a LoRA as diffusers and as kohya write it (ComfyUI, A1111), a card with the scores, and a picture. Each file
-is loaded into diffusers and painted with before the package is called done.
+The package holds a LoRA as diffusers and as kohya write it (ComfyUI, A1111), a card with the scores, and a picture. Each
+file is loaded into diffusers and painted with before the package is called done.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def package(run: str, settings: Settings, out: Path) -> None:
     for check in checks:
         say(str(check))
     if not model.is_lora:
-        say(
-            f"no file for ComfyUI and A1111: kohya's layout holds LoRA alone, and {run} trained every weight (lora: null)"
-        )
+        say(f"no file for ComfyUI and A1111: kohya's layout holds LoRA alone; {run} trained all weights (lora: null)")
     if missing:
         say(missing)
     say(str(out))
