@@ -28,7 +28,7 @@ SGM = {  # from sd-scripts, library/sdxl_model_util.py: make_unet_conversion_map
     "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
     "up_blocks.0.resnets.2.conv_shortcut": "output_blocks.2.0.skip_connection",
     "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
-    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0": "output_blocks.4.1.transformer_blocks.0.attn2.to_out.0",
+    "up_blocks.1.attentions.1.transformer_blocks.0.ff.net.2": "output_blocks.4.1.transformer_blocks.0.ff.net.2",
     "up_blocks.2.resnets.2.conv1": "output_blocks.8.0.in_layers.2",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
@@ -71,7 +71,10 @@ def test_diffusers_paints_the_same_with_kohyas_file(new, pipeline, tmp_path, tar
 
 
 def test_ranks_that_differ_are_kept(new, pipeline, tmp_path):
-    """Convolutions of 3 x 3 and of 1 x 1, linear layers and both embeddings, of ranks 1 to 4."""
+    """Convolutions of 3 x 3 and of 1 x 1, linear layers and embeddings, of ranks 1 to 4.
+
+    With an alpha for each module diffusers paints something else: it loses those of attention.
+    """
     policy = new(adapter=False)
     layers = sorted(lora_ranks(new(targets="all").denoiser))
     add_lora(policy.denoiser, {name: 1 + i % 4 for i, name in enumerate(layers)})
@@ -83,7 +86,8 @@ def test_ranks_that_differ_are_kept(new, pipeline, tmp_path):
     torch.testing.assert_close(drawn_by(pipeline), drawn(policy).clamp(0, 1), rtol=0, atol=1e-5)
     again = new(adapter=False)
     again.load(file)
-    assert same_weights(again, policy)
+    assert lora_ranks(again.denoiser) == lora_ranks(policy.denoiser)
+    torch.testing.assert_close(drawn(again), drawn(policy), rtol=0, atol=1e-5)
     assert read_header(file)["ss_network_dim"] == "4"
 
 

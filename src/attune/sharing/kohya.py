@@ -40,7 +40,10 @@ def is_xl(unet: Mapping[str, Any]) -> bool:
 
 
 def to_kohya(tensors: Mapping[str, Tensor], unet: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A LoRA under kohya's names, with an alpha for each module that equals its rank.
+    """A LoRA under kohya's names, with an alpha for each module.
+
+    The alpha is the largest rank in all modules; where the rank r is lower, B is multiplied by r / alpha. An alpha of
+    its own for each module would mean the same, but diffusers (0.42.1) loses those of attention where they differ.
 
     Args:
         tensors: `unet.<module>.lora_A.weight` (r, ...) and `.lora_B.weight`, scaled so that alpha = r.
@@ -50,15 +53,18 @@ def to_kohya(tensors: Mapping[str, Tensor], unet: Mapping[str, Any]) -> dict[str
         ValueError: a name is not understood.
     """
     found: dict[str, Tensor] = {}
+    alpha = max((len(value) for name, value in tensors.items() if name.endswith(".lora_A.weight")), default=0)
     for key, value in tensors.items():
         module, _, side = key.removeprefix("unet.").partition(".lora_")
         stem = PREFIX + (sgm_name(module, unet) if is_xl(unet) else module).replace(".", "_")
-        half = {"A.weight": "down", "B.weight": "up"}.get(side)
-        if half is None:
+        if side == "A.weight":
+            found[f"{stem}.lora_down.weight"] = value.contiguous()
+            found[f"{stem}.alpha"] = torch.tensor(float(alpha))
+        elif side == "B.weight":
+            rank = value.shape[1]
+            found[f"{stem}.lora_up.weight"] = (value if rank == alpha else value * (rank / alpha)).contiguous()
+        else:
             raise ValueError(f"{key} is no factor of a LoRA")
-        found[f"{stem}.lora_{half}.weight"] = value.contiguous()
-        if half == "down":
-            found[f"{stem}.alpha"] = torch.tensor(float(len(value)))
     return found
 
 
@@ -102,7 +108,7 @@ def header(
     """What the header of kohya's file says: its own keys (`ss_`) and those of Stability's model specification.
 
     Args:
-        ranks: of the modules; where they differ, the alphas of the tensors count and the header gives the largest.
+        ranks: of the modules; the largest is the alpha of all.
         prediction_type: epsilon or v_prediction.
         resolution: pixels.
         made: run.json.
