@@ -37,7 +37,7 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer({})
+        self._answer({}, self.server.refuse or 404)  # nothing is there before it is uploaded
 
     def do_PUT(self) -> None:
         body = self._body()
@@ -50,8 +50,9 @@ class Answer(BaseHTTPRequestHandler):
         if self.server.refuse is not None:
             self._answer({"error": "no"}, self.server.refuse)
         elif self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            self._answer({"url": f"{self.server.address}/{self.server.created[-1]['name']}"})
+            made = json.loads(body)
+            self.server.created.append(made)
+            self._answer({"url": f"{self.server.address}/{made['organization']}/{made['name']}"})
         elif self.path.endswith("/preupload/main"):
             wanted = json.loads(body)["files"]
             modes = [

@@ -38,7 +38,7 @@ def push(project, *words, **env):
     """The command in a process of its own: huggingface_hub reads its environment when it is imported."""
     known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     known |= {"PYTHONPATH": str(ROOT / "src"), "HF_TOKEN": TOKEN, "HF_HOME": str(project / "hf"), "HF_HUB_OFFLINE": "0"}
-    known |= {"HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    known |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", **env}  # the server takes git-lfs alone
     command = [sys.executable, "-m", "attune.stages.push", *words]
     done = subprocess.run(command, cwd=project, env=known, capture_output=True, text=True, timeout=300)
     assert TOKEN not in done.stdout + done.stderr

@@ -7,7 +7,6 @@ Each file is loaded into diffusers and painted with before the package is called
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.files import replaced_folder
 from attune.paths import Paths
+from attune.stages.common import use_threads
 from attune.stages.plan import say
 from attune.stop import stoppable
 from attune.text import message
@@ -34,7 +34,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         settings = load()
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+        use_threads(settings.threads)
         package(given.run, settings, given.out or package_folder(given.run, settings))
     except (
         ConfigError,

@@ -7,7 +7,6 @@ is the report's (`generate.sampling`). It writes one picture, or with --out FOLD
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.paths import Paths
+from attune.stages.common import use_threads
 from attune.stages.plan import say
 from attune.stop import stoppable
 from attune.text import message
@@ -36,7 +36,7 @@ def main() -> None:
         parser.error(f"--seed {given.seed}: at least 0 and below 2^63")
     try:
         settings = load()
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+        use_threads(settings.threads)
         sample(given, settings)
     except (ConfigError, ValueError, OSError) as error:  # what the user can mend: prompts, models, files, the network
         sys.exit(message(f"sample: {error}"))
