@@ -23,6 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # of git-lfs, by SHA-256
         self.files: dict[str, bytes] = {}  # of the one commit
         self.messages: list[str] = []
+        self.is_private = True  # the repository, whatever was asked for
         self.refuse: int | None = None  # the status of every answer
 
     @property
@@ -37,7 +38,10 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer({}, self.server.refuse or 404)  # nothing is there before it is uploaded
+        repo = re.fullmatch(r"/api/models/([^/]+/[^/]+)", self.path)
+        there = repo is not None and bool(self.server.created) and self.server.refuse is None
+        known = {"id": repo[1], "private": self.server.is_private} if repo is not None and there else {}
+        self._answer(known, 200 if there else self.server.refuse or 404)
 
     def do_PUT(self) -> None:
         body = self._body()

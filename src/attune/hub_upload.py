@@ -23,7 +23,7 @@ def upload(folder: Path, repo: str, message: str, private: bool = False) -> str:
 
     Args:
         repo: `owner/name`; it is created where it is not there.
-        private: of a new repository; one that is there stays as it is.
+        private: the repository is for its owner alone; one that is there and public is then refused.
 
     Raises:
         UploadError: no token, no right, no network, or the Hub refuses a file.
@@ -34,7 +34,11 @@ def upload(folder: Path, repo: str, message: str, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="model", private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise UploadError(f"{repo} is there and public; leave out --private, or make it private on the Hub first")
         done = api.upload_folder(repo_id=repo, folder_path=folder, repo_type="model", commit_message=message)
+    except UploadError:
+        raise
     except Exception as error:  # huggingface_hub and its network library have many of their own
         raise UploadError(_reason(error, repo)) from None  # its cause holds the request, with the token
     return str(done.commit_url)

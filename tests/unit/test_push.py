@@ -52,10 +52,18 @@ def test_what_arrives_is_the_package_in_one_commit(project, server):
     here = {str(f.relative_to(package)): f.read_bytes() for f in package.rglob("*") if f.is_file()}
     assert server.files == here
     assert server.messages == ["dpo of profile short, by attune"]
-    assert [(made["name"], made.get("organization"), made.get("private")) for made in server.created] == [
-        ("dpo", "me", True)
+    assert [(made["organization"], made["name"], made["visibility"]) for made in server.created] == [
+        ("me", "dpo", "private")
     ]
     assert f"{server.address}/me/dpo/commit/" in done.stdout
+
+
+def test_what_is_to_be_private_is_not_put_where_all_can_see_it(project, server):
+    server.is_private = False
+    done = push(project, "--run", "dpo", "--repo", "me/dpo", "--private", HF_ENDPOINT=server.address)
+    assert done.returncode == 1
+    assert "me/dpo is there and public" in done.stderr
+    assert not server.files
 
 
 def test_a_dry_run_asks_nobody(project, server):
