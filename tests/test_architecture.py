@@ -19,9 +19,10 @@ SRC = ROOT / "src"
 
 # Top to bottom: a line imports only from lines below it, and modules on one line know nothing of each other.
 LAYERS = (
+    "__main__",
     "stages",
     "inspection",
-    "search | planning",
+    "search | planning | sharing",
     "finetune",
     "build | labelling | tracking",
     "methods | rewards | spm | diffusion.generate",
@@ -33,7 +34,7 @@ LAYERS = (
     "diffusion.lora_scale | interfaces | pretrained",
     "config",
     "weights",
-    "hub",
+    "hub | hub_upload",
     "files | paths | distributed | stop | text | versions",
 )
 # library -> the only places that may import it
@@ -43,18 +44,18 @@ OWNERS = {
     "dvc": (),
     "peft": ("diffusion",),
     "accelerate": ("training",),
-    "argparse": ("stages",),
+    "argparse": ("__main__", "stages"),
     "jinja2": ("inspection",),
     "ruamel": ("config",),
-    "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained"),
-    "huggingface_hub": ("hub",),
+    "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained", "sharing.pipeline"),
+    "huggingface_hub": ("hub", "hub_upload"),
     "fastapi": ("labelling.app",),
     "uvicorn": ("labelling.server",),
-    "jinja2": (),  # FastAPI's templates are Jinja's
     "sqlite3": ("labelling.store", "tracking"),
     "yaml": (),  # PyYAML reads DVC's 1e-05 as a string
 }
 PURE = {"diffusion.process": {"torch"}, "diffusion.losses": {"torch"}}  # all else they need is the standard library
+SHARING = ("sample", "package", "push")
 SLOW = {"transformers", "diffusers", "peft", "accelerate", "mlflow", "optuna"}
 ENVIRONMENT = ("stages.common", "config.plan", "build", "paths", "tracking", "search")  # may read os.environ
 FILE_LINES, FUNCTION_LINES, TEST_LINES = 300, 60, 400
@@ -160,7 +161,9 @@ def test_settings_are_checked_without_slow_libraries():
     assert not found & SLOW
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train_preference", "align", "generate", "evaluate", "report", "sweep"])
+@pytest.mark.parametrize(
+    "stage", ["prepare", "train_preference", "align", "generate", "evaluate", "report", "sweep", *SHARING]
+)
 def test_a_stage_reads_its_plan_before_it_loads_anything_slow(stage):
     assert not loaded_by(f"import attune.stages.{stage}") & SLOW
 

@@ -30,9 +30,9 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def device() -> torch.device:
-    """The GPU if there is one; of several, this process's own."""
+    """The GPU if there is one, CUDA's or Apple's (MPS); of several, this process's own."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if own >= there:
         raise RuntimeError(f"process {own} of this machine has no GPU of its own: the machine has {there}")

@@ -6,8 +6,12 @@ import atexit
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,21 +35,65 @@ def digest(path: Path) -> str:
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Replaces `path` by `data` in one step; a reader, or a crash, sees the old bytes or the new ones."""
+    with replaced_file(path) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def replaced_file(path: str | Path) -> Iterator[Path]:
+    """A file beside `path` for the block to write; it takes the place of `path` once the block has ended well.
+
+    It has the mode of the file it replaces; a new one has the mode that the umask gives, whatever wrote it.
+    """
     path = Path(os.path.realpath(path))  # of a link, what it leads to
     path.parent.mkdir(parents=True, exist_ok=True)
     # beside the target: a rename is atomic only within one file system
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}")
+    beside.touch(0o666, exist_ok=False)
+    mode = stat.S_IMODE((path if path.exists() else beside).stat().st_mode)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield beside
+        with beside.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp's 0600 would lock out whoever serves the report
-        os.chmod(temporary, path.stat().st_mode & 0o7777 if path.exists() else 0o644)
-        os.replace(temporary, path)
+        os.chmod(beside, mode)  # safetensors renames a file of mode 0600 to the name that it is given
+        os.replace(beside, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` for the block to fill; it takes the place of `path` once the block has ended well.
+
+    If it did not end well, nothing is left of it, and what was at `path` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = (path.with_name(f".{path.name[:80]}.{secrets.token_hex(4)}.{word}") for word in ("new", "old"))
+    beside.mkdir()
+    try:
+        yield beside
+        let_umask_decide(beside)
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def let_umask_decide(folder: Path) -> None:
+    """Gives each file below a folder the mode that the umask gives new files; safetensors leaves them at 0600."""
+    probe = folder / f".{secrets.token_hex(4)}"  # the umask itself can only be read by changing it, for all threads
+    probe.touch(0o666, exist_ok=False)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def sqlite_url(file: Path) -> str:

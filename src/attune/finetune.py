@@ -68,10 +68,16 @@ def finetune(
         callbacks=_callbacks(plan, policy, run, config, on_score, samples),
     )
     if policy.shard.is_main_process:
-        policy.save(folder)
+        policy.save(folder, header_of(plan))
     validated = {"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}
     trained_on = read(Session, "session").trained_on.get(plan.run, [])
     return history, {"trained_on": trained_on, "start": start, **validated}
+
+
+def header_of(plan: RunPlan) -> dict[str, str]:
+    """What an adapter's file says of itself. No commit and no date: the same training gives the same bytes."""
+    names = {"run": plan.run, "profile": plan.profile, "method": plan.trained_method.name}
+    return {"base_model": plan.model.path, **names, "trained_with": "attune"}
 
 
 def start_of(plan: RunPlan) -> str | None:
@@ -113,7 +119,7 @@ def validation_scores(
         rows = slice(start, start + sampling.batch_size)
         pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad():
-            scores.append(scorer(pixels, prompts[rows]).double().cpu().numpy())
+            scores.append(scorer(pixels, prompts[rows]).cpu().double().numpy())
     return np.concatenate(scores)
 
 

@@ -1,4 +1,4 @@
-"""Files of weights and their configurations, written by others: told from what lies there instead, and read.
+"""Files of weights and their configurations: told from what others have put in their place, read, and written.
 
 A pickle can run any program when it is read. So weights are safetensors, or pickles of which only tensors and plain
 containers are read (`weights_only`, and torch >= 2.10 for CVE-2026-24747). Weights that are not finite are refused.
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attune.files import replaced_file
 from attune.hub import Source
 
 if TYPE_CHECKING:
@@ -157,3 +158,41 @@ def count_parameters(folder: Path) -> int:
         with safe_open(file, "pt") as opened:
             total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     return total
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, header: Mapping[str, str] | None = None) -> None:
+    """Writes a `.safetensors` file, whole or not at all: the same tensors and header give the same bytes.
+
+    Args:
+        header: texts for the file's header, beside `format: pt`, which diffusers and transformers ask for.
+    """
+    from safetensors.torch import save_file
+
+    with replaced_file(file) as beside:
+        save_file(dict(tensors), beside, metadata={"format": "pt", **(header or {})})
+        _sort_header(beside)
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """The texts in the header of a `.safetensors` file. Raises ValueError if it is none."""
+    from safetensors import safe_open
+
+    check_weights_files([file])
+    with safe_open(file, "pt") as opened:
+        return dict(sorted((opened.metadata() or {}).items()))
+
+
+def _sort_header(file: Path) -> None:
+    """Puts the texts of a header in order: safetensors writes them in another order in every process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{file}: the header of {size} bytes has no room for {len(text)}")
+        opened.seek(8)
+        opened.write(text.ljust(size))

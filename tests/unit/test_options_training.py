@@ -199,14 +199,15 @@ def test_a_process_that_does_not_write_reads_and_removes_nothing(tmp_path):
     assert reader.file.exists()
 
 
-def test_a_file_is_written_for_everybody_to_read(tmp_path):
-    """0644, whatever the umask; and nothing of the temporary file is left."""
-    before = os.umask(0o077)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_is_written_for_those_whom_the_umask_lets_read(tmp_path, umask, mode):
+    """And nothing of the temporary file is left."""
+    before = os.umask(umask)
     try:
         write_atomically(tmp_path / "report.html", b"x")
     finally:
         os.umask(before)
-    assert stat.S_IMODE(os.stat(tmp_path / "report.html").st_mode) == 0o644
+    assert stat.S_IMODE(os.stat(tmp_path / "report.html").st_mode) == mode
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from attune.clip.model import check_activation, text_config, vision_config
 from attune.pretrained import build_with, misfit
-from attune.weights import read_json, read_tensors
+from attune.weights import read_json, read_tensors, save_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -203,6 +202,6 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 
 def save_open_clip(model: CLIPModel, file: Path) -> None:
     """Writes `file` (.safetensors) and its layout (.json), as `load_open_clip` reads them."""
-    save_file(to_open_clip(model), file, metadata={"format": "pt"})
+    save_tensors(to_open_clip(model), file)
     text = json.dumps(layout_of(model.config), indent=2) + "\n"
     file.with_suffix(".json").write_text(text, encoding="utf-8")

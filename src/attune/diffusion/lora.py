@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from attune.diffusion.lora_files import checked_ranks, read_lora
-from attune.weights import check_finite
+from attune.diffusion.lora_files import ADAPTER_FILE, checked_ranks, read_lora
+from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -83,15 +82,21 @@ def load_lora(denoiser: Denoiser, file: Path, may_be_zero: bool = False) -> None
     set_peft_model_state_dict(denoiser, weights)
 
 
-def save_lora(denoiser: nn.Module, folder: Path) -> None:
+def save_lora(denoiser: nn.Module, folder: Path, header: Mapping[str, str]) -> None:
     """Writes the network's adapter as diffusers reads it (`load_lora_weights`), under peft's names.
 
     diffusers' own converter would rename attention only, and its reader, which tells the format by the first name
-    in the file, would then leave the attention out.
+    in the file, would then leave the attention out. Its `lora_adapter_metadata` is left out: with alpha = rank it
+    tells nothing that the tensors do not, and diffusers gives every key of it to peft.
+
+    Args:
+        header: texts for the file's header, besides rank and alpha.
 
     Raises:
         ValueError: a weight is not finite; nothing is written.
     """
-    weights = {name: value.contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
+    weights = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
     check_finite(weights, f"{folder} was not saved")
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, weights)
+    ranks = set(lora_ranks(denoiser).values())
+    rank = str(*ranks) if len(ranks) == 1 else "dynamic"  # as kohya's `resize_lora` says that it differs
+    save_tensors(weights, folder / ADAPTER_FILE, {**header, "lora_rank": rank, "lora_alpha": rank})

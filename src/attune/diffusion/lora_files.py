@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from attune.diffusion.lora_scale import PEFT_CONFIG, PEFT_FILE, claims, scales
+from attune.files import digest
 from attune.hub import Source, fetch_file, fetch_folder, parse
 from attune.pretrained import load_pretrained, weight_files
 from attune.weights import check_finite, read_json, read_tensors
@@ -71,6 +72,14 @@ def locate(text: str | Path) -> Path:
     pickled = sorted(file.name for file in path.rglob("*") if file.suffix in PICKLES)
     but = f", and pickles such as {pickled[0]} are never read" if pickled else ""
     raise FileNotFoundError(f"{source}: neither a LoRA nor a denoiser in safetensors here{but}")
+
+
+def model_identity(text: str | Path) -> str:
+    """What tells an adapter or a denoiser from any other: the digest of its weights, wherever they lie.
+
+    Raises: as `locate`.
+    """
+    return digest(locate(text))
 
 
 def _fetched(source: Source) -> Path:

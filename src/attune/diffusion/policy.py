@@ -8,7 +8,7 @@ adapter, the reference is another network: copies of the trainable weights, arou
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from attune.config.settings import Lora
 from attune.diffusion.lora import add_lora, load_lora, lora_ranks, save_lora, target_modules, unload_lora
 from attune.diffusion.lora_files import locate, read_denoiser
 from attune.distributed import Shard
+from attune.files import let_umask_decide
 from attune.interfaces import Backbone, Conditioning
 from attune.weights import check_finite
 
@@ -137,17 +138,21 @@ class Policy:
         else:
             self.snapshot_reference()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, header: Mapping[str, str] | None = None) -> None:
         """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`.
+
+        Args:
+            header: what a LoRA's file says of itself, see `weights.save_tensors`.
 
         Raises:
             ValueError: a weight is not finite; nothing is written.
         """
         if lora_ranks(self.denoiser):
-            save_lora(self.denoiser, folder)
+            save_lora(self.denoiser, folder, header or {})
         else:
             check_finite(self.denoiser.state_dict(), f"{folder} was not saved")
             self.denoiser.save_pretrained(folder / "unet")
+            let_umask_decide(folder / "unet")
 
     def load(self, source: Path | str, may_be_zero: bool = False) -> None:
         """Replaces the adapter, if there is one, by what a file or folder holds; rank and targets are read from it.

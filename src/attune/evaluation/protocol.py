@@ -25,6 +25,7 @@ from attune.files import values_sha, write_atomically
 from attune.hub import identity, parse
 
 _METADATA_KEY, _MADE_WITH_KEY = b"attune.protocol", b"attune.made_with"
+MODEL = "model"  # in `made_with` of images: what tells the model that painted them from any other
 KEY_COLUMNS = ("prompt", "ordinal", "file")
 """What identifies an image in a score table; every other column is a score."""
 SCORER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

@@ -119,7 +119,7 @@ def _score(
         rows = frame.iloc[start : start + BATCH_SIZE]
         pixels, prompts = read_pixels(folder, rows["file"]), rows["prompt"].tolist()
         with torch.no_grad():
-            found = {name: scorer(pixels, prompts).double().numpy()}
+            found = {name: scorer(pixels, prompts).cpu().double().numpy()}
         if isinstance(scorer, ExplainedReward):
             found |= {f"{name}.{part}": values for part, values in scorer.parts(pixels, prompts).items()}
         for column, values in found.items():

@@ -1,8 +1,8 @@
 """Diffusion-KTO: raise the utility of liked images, lower that of disliked ones, each image by itself.
 
 No pair is needed, and there may be more likes than dislikes: an image's implicit reward is compared with a reference
-point, the mean over its batch, through a utility that saturates for great gains and losses (Kahneman and Tversky's model
-of people). A pair counts as two images: the chosen one is liked, the rejected one disliked. Each image has its own
+point, the mean over its batch, through a utility that saturates for great gains and losses (Kahneman and Tversky's
+model of people). A pair counts as two images: the chosen one is liked, the rejected one disliked. Each image has its own
 timestep, noise and caption dropout.
 
 Source: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv:2404.04465; authors' code:

@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -31,7 +30,7 @@ from attune.clip.model import TextFeatures, full_precision, image_size, load_mod
 from attune.clip.pixels import normalise, rounded_crop
 from attune.hub import fetch_folder, parse
 from attune.pretrained import build_with, misfit
-from attune.weights import read_json, read_tensors
+from attune.weights import read_json, read_tensors, save_tensors
 
 FREQUENCIES = 256  # width of the sinusoidal embedding
 WEIGHTS, CONFIG, TOKENIZER_CONFIG = "model.safetensors", "config.json", "tokenizer_config.json"
@@ -242,7 +241,7 @@ def save(model: StepAwareCLIP, tokenizer: CLIPTokenizer, folder: str | Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     # clones, because safetensors refuses tensors that share storage
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     # every value, defaults too: a default activation that changes would change scores silently
     model.model.config.to_json_file(folder / CONFIG, use_diff=False)
     _save_tokenizer(tokenizer, folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attune.config.plan import RunPlan
+from attune.config.plan import PreparePlan, RunPlan, read
+from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import checkpoint_of, is_main_process, launch, planned, remember_run, stage
 from attune.stop import stoppable
@@ -36,12 +37,17 @@ def main() -> None:
 
 
 def write(plan: RunPlan, history: list[dict[str, float]], facts: dict[str, Any]) -> None:
-    """Writes run.json beside the model, and the training's curves and facts."""
+    """Writes run.json and a card beside the model, and the training's curves and facts."""
+    from attune.sharing.card import card
     from attune.stages.history import write_history
     from attune.stages.run_json import write_run_json
 
     paths = Paths(plan.profile)
-    write_run_json(plan, paths.model(plan.run))
+    made = write_run_json(plan, paths.model(plan.run))
+    if plan.method is not None:
+        source = read(PreparePlan, "prepare").source
+        text = card(made, {"source": source.name, **source.settings})
+        write_atomically(paths.model(plan.run) / "README.md", text.encode())
     write_history(paths.training(plan.run), history, facts)
 
 

@@ -85,10 +85,15 @@ def planned(kind: type[P], stage: str) -> P:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
         plan = read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
-        os.environ.setdefault("OMP_NUM_THREADS", str(read(Session, "session").threads))
+        use_threads(read(Session, "session").threads)
         return plan
     except PlanError as error:
         sys.exit(str(error))
+
+
+def use_threads(threads: int) -> None:
+    """Sets the number of CPU threads, which torch reads when it is imported; the environment's own wins."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def launch(module: str) -> None:

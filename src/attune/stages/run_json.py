@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,12 @@ from attune.files import write_atomically
 from attune.versions import versions
 
 
-def write_run_json(plan: RunPlan, folder: Path) -> None:
-    """Writes run.json: method, every setting, base model, what it starts from, seed, commit and versions."""
+def write_run_json(plan: RunPlan, folder: Path) -> dict[str, Any]:
+    """Writes run.json and returns it: method, every setting, base model, what it starts from, seed and versions.
+
+    No commit and no date: the same training leaves the same folder, so what comes after it need not run again. MLflow
+    has both.
+    """
     known: dict[str, Any] = {
         "run": plan.run,
         "profile": plan.profile,
@@ -26,19 +28,7 @@ def write_run_json(plan: RunPlan, folder: Path) -> None:
         "trained_on": read(Session, "session").trained_on.get(plan.run, []),
         "seed": plan.seed,
         "files": dict(plan.files),
-        "commit": commit(),
         "versions": versions(),
     }
     write_atomically(folder / "run.json", (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def commit() -> str | None:
-    """The checked-out commit, with `+` behind it where src has uncommitted changes; None without git."""
-    with suppress(OSError, subprocess.SubprocessError):
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--", "src") else "")
-    return None
-
-
-def _git(*words: str) -> str:
-    command = ["git", "--no-optional-locks", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return known

@@ -1,4 +1,4 @@
-"""A grid of images: one row per prompt, one column per method, each image from the same noise."""
+"""A grid of images: one row per prompt, one or more columns per method, each image from the same noise."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ _LEADING = 21
 
 
 def image_grid(
-    images: Mapping[str, Any], prompts: Sequence[str], scores: Mapping[str, Sequence[float]] | None = None
+    images: Mapping[str, Any],
+    prompts: Sequence[str],
+    scores: Mapping[str, Sequence[float]] | None = None,
+    per_prompt: int = 1,
 ) -> Image.Image:
-    """A table of images: a row per prompt, labelled with it, and a column per method.
+    """A table of images: a row per prompt, labelled with it, and for each method `per_prompt` columns side by side.
 
     Args:
-        images: method -> B square images of one size: (B, H, H, 3) uint8 or float in [0, 1], or PIL images.
+        images: method -> B * per_prompt square images of one size, those of a prompt one after the other:
+            (..., H, H, 3) uint8 or float in [0, 1], or PIL images.
         prompts: B prompts, the rows' labels.
-        scores: method -> B scores to print under its images, or None.
+        scores: method -> B * per_prompt scores to print under its images, or None.
 
     Returns:
         An RGB picture. Small images are enlarged by a whole factor without smoothing, so that each of their
@@ -36,24 +40,27 @@ def image_grid(
     Raises:
         ValueError: no images, counts that differ, or images outside [0, 1].
     """
-    columns = {name: _pixels(name, column, len(prompts)) for name, column in images.items()}
-    if not columns or not prompts:
+    methods = {name: _pixels(name, column, len(prompts) * per_prompt) for name, column in images.items()}
+    if not methods or not prompts:
         raise ValueError("an image grid needs at least one method and one prompt")
-    size = _cell_size(next(iter(columns.values())).shape[1])
+    size = _cell_size(next(iter(methods.values())).shape[1])
     row_height = size + _GAP + (_FOOT if scores else 0)
-    width = 2 * _MARGIN + _LABEL + len(columns) * (size + _GAP) - _GAP
+    group = per_prompt * (size + _GAP) - _GAP
+    between = _GAP if per_prompt == 1 else 3 * _GAP
+    width = 2 * _MARGIN + _LABEL + len(methods) * (group + between) - between
     canvas = Image.new("RGB", (width, 2 * _MARGIN + _HEADER + len(prompts) * row_height - _GAP), "white")
     draw, header = ImageDraw.Draw(canvas), _font(17, bold=True)
     for row, prompt in enumerate(prompts):
         _write_label(draw, prompt, _MARGIN + _HEADER + row * row_height, size)
-    for column, (name, pixels) in enumerate(columns.items()):
-        x = _MARGIN + _LABEL + column * (size + _GAP)
-        draw.text((x, _MARGIN), _fit(one_line(name), size, header), INK, header)
-        for row, image in enumerate(pixels):
-            y = _MARGIN + _HEADER + row * row_height
+    for number, (name, pixels) in enumerate(methods.items()):
+        left = _MARGIN + _LABEL + number * (group + between)
+        draw.text((left, _MARGIN), _fit(one_line(name), group, header), INK, header)
+        for i, image in enumerate(pixels):
+            row, column = divmod(i, per_prompt)
+            x, y = left + column * (size + _GAP), _MARGIN + _HEADER + row * row_height
             canvas.paste(_scaled(image, size), (x, y))
             if scores and name in scores:
-                draw.text((x, y + size + 3), f"{scores[name][row]:#.3g}", SOFT, _font(14))
+                draw.text((x, y + size + 3), f"{scores[name][i]:#.3g}", SOFT, _font(14))
     return canvas
 
 

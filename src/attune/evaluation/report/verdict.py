@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from attune.evaluation.protocol import MODEL
 from attune.evaluation.report.document import DocumentBlock, Items, Paragraph
 from attune.evaluation.report.tables import decimals, not_held_out, p_text, percent
 from attune.evaluation.summary import Best, Evidence, MethodSummary, Summary
@@ -34,7 +35,7 @@ def best_text(summary: Summary, best: Best) -> str:
 
 def differing_versions(made_with: Mapping[str, Mapping[str, str]]) -> str:
     """A warning where methods were not painted and scored by the same versions on the same device; else nothing."""
-    names = sorted({name for found in made_with.values() for name in found})
+    names = sorted({name for found in made_with.values() for name in found} - {f"generate.{MODEL}"})
     differing = [name for name in names if len({found.get(name) for found in made_with.values()}) > 1]
     listed = (f"{name} ({', '.join(f'{m}: {v.get(name)}' for m, v in made_with.items())})" for name in differing)
     if not differing:

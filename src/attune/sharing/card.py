@@ -1,0 +1,267 @@
+"""A model's card: README.md beside an adapter, as the Hub shows it, with YAML in front.
+
+All text of prompts, names and paths is escaped. The card of a model's folder is a function of its training alone; that
+of a package adds scores, a picture and a commit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attune.config import plugins
+from attune.evaluation.report.document import (
+    DocumentBlock,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+    one_line,
+    render_markdown,
+)
+from attune.evaluation.report.tables import decimals, hacking_table, not_held_out, p_text, percent
+from attune.evaluation.report.verdict import verdict
+from attune.evaluation.summary import Summary
+from attune.hub import parse
+
+LICENSES = {  # of published base models, as their own cards name it
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
+_WORDS = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}  # that YAML would not read as text
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a package knows beyond the training."""
+
+    summary: Summary | None  # None: there are no scores of this very model
+    missing: str  # why there are none; empty if there are
+    commit: str | None
+    sampling: Mapping[str, Any]
+    picture: str = "samples.png"
+
+
+def card(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | None = None) -> str:
+    """The card as Markdown.
+
+    Args:
+        made: run.json.
+        data: `source` and its settings.
+        evidence: of a package; None for the card beside a model that has just been trained.
+    """
+    front = "\n".join(["---", *_front(made, data), "---"])
+    body = render_markdown(f"{made['run']}: {_subject(made)}", list(_blocks(made, data, evidence)))
+    paper = _paper(made["method"])
+    link = f"\n## Paper\n\nThe method is that of <https://arxiv.org/abs/{paper}>.\n" if paper else ""
+    return f"{front}\n\n{body}\n{_loading(made, evidence)}{link}"
+
+
+def base_license(base: str) -> str | None:
+    """The licence of a base model: of a published one, or what the card beside a local one says; None: not known."""
+    source = parse(base)
+    if source.commit is not None:
+        return LICENSES.get(source.place)
+    for folder in (Path(source.place), Path(source.place).parent):
+        file = folder / "README.md"
+        if file.is_file() and (found := re.match(r"---\n(?:.*\n)*?license: *(\S+)", file.read_text("utf-8")[:4000])):
+            return found[1].strip("'\"")
+    return None
+
+
+def changed_settings(made: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings of the method that are not its defaults: dotted key, value, default."""
+    defaults = plugins.config_class("methods", made["method"])().model_dump(mode="json")
+    default, given = _flat(defaults), _flat(made["settings"])
+    return [(key, value, default.get(key)) for key, value in given.items() if value != default.get(key)]
+
+
+def _flat(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
+    return found
+
+
+def _subject(made: Mapping[str, Any]) -> str:
+    what = "LoRA" if made["settings"]["lora"] else "fine-tuned denoiser"
+    return f"a {what} of {parse(made['base']['path']).place}"
+
+
+# ---------------------------------------------------------------- the front
+
+
+def _front(made: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    base, lora = parse(made["base"]["path"]), bool(made["settings"]["lora"])
+    if found := base_license(made["base"]["path"]):
+        yield f"license: {yaml_text(found)}"
+    if base.commit is not None:
+        yield f"base_model: {yaml_text(base.place)}"
+        yield f"base_model_relation: {'adapter' if lora else 'finetune'}"
+    yield "library_name: diffusers"
+    yield "pipeline_tag: text-to-image"
+    if dataset := _dataset(data):
+        yield from ("datasets:", f"- {yaml_text(dataset)}")
+    kind = "stable-diffusion-xl" if made["base"]["backbone"] == "sdxl" else "stable-diffusion"
+    tags = ["text-to-image", "diffusers", kind, *(["lora"] if lora else []), "attune", made["method"]]
+    paper = _paper(made["method"])
+    yield from ("tags:", *(f"- {yaml_text(tag)}" for tag in tags), *([f"- arxiv:{paper}"] if paper else []))
+
+
+def yaml_text(text: str) -> str:
+    """Text as YAML reads it back: as it is where that is safe, else quoted as JSON, which is YAML too."""
+    safe = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
+    return text if safe else json.dumps(one_line(text))
+
+
+def _dataset(data: Mapping[str, Any]) -> str | None:
+    """The data set's id, if it is on the Hub."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@[0-9a-f]{40}", str(data.get("path")))
+    return found[1] if found else None
+
+
+# ---------------------------------------------------------------- the body
+
+
+def _blocks(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | None) -> Iterator[DocumentBlock]:
+    yield Items(tuple(_facts(made, data, evidence)))
+    yield Heading("Training")
+    if changed := changed_settings(made):
+        yield Paragraph("Settings that are not the method's defaults, which are the paper's:")
+        yield Table(("setting", "here", "default"), tuple((k, _text(v), _text(d)) for k, v, d in changed), prose=True)
+    else:
+        yield Paragraph("All settings are the method's defaults, which are the paper's.")
+    yield Heading("Evaluation")
+    if evidence is None:
+        reports = f"reports/{made['profile']}"
+        yield Paragraph(f"Scores are in {reports}/report.md and {reports}/summary.json of the repository.")
+        return
+    if evidence.summary is None:
+        yield Paragraph(evidence.missing)
+    else:
+        yield from _scores(evidence.summary, made["run"])
+    sampling = ", ".join(f"{key} {value}" for key, value in evidence.sampling.items() if key != "batch_size")
+    yield Heading("Samples")
+    yield Paragraph(f"The same prompts and noise for the base and for {made['run']}; DDIM, {sampling}.")
+    yield Picture("base and tuned", evidence.picture, b"")
+
+
+def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | None) -> Iterator[tuple[str, str]]:
+    base, lora = made["base"]["path"], made["settings"]["lora"]
+    yield "base model", base
+    yield "license of the base", base_license(base) or "not known here: look it up before you publish"
+    yield "method", made["method"]
+    if lora:
+        targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
+        yield "adapter", f"LoRA of rank {lora['rank']} and alpha {lora['rank']} on {targets}"
+    else:
+        yield "trained", "all weights of the denoiser"
+    if start := made["starts_from"] or made["settings"].get("start"):
+        yield "starts from", str(start)
+    where = f", {data['path']}" if data.get("path") else ""
+    yield "data", f"{data['source']}{where}"
+    said = data.get("license") or ("made by the program itself" if data["source"] == "world" else None)
+    yield "license of the data", str(said or "not in the settings: look it up before you publish")
+    yield "trained on the opinion of", ", ".join(made["trained_on"]) or "no scorer"
+    yield "seed", str(made["seed"])
+    if evidence is not None and evidence.commit is not None:
+        yield "packaged at commit", evidence.commit
+
+
+def _paper(method: str) -> str | None:
+    """The number at arXiv of the paper that a method's docstring names first."""
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", importlib.import_module(f"attune.methods.{method}").__doc__ or "")
+    return found[1] if found else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _scores(summary: Summary, run: str) -> Iterator[DocumentBlock]:
+    """Verdict, table and signs of reward hacking of one run; p-values stay corrected for all that were compared."""
+    two = replace(summary, methods={name: summary.methods[name] for name in (summary.base, run)}, pairs=(), best=None)
+    yield verdict(two)
+    rows = []
+    for scorer in summary.scorers:
+        digits, entry = decimals(summary, scorer), summary.methods[run].vs_base[scorer]
+        means = [f"{summary.methods[name].scores[scorer].mean:.{digits}f}" for name in (summary.base, run)]
+        low, high = entry.difference_ci95
+        rows.append(
+            (
+                scorer + not_held_out(summary.methods[run], scorer),
+                *means,
+                f"{entry.difference:+.{digits}f}",
+                f"{low:+.{digits}f} to {high:+.{digits}f}",
+                percent(entry.win_rate),
+                f"{100 * entry.ci95[0]:.1f} to {percent(entry.ci95[1])}",
+                p_text(entry.p_corrected).removeprefix("p ").removeprefix("= "),
+            )
+        )
+    yield Table(("scorer", summary.base, run, "difference", "95 % CI", "win rate", "95 % CI", "p (Holm)"), tuple(rows))
+    yield Paragraph(f"Protocol {summary.protocol.describe()}", quiet=True)
+    yield Heading("Signs of reward hacking")
+    yield hacking_table(two)
+    yield Paragraph(
+        "Gains are in units of the base's spread over prompts. A large gap between trained and held-out scorers, "
+        "falling diversity, or rising saturation or high-frequency energy are signs that the scorers were exploited."
+    )
+
+
+# ---------------------------------------------------------------- how to load it
+
+
+def _loading(made: Mapping[str, Any], evidence: Evidence | None) -> str:
+    base, run, lora = parse(made["base"]["path"]), made["run"], bool(made["settings"]["lora"])
+    pipeline = PIPELINES.get(made["base"]["backbone"], "DiffusionPipeline")
+    revision = f', revision="{base.commit}"' if base.commit else ""
+    steps = {key: evidence.sampling[key] for key in ("steps", "guidance_scale")} if evidence else {}
+    options = f", num_inference_steps={steps['steps']}, guidance_scale={steps['guidance_scale']}" if steps else ""
+    packaged = evidence is not None
+    load = [
+        'folder = "."  # this folder, or the id of the repository it was uploaded to',
+        f"pipeline.load_lora_weights(folder{', subfolder=' + _quoted('diffusers') if packaged else ''}, "
+        'weight_name="pytorch_lora_weights.safetensors")',
+    ]
+    if not lora:
+        load = [
+            'folder = "."  # this folder, or the id of the repository it was uploaded to',
+            'pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")',
+        ]
+    code = [
+        f"from diffusers import DDIMScheduler, {pipeline}{'' if lora else ', UNet2DConditionModel'}",
+        "",
+        f"pipeline = {pipeline}.from_pretrained({_quoted(base.place)}{revision})",
+        *load,
+        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)",
+        f'image = pipeline("a prompt"{options}).images[0]',
+    ]
+    return "\n".join(["## How to load it", "", "```python", *code, "```", "", *_elsewhere(run, lora, packaged), ""])
+
+
+def _quoted(text: str) -> str:
+    """A string of Python that cannot end the block of code it stands in."""
+    return json.dumps(one_line(text)).replace("`", "\\x60")
+
+
+def _elsewhere(run: str, lora: bool, packaged: bool) -> Sequence[str]:
+    if not lora:
+        return ["ComfyUI and A1111 read single checkpoints; this is a denoiser in diffusers' layout."]
+    file = f"`{run}.safetensors`"
+    made = "" if packaged else f" (`python -m attune.stages.package --run {run}` writes it)"
+    return [
+        f"ComfyUI: put {file}{made} into `models/loras` and load it with the node Load LoRA, strength 1.",
+        "",
+        f"A1111: put {file} into `models/Lora` and write `<lora:{run}:1>` into the prompt.",
+    ]

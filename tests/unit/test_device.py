@@ -1,0 +1,18 @@
+"""Which device is chosen. That Apple's works can only be tried on such a machine."""
+
+import pytest
+import torch
+
+from attune.build import device
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_the_gpu_is_used_where_there_is_one(monkeypatch, cuda, mps, chosen):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert device() == torch.device(chosen)
