@@ -2,8 +2,8 @@
 
 No pair is needed, and there may be more likes than dislikes: an image's implicit reward is compared with a reference
 point, the mean over its batch, through a utility that saturates for great gains and losses (Kahneman and Tversky's
-model of people). A pair counts as two images: the chosen one is liked, the rejected one disliked. Each image has its own
-timestep, noise and caption dropout.
+model of people). A pair counts as two images, of which the chosen one is liked and the rejected one disliked. Each
+image has its own timestep, noise and caption dropout.
 
 Source: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv:2404.04465; authors' code:
 train_kto_sd_v1.5.py, jacklishufan/diffusion-kto, whose beta has no factor 1/2. Differences: docs/methods/kto.md.
