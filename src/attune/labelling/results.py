@@ -30,8 +30,8 @@ def result_lines(answers: Sequence[Answer], a: str, b: str) -> Iterator[str]:
         return
     counts = {word: sum(each.answer == word and not each.repeat for each in answers) for word in ("a", "b")}
     yield (
-        f"{found.n_answers} answers of {found.n_annotators} annotators about {found.n_pairs} pairs: {b} {counts['b']}, "
-        f"{a} {counts['a']}, ties {found.ties}, neither acceptable {found.both_bad}."
+        f"{found.n_answers} answers about {found.n_pairs} pairs, annotators: {found.n_annotators}. "
+        f"{b} {counts['b']}, {a} {counts['a']}, ties {found.ties}, both bad {found.both_bad}."
     )
     low, high = found.ci95
     yield (
