@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attune.build import device
+from attune.planning.problems import machine
 
 
 @pytest.mark.parametrize(
@@ -16,3 +17,10 @@ def test_the_gpu_is_used_where_there_is_one(monkeypatch, cuda, mps, chosen):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert device() == torch.device(chosen)
+
+
+def test_apples_gpu_counts_as_one_with_the_machines_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    here = machine()
+    assert (here.gpus, here.gpu_bytes) == (1, here.ram_bytes)

@@ -72,7 +72,8 @@ def versions_and_device() -> dict[str, str]:
     """What computes here: the libraries, and the GPU if there is one."""
     import torch
 
-    return {**versions(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    without_cuda = "mps" if torch.backends.mps.is_available() else "cpu"
+    return {**versions(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else without_cuda}
 
 
 def score_images(folder: Path, scorers: Mapping[str, Callable[[], Reward]]) -> tuple[pd.DataFrame, np.ndarray]:

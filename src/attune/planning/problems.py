@@ -41,9 +41,11 @@ def machine() -> Machine:
     import psutil
     import torch
 
-    gpus = torch.cuda.device_count()
-    memory = [torch.cuda.get_device_properties(i).total_memory for i in range(gpus)]
-    return Machine(gpus, min(memory, default=0), psutil.virtual_memory().total, shutil.disk_usage(".").free)
+    ram = psutil.virtual_memory().total
+    memory = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    if not memory and torch.backends.mps.is_available():
+        memory = [ram]  # Apple's GPU shares it
+    return Machine(len(memory), min(memory, default=0), ram, shutil.disk_usage(".").free)
 
 
 def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[str]:

@@ -73,6 +73,6 @@ def read_unet(folder: Path) -> Any:
 
 def _betas(alphas_cumprod: Tensor) -> Any:
     """The schedule that has these products: beta_t = 1 - a_t / a_(t-1)."""
-    products = alphas_cumprod.double().cpu()
+    products = alphas_cumprod.cpu().double()
     before = torch.cat([torch.ones(1, dtype=torch.float64), products[:-1]])
     return (1 - products / before).numpy()

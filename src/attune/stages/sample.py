@@ -38,7 +38,7 @@ def main() -> None:
         settings = load()
         use_threads(settings.threads)
         sample(given, settings)
-    except (ConfigError, ValueError, OSError) as error:  # what the user can mend: prompts, models, files, the network
+    except (ConfigError, ValueError, OSError, RuntimeError) as error:  # prompts, models, files, memory, images of NaN
         sys.exit(message(f"sample: {error}"))
 
 

@@ -151,7 +151,7 @@ def init_distributed(shard: Shard) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
-        cpu=not torch.cuda.is_available(),
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     if accelerator.num_processes != shard.world_size:
