@@ -43,7 +43,9 @@ def main() -> None:
     write_thumbs(FOLDER / "thumbs", prompts[PAIRS:], first[PAIRS:], scores[0][PAIRS:])
 
 
-def write_pairs(folder: Path, prompts: list[str], images: tuple[np.ndarray, np.ndarray], scores: list[np.ndarray]) -> None:
+def write_pairs(
+    folder: Path, prompts: list[str], images: tuple[np.ndarray, np.ndarray], scores: list[np.ndarray]
+) -> None:
     """chosen/, rejected/ and captions.json."""
     shutil.rmtree(folder, ignore_errors=True)
     for i in range(len(prompts)):

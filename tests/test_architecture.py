@@ -57,7 +57,15 @@ OWNERS = {
 PURE = {"diffusion.process": {"torch"}, "diffusion.losses": {"torch"}}  # all else they need is the standard library
 SHARING = ("sample", "package", "push")
 SLOW = {"transformers", "diffusers", "peft", "accelerate", "mlflow", "optuna"}
-ENVIRONMENT = ("__main__", "stages.common", "config.plan", "build", "paths", "tracking", "search")  # may read os.environ
+ENVIRONMENT = (
+    "__main__",
+    "stages.common",
+    "config.plan",
+    "build",
+    "paths",
+    "tracking",
+    "search",
+)  # may read os.environ
 FILE_LINES, FUNCTION_LINES, TEST_LINES = 300, 60, 400
 
 
