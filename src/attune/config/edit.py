@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from attune.config.resolve import merged, read_yaml
 from attune.config.schema import ConfigError
@@ -69,9 +70,18 @@ def replace_blocks(blocks: Mapping[str, Any], path: Path | str, to: Path | str |
         lines[start:end] = [] if value is None else [_dumped({key: value})]
     changed, wanted = "".join(lines), read_yaml(path)
     wanted = {key: value for key, value in (wanted | dict(blocks)).items() if blocks.get(key, value) is not None}
-    if YAML(typ="safe").load(changed) != YAML(typ="safe").load(_dumped(wanted)):
+    if not _says(changed, wanted):
         raise ConfigError(f"{path}: {', '.join(blocks)}: write each of these as a block of its own, from the margin on")
     _write_like(Path(to or path), changed, text, encoding)
+
+
+def _says(text: str, wanted: Mapping[str, Any]) -> bool:
+    """Whether a text is YAML of these values."""
+    yaml = YAML(typ="safe")
+    try:
+        return yaml.load(text) == yaml.load(_dumped(wanted))
+    except YAMLError:
+        return False
 
 
 def _place(lines: list[str], key: str) -> tuple[int, int]:
