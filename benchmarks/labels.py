@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     began, home = time.monotonic(), Path(tempfile.mkdtemp(prefix="labels-"))
-    copy_repository(home, {"data": TABLE, "preference.ai_feedback": None, "seed": words.seed}, RUNS)
+    copy_repository(home, {"data": TABLE, "search": {}, "seed": words.seed}, RUNS)
     os.environ |= {"PYTHONPATH": str(home / "src"), "ATTUNE_TRACKING": "off"}
     rng = np.random.default_rng(words.seed)
     with chdir(home):

@@ -105,12 +105,20 @@ def find_pairs(sides: Sequence[Side], prompts: int | None = None) -> Found:
         LabelError: no pair is left, or a side cannot be read.
     """
     pairs, notes = _within(*sides) if len(sides) == 1 else _between(*sides)
-    kept = set(list(dict.fromkeys(pair.prompt for pair in pairs))[:prompts])
-    checked, bad = _checked([pair for pair in pairs if pair.prompt in kept])
+    readable = [pair for pair in pairs if _is_utf_8(pair.prompt)]
+    if len(readable) < len(pairs):
+        notes = [*notes, f"{len(pairs) - len(readable)} pairs have a prompt that is no UTF-8: left out"]
+    kept = set(list(dict.fromkeys(pair.prompt for pair in readable))[:prompts])
+    checked, bad = _checked([pair for pair in readable if pair.prompt in kept])
     if not checked:
         between = " and ".join(side.name for side in sides)
         raise LabelError("; ".join([f"there is no pair of images of one prompt in {between}", *notes, *bad[:1]]))
     return Found(checked, [*notes, *bad])
+
+
+def _is_utf_8(text: str) -> bool:
+    """Whether text can be saved; JSON may hold halves of characters (lone surrogates), which cannot."""
+    return text.encode(errors="replace").decode() == text
 
 
 Images = dict[tuple[str, int], Path]  # (prompt, ordinal) -> file
@@ -191,7 +199,7 @@ def _numbered(files: Mapping[str, Path], prompts: Mapping[str, str]) -> Images:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Name without ending -> image. Of files with one such name the first is used, and the others have no prompt."""
+    """Name without ending -> image. Raises LabelError for two files of one such name."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         text = path.suffix.lower() == ".txt" or path.name in FILES
