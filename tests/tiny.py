@@ -178,9 +178,7 @@ def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
 
 def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:
     """Batches as the align stage draws them."""
-    n, draw = (
-        (len(data.pairs), data.pair_batch) if method.consumes == "pairs" else (len(data.prompts), data.prompt_batch)
-    )
+    n, draw = data.rows_for(method.consumes)
     return lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from attune.build import build_method, load_learner, load_scorer
 from attune.config.plan import RunPlan, Session, read
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
-from attune.data.store import PreparedData
+from attune.data.rows import SourceError
+from attune.data.store import IMAGES, PreparedData
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
 from attune.files import values_sha
@@ -56,7 +58,8 @@ def finetune(
     config = method.config
     seed = seed_of(plan.seed, start)
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
-    run.dataset(paths.prepared / "pairs.parquet", f"training {method.consumes}", n)
+    table = paths.prepared / (IMAGES if (paths.prepared / IMAGES).exists() else "pairs.parquet")
+    run.dataset(table, f"training {method.consumes}", n)
     history, scores = train(
         method,
         policy,
@@ -84,11 +87,13 @@ def seed_of(seed: int, start: str | None) -> int:
 
 
 def training_batches(method: Method, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
-    """How many rows a method learns from, pairs or prompts, and batch number b of them."""
+    """How many rows a method learns from, and batch number b of them. Ends the process if verdicts are missing."""
     data = PreparedData.read(prepared, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
-    pairs = method.consumes == "pairs"
-    n, draw = (len(data.pairs), data.pair_batch) if pairs else (len(data.prompts), data.prompt_batch)
+    try:
+        n, draw = data.rows_for(method.consumes)
+    except SourceError as error:
+        sys.exit(str(error))
     return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 
 

@@ -130,7 +130,8 @@ class Method(Objective, Protocol):
     `Config.trained_on` names the scorers of the profile that the loss optimises.
     """
 
-    consumes: Literal["pairs", "prompts"]  # the batches of `minibatches`: `PairBatch` or `PromptBatch`
+    # the batches of `minibatches`: a `PairBatch`, an `ImageBatch` of all images or of the liked ones, a `PromptBatch`
+    consumes: Literal["pairs", "images", "liked images", "prompts"]
     needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
     policy: Policy
 

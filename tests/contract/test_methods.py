@@ -81,7 +81,7 @@ def test_every_block_is_read_and_written_alike(name, profile):
 
 def test_it_says_what_it_consumes_and_needs(name):
     method = plugins.load("methods", name).Method
-    assert method.consumes in ("pairs", "prompts")
+    assert method.consumes in ("pairs", "images", "liked images", "prompts")
     assert set(method.needs) <= {"preference_model", "rewards"}
     assert list(inspect.signature(method).parameters) == ["config", "policy", *method.needs]
 
@@ -149,7 +149,7 @@ def of_parts(method, parts):
 def test_processes_can_share_its_minibatches(name, new_policy, data, build):
     """Loss and metrics of a minibatch are the means over its rows, be they computed here or there."""
     method, generator = build(name, new_policy(moved=0.1)), batch_generator(0, 0)
-    draw = data.pair_batch if method.consumes == "pairs" else data.prompt_batch
+    _, draw = data.rows_for(method.consumes)
     minibatches = list(method.minibatches(draw([0, 3, 5]), generator))
     assert max(len(minibatch) for minibatch in minibatches) >= 3
     for minibatch in minibatches:

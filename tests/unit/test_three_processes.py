@@ -120,7 +120,7 @@ def test_all_processes_have_the_minibatches_that_one_would_have(new_policy, data
 
     def minibatches(trained):
         method = build(name, trained, **ROLLOUTS[label])
-        batch = (data.pair_batch if method.consumes == "pairs" else data.prompt_batch)(list(range(n)))
+        batch = data.rows_for(method.consumes)[1](list(range(n)))
         return [tensors(m) for m in method.minibatches(batch, batch_generator(0, 0))]
 
     expected = minibatches(policy)
@@ -185,7 +185,7 @@ def test_a_step_of_a_method_is_the_step_of_one_process(new_policy, data, tmp_pat
 
     def step(trained):
         method = build(name, trained, beta=50.0, caption_dropout=0.0, batch_size=4)
-        (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
+        (minibatch,) = method.minibatches(data.rows_for(method.consumes)[1](range(4)), batch_generator(0, 0))
         return TrainStep(trained, method.config)(method, [minibatch], 1, 1e-3)
 
     alone = step(own(policy, policy.shard))

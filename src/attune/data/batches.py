@@ -1,4 +1,4 @@
-"""The batches that objectives learn from: prompts, and preference pairs."""
+"""The batches that objectives learn from: prompts, preference pairs, and single images that are liked or not."""
 
 from __future__ import annotations
 
@@ -20,6 +20,24 @@ class PromptBatch:
 
     def __getitem__(self, rows: slice) -> PromptBatch:
         return PromptBatch(self.prompts[rows], self.cond[rows])
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Scaled latents (B, C, h, w) of single images for their prompts, and which of them are liked.
+
+    Of pairs, the chosen images come first and then the rejected ones; `images_per_row` is 2.
+    """
+
+    prompts: Sequence[str]
+    cond: Conditioning
+    latents: Tensor
+    liked: Tensor  # (B,) bool
+    images_per_row: int = 1
+
+    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A timestep (B,) and noise (B, C, h, w) for each image."""
+        return draw_noise(self.latents, len(self.latents), schedule, generator)
 
 
 @dataclass(frozen=True)
@@ -57,13 +75,32 @@ class PairBatch:
         return torch.maximum(self.label_0, 1 - self.label_0)
 
     @property
+    def images(self) -> ImageBatch:
+        """Both images of every pair, each by itself: the chosen ones are liked, the rejected ones are not."""
+        latents = torch.cat([self.chosen, self.rejected])
+        liked = torch.arange(len(latents), device=latents.device) < len(self.prompts)
+        return ImageBatch([*self.prompts, *self.prompts], self.cond.repeat(2), latents, liked, images_per_row=2)
+
+    @property
+    def liked_images(self) -> ImageBatch:
+        """The chosen images alone."""
+        chosen = self.chosen
+        return ImageBatch(
+            self.prompts, self.cond, chosen, torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
+        )
+
+    @property
     def _first_chosen(self) -> Tensor:
         if (self.label_0 == 0.5).any():
             raise ValueError("a tie has no chosen image; drop ties before training on chosen and rejected")
         return (self.label_0 > 0.5)[:, None, None, None]
 
-    def draw_noise(self, schedule: Tensor, generator: torch.Generator, per_pair: int = 1) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,) and noise (n, C, h, w), n = `per_pair` B: 1 is shared by a pair, 2 is each image its own."""
-        n = per_pair * len(self.prompts)
-        t = torch.randint(len(schedule), (n,), generator=generator)
-        return t, torch.randn((n, *self.latents_0.shape[1:]), generator=generator).to(self.latents_0.device)
+    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise (B, C, h, w), each shared by the two images of a pair."""
+        return draw_noise(self.latents_0, len(self.prompts), schedule, generator)
+
+
+def draw_noise(latents: Tensor, n: int, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n timesteps of a schedule, and noise (n, C, h, w) as the latents have it, on their device."""
+    t = torch.randint(len(schedule), (n,), generator=generator)
+    return t, torch.randn((n, *latents.shape[1:]), generator=generator).to(latents.device)

@@ -4,6 +4,7 @@ data/<profile>/prepared/
     prompts.parquet     prompt, split; the prompts of a split lie together
     pairs.parquet       prompt, image_0, image_1 (rows of the latents), label_0, split, and what the source adds;
                         `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with
+    images.parquet      of sources of single images: prompt, image (row of the latents), liked, split, and scores
     latents.npy         (n, C, h, w), scaled
     prompt.<name>.npy   (P, ...) for each conditioning tensor, a row per row of prompts.parquet
 
@@ -12,9 +13,10 @@ Arrays are mapped, not read: a batch costs its own rows, however large the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,8 +24,12 @@ import torch
 from torch import Tensor
 
 from attune.data.arrays import read_array
-from attune.data.batches import PairBatch, PromptBatch
+from attune.data.batches import ImageBatch, PairBatch, PromptBatch
+from attune.data.splits import VERDICTS, check_splits
 from attune.interfaces import Conditioning
+
+IMAGES = "images.parquet"
+Consumed = Literal["pairs", "images", "liked images", "prompts"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class PreparedData:
     pairs: pd.DataFrame
     latents: Tensor
     device: torch.device | str = "cpu"
+    images: pd.DataFrame | None = None  # single images; None of a source of pairs
 
     @staticmethod
     def read(folder: Path, split: str, device: torch.device | str = "cpu", keep_ties: bool = False) -> PreparedData:
@@ -60,13 +67,48 @@ class PreparedData:
         cond = Conditioning({name: read_array(path)[here] for name, path in files.items()})
         place = {prompt: row for row, prompt in enumerate(prompts)}
         pairs = pairs.assign(prompt_row=pairs.prompt.map(place).astype("int64"))
-        data = PreparedData(prompts, cond, pairs, read_array(folder / "latents.npy"), device)
+        images = None
+        if (folder / IMAGES).exists():
+            images = pd.read_parquet(folder / IMAGES)
+            images = images[images.split == split].reset_index(drop=True)
+            images = images.assign(prompt_row=images.prompt.map(place).astype("int64"))
+        data = PreparedData(prompts, cond, pairs, read_array(folder / "latents.npy"), device, images)
         return data.with_pairs(pairs, keep_ties)
 
     def with_pairs(self, pairs: pd.DataFrame, keep_ties: bool = False) -> PreparedData:
         """The same split with other labels. Ties are dropped unless kept: they have no chosen image."""
         pairs = pairs[keep_ties | (pairs.label_0 != 0.5)].reset_index(drop=True)
         return replace(self, pairs=pairs.assign(weight=1 / pairs.groupby("prompt").prompt.transform("size")))
+
+    def rows_for(self, consumes: Consumed) -> tuple[int, Callable[[Tensor | Sequence[int]], object]]:
+        """How many rows a method learns from, and how a batch of some of them is made.
+
+        A method that learns from single images takes each pair as two of them, where the source has pairs.
+
+        Raises:
+            SourceError: single images are wanted, and all of them are disliked, or for `images` all liked.
+        """
+        if consumes == "prompts":
+            return len(self.prompts), self.prompt_batch
+        if consumes == "pairs":
+            return len(self.pairs), self.pair_batch
+        if self.images is None and consumes == "images":
+            return len(self.pairs), lambda rows: self.pair_batch(rows).images
+        if self.images is None:
+            return len(self.pairs), lambda rows: self.pair_batch(rows).liked_images
+        liked = int(self.images.liked.sum())
+        counts = {"liked/train": liked, "disliked/train": len(self.images) - liked}
+        check_splits(counts, dict.fromkeys(VERDICTS[consumes], 1))
+        table = self.images if consumes == "images" else self.images[self.images.liked]
+        return len(table), lambda rows: self._image_batch(table.iloc[list(map(int, rows))])
+
+    def _image_batch(self, chosen: pd.DataFrame) -> ImageBatch:
+        return ImageBatch(
+            chosen.prompt.tolist(),
+            self.cond[torch.tensor(chosen.prompt_row.to_numpy())].to(self.device),
+            self.latents[torch.tensor(chosen.image.to_numpy())].to(self.device),
+            torch.tensor(chosen.liked.to_numpy(), device=self.device),
+        )
 
     def pair_batch(self, rows: Tensor | Sequence[int]) -> PairBatch:
         """Those pairs as a batch."""

@@ -29,6 +29,7 @@ class NoisedBatch:
     cond: Conditioning
     images_per_row: int = 1  # 2 = pairs
     p_chosen: Tensor | float = 1.0  # (n,) of pairs: probability that the preferred image is the better one
+    liked: Tensor | None = None  # bool, of every image; None where that does not matter
 
     @staticmethod
     def pairs(
@@ -45,7 +46,8 @@ class NoisedBatch:
         images = torch.arange(len(self.t)).view(self.images_per_row, -1)[:, rows].flatten()
         p_chosen = self.p_chosen[rows] if isinstance(self.p_chosen, Tensor) else self.p_chosen
         tensors = (self.x_0[images], self.t[images], self.noise[images])
-        return NoisedBatch(*tensors, self.cond[images], self.images_per_row, p_chosen)
+        liked = None if self.liked is None else self.liked[images]
+        return NoisedBatch(*tensors, self.cond[images], self.images_per_row, p_chosen, liked)
 
 
 def policy_error(policy: Policy, m: NoisedBatch) -> Tensor:

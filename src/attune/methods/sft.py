@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: keep denoising the images people chose.
+"""Supervised fine-tuning: keep denoising the images people chose or liked.
 
-The baseline every preference method must beat. Loss: mean squared error of epsilon on chosen images, no
+The baseline every preference method must beat. Loss: mean squared error of epsilon on those images, no
 guidance. Cost per step: one policy forward and backward on B images.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
-from attune.data.batches import PairBatch
+from attune.data.batches import ImageBatch
 from attune.diffusion.noised import NoisedBatch, policy_error
 from attune.interfaces import Metrics
 
@@ -28,8 +28,8 @@ class Config(MethodConfig):
 
     lora: Lora | None = Field(Lora(rank=4), description="adapter; null = train every weight, in float32")
     lr: Float = Field(6e-5, gt=0, description="learning rate; SPO's")
-    batches: int = Field(8000, ge=1, description="batches of pairs; 500 optimizer steps as accumulation stands")
-    batch_size: int = Field(4, ge=1, description="pairs per batch, of which only the chosen images are used")
+    batches: int = Field(8000, ge=1, description="batches; 500 optimizer steps as accumulation stands")
+    batch_size: int = Field(4, ge=1, description="liked images per batch, or pairs, whose chosen images are used")
     accumulation: int = Field(16, ge=1, description="batches per optimizer step; 64 images to a step")
     caption_dropout: Float = Field(
         0.0, ge=0, lt=1, description="share of images trained without their prompt; 0.1 is usual in pre-training"
@@ -37,16 +37,16 @@ class Config(MethodConfig):
 
 
 class Method:
-    consumes = "pairs"
+    consumes = "liked images"
     needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
+    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield NoisedBatch(batch.chosen, t, noise, cond)
+        yield NoisedBatch(batch.latents, t, noise, cond)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         loss = policy_error(self.policy, minibatch).mean()
