@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from attune.build import build_method, load_learner, load_scorer
 from attune.config.plan import RunPlan, Session, read
 from attune.config.settings import MethodConfig, Sampling, Validation
 from attune.data.labels import with_ai_feedback
+from attune.data.rows import SourceError
 from attune.data.store import IMAGES, PreparedData
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
@@ -91,10 +93,13 @@ def seed_of(seed: int, start: str | None) -> int:
 
 
 def training_batches(method: Method, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
-    """How many rows a method learns from, and batch number b of them."""
+    """How many rows a method learns from, and batch number b of them. Ends the process if verdicts are missing."""
     data = PreparedData.read(prepared, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
-    n, draw = data.rows_for(method.consumes)
+    try:
+        n, draw = data.rows_for(method.consumes)
+    except SourceError as error:
+        sys.exit(str(error))
     return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
 
 

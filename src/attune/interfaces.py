@@ -130,7 +130,7 @@ class Method(Objective, Protocol):
     `Config.trained_on` names the scorers of the profile that the loss optimises.
     """
 
-    # batches of `minibatches`: `PairBatch`, `ImageBatch` (of all images, or of the liked ones), `PromptBatch`
+    # the batches of `minibatches`: a `PairBatch`, an `ImageBatch` of all images or of the liked ones, a `PromptBatch`
     consumes: Literal["pairs", "images", "liked images", "prompts"]
     needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
     policy: Policy

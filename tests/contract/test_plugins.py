@@ -254,7 +254,8 @@ def test_a_source_tells_the_plan_what_it_needs(name, tmp_path, monkeypatch):
     """Without data: only what is there to be read may be missed, and that as `read` would."""
     monkeypatch.chdir(tmp_path)
     module = plugins.load("sources", name)
-    assert isinstance(module.HAS_PAIRS, bool)
+    assert module.GIVES[0] == "prompts"
+    assert set(module.GIVES) <= {"prompts", "pairs", "images"}
     assert isinstance(module.FREE_PROMPTS, bool)
     for block in documented(name):
         config = module.Config.model_validate(block)
@@ -277,9 +278,9 @@ def test_the_prompts_of_a_test_list_are_known_and_its_file_is_needed(name, tmp_p
     (tmp_path / "list.txt").write_text("\n".join(LISTED))
     module = plugins.load("sources", name)
     block = documented(name)[0] | {"path": str(tmp_path), "test_list": str(tmp_path / "list.txt")}
-    for folder in ("chosen", "rejected"):
+    for folder in ("chosen", "rejected", "liked", "disliked"):
         (tmp_path / folder).mkdir()
-    if name == "table":
+    if name in ("table", "ranked"):
         block["path"] = str(tmp_path / "t.jsonl")
         (tmp_path / "t.jsonl").write_text("[]")  # no row, and so no column is missing
     config = module.Config.model_validate(block)

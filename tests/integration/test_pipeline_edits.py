@@ -185,7 +185,7 @@ def load(config, device="cpu"):
 """
 NEW_BASE = "from attune.backbones.sd import downloads, facts, load\n"
 NEW_SOURCE = """
-from attune.data.sources.world import FREE_PROMPTS, HAS_PAIRS, Config, listed_prompts, needs_files, read, split_sizes
+from attune.data.sources.world import FREE_PROMPTS, GIVES, Config, listed_prompts, needs_files, read, split_sizes
 """
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import scores
 import stages
-from attune.data.ingest.ingest import Rules
+from attune.data.ingest.rules import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.evaluation.protocol import Protocol

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from attune.data.ingest.ingest import clean_prompt, label
+from attune.data.ingest.rules import clean_prompt, label
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, SourceError
 from attune.data.sources._cells import as_flag, as_float, as_image, as_split, as_text

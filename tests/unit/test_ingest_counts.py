@@ -12,7 +12,7 @@ from PIL import Image
 from attune.config.settings import AIFeedback
 from attune.data.batches import PairBatch
 from attune.data.ingest.encoder import MAX_PIXELS, is_full
-from attune.data.ingest.ingest import Rules, check_rows
+from attune.data.ingest.rules import Rules, check_rows
 from attune.data.labels import with_ai_feedback
 from attune.data.quarantine import Quarantine, TooManyBadRows
 from attune.data.rows import BadRow, Pair, Prompt, SourceError

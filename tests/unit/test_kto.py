@@ -26,7 +26,7 @@ def method(policy, **options):
 
 def only(method, data, rows=range(4)):
     """The one minibatch of a batch."""
-    (minibatch,) = method.minibatches(data.rows_for(method.consumes)[1](rows), batch_generator(0, 0))
+    (minibatch,) = method.minibatches(data.pair_batch(rows).images, batch_generator(0, 0))
     return minibatch
 
 

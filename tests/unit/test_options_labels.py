@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from attune.data.ingest.ingest import label
+from attune.data.ingest.rules import label
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import Pair
 from attune.data.splits import hashed_split

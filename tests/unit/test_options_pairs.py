@@ -26,9 +26,8 @@ def build(name, policy, **changes):
 
 
 def drawn(method, batch, seed=0):
-    """The one minibatch of a batch of pairs, which may be single images to the method."""
-    if "images" in method.consumes:
-        batch = batch.images if method.consumes == "images" else batch.liked_images
+    """The one minibatch of a batch of pairs, taken apart where the method learns from single images."""
+    batch = batch if method.consumes == "pairs" else getattr(batch, method.consumes.replace(" ", "_"))
     (minibatch,) = method.minibatches(batch, batch_generator(seed, 0))
     return minibatch
 
@@ -194,12 +193,13 @@ def test_accuracy_at_the_reference(policy, data, name, accuracy):
     assert method.loss(drawn(method, data.pair_batch(range(8))))[1]["accuracy"] == accuracy
 
 
-@pytest.mark.parametrize("per_pair", [1, 2])
-def test_every_timestep_is_drawn_the_first_and_the_last_as_often_as_any(data, per_pair):
-    """Of 24 or 48 draws from a schedule of three none is outside, and each is there."""
-    t, noise = data.pair_batch(range(24)).draw_noise(torch.ones(3), batch_generator(0, 0), per_pair)
+@pytest.mark.parametrize(("consumes", "n"), [("pairs", 24), ("images", 48), ("liked images", 24)])
+def test_every_timestep_is_drawn_the_first_and_the_last_as_often_as_any(data, consumes, n):
+    """Of 24 or 48 draws from a schedule of three none is outside, and each is there; a pair shares one."""
+    batch = data.rows_for(consumes)[1](range(24))
+    t, noise = batch.draw_noise(torch.ones(3), batch_generator(0, 0))
     assert set(t.tolist()) == {0, 1, 2}
-    assert len(t) == len(noise) == 24 * per_pair
+    assert len(t) == len(noise) == n
 
 
 # ---------------------------------------------------------------- spin's opponents

@@ -95,7 +95,7 @@ def test_batches_are_the_rows_of_the_trainings_own_seed(new_policy, data, tmp_pa
     assert n == len(data.pairs) == 24
     for b in (0, 4):
         expected = data.pair_batch(epoch_rows(24, 5, b, seed))
-        assert torch.equal(batches(b, torch.Generator()).latents_0, expected.latents_0)
+        assert torch.equal(batches(b, torch.Generator()).latents, expected.chosen)
 
 
 @pytest.mark.parametrize(("options", "w"), [({"lr": 0.1}, -0.3), ({"lr": 0.02}, -0.06)])

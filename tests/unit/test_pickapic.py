@@ -14,7 +14,7 @@ import pytest
 from attune.config import plugins
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
-from attune.data.ingest.ingest import Rules
+from attune.data.ingest.rules import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Quota, SourceError

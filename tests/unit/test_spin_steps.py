@@ -10,7 +10,7 @@ from attune.config.settings import Lora
 from attune.diffusion.ddim import sample
 from attune.diffusion.noise import generator_noise
 from attune.methods import spin
-from attune.training.loop import batch_generator
+from attune.training.loop import batch_generator, epoch_rows
 
 ATTENTION = Lora(rank=2)
 SETTINGS = {"lr": 1e-3, "batches": 3, "batch_size": 2, "beta": 500, "steps": 4, "guidance_scale": 2}
@@ -42,8 +42,11 @@ def game(method, data):
 def test_real_images_are_the_chosen_ones_and_share_time_and_noise_with_their_opponents(policy, data):
     batch, found = game(spin_of(policy), data)
     real, opponents = found.x_0.chunk(2)
-    assert torch.equal(real, batch.chosen)
-    assert not torch.isclose(opponents, batch.rejected).any()
+    assert torch.equal(real, batch.latents)
+    rows = epoch_rows(len(data.pairs), 2, 0, 0)
+    pairs = data.pair_batch(rows)
+    assert torch.equal(real, pairs.chosen)
+    assert not torch.isclose(opponents, pairs.rejected).any()
     for shared in (found.t, found.noise, *found.cond.tensors.values()):
         assert torch.equal(*shared.chunk(2))
 
@@ -74,7 +77,9 @@ def test_every_iteration_starts_at_ln_2_and_pulls(second, data):
 
 def test_the_second_iteration_learns_and_its_reference_stays(second, data):
     reference = tiny.adapter(second)
-    history = tiny.run(spin_of(second, batches=12, batch_size=8), data, batches=lambda b, g: data.pair_batch(range(8)))
+    history = tiny.run(
+        spin_of(second, batches=12, batch_size=8), data, batches=lambda b, g: data.pair_batch(range(8)).liked_images
+    )
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert sum(row["margin"] for row in history[-4:]) / 4 > 0.02
     kept = [weight for name, weight in second.reference_model.named_parameters() if "lora_" in name]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from attune.config import plugins
-from attune.data.ingest.ingest import clean_prompt
+from attune.data.ingest.rules import clean_prompt
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, Pair
 from raw_data import rows_from

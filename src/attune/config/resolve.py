@@ -7,7 +7,7 @@ override single values of it. Every block is strict, and a method, scorer or sou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
     }
     block = profile.preference
     preference = None if block is None else check(PreferenceConfig, block, f"{where}preference")
-    return Settings(
+    settings = Settings(
         profile=params.profile,
         runs=params.runs,
         tracking=params.tracking,
@@ -131,6 +131,21 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
         scorers={name: _scorer(name, block, where) for name, block in profile.scorers.items()},
         search={name: check(SearchConfig, block, f"{where}search.{name}") for name, block in profile.search.items()},
     )
+    return replace(settings, data=_with_wanted(data, held_out_prompts(settings)))
+
+
+def held_out_prompts(settings: Settings) -> dict[str, int]:
+    """`validation_prompts` and `test_prompts` -> how many prompts of that split the runs ask for at most."""
+    trained = {name for name, run in settings.runs.items() if run.method is not None}
+    watched = [config.validation for name, config in settings.methods.items() if name in trained]
+    searched = [search.prompts for name, search in settings.search.items() if name in trained]
+    validation = max([*(each.prompts for each in watched if each), *searched], default=0)
+    return {"validation_prompts": validation, "test_prompts": settings.generate.prompts}
+
+
+def _with_wanted(data: SourceConfig, wanted: Mapping[str, int]) -> SourceConfig:
+    """The block `data` with what the runs ask for in place of null, where the source has such a setting."""
+    return data.model_copy(update={key: n for key, n in wanted.items() if getattr(data, key, n) is None})
 
 
 def method_of(name: str, runs: Mapping[str, Run]) -> str:

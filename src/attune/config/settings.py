@@ -251,14 +251,26 @@ class SourceConfig(StrictModel):
         return None if path is None else _path(path)
 
 
-class PairFilesConfig(SourceConfig):
-    """What every source of labelled pairs in files decides."""
+VALIDATION_PROMPTS: Any = Field(
+    None, ge=0, description="at least so many prompts, taken first; null = what searches and early stopping ask for"
+)
+TEST_PROMPTS: Any = Field(None, ge=0, description="at least so many prompts, taken first; null = generate.prompts")
+"""Fields of sources that know all their prompts before an image is opened; the plan replaces null by the number."""
+
+
+class FilesConfig(SourceConfig):
+    """What every source of labelled images in files decides."""
 
     path: str = Field(description="where the data set is")
-    pairs: int | None = Field(None, ge=1, description="training pairs wanted; null = all there are")
-    held_out_pairs: int = Field(500, ge=1, description="validation pairs wanted, and as many test pairs")
     validation_share: Float = Field(0.05, ge=0, le=0.5, description="of the prompts, where the data set has no split")
     test_share: Float = Field(0.05, ge=0, le=0.5, description="of the prompts, where the data set has no split")
     test_list: str | None = Field(None, description="a prompt list, .txt .json or .jsonl, for the test split")
     min_side: int = Field(1, ge=1, description="pixels; images with a shorter side are quarantined")
     max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
+
+
+class PairFilesConfig(FilesConfig):
+    """What every source of labelled pairs in files decides."""
+
+    pairs: int | None = Field(None, ge=1, description="training pairs wanted; null = all there are")
+    held_out_pairs: int = Field(500, ge=1, description="validation pairs wanted, and as many test pairs")

@@ -95,9 +95,9 @@ class PairBatch:
             raise ValueError("a tie has no chosen image; drop ties before training on chosen and rejected")
         return (self.label_0 > 0.5)[:, None, None, None]
 
-    def draw_noise(self, schedule: Tensor, generator: torch.Generator, per_pair: int = 1) -> tuple[Tensor, Tensor]:
-        """Timesteps (n,) and noise (n, C, h, w), n = `per_pair` B: 1 is shared by a pair, 2 is each image its own."""
-        return draw_noise(self.latents_0, per_pair * len(self.prompts), schedule, generator)
+    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise (B, C, h, w), each shared by the two images of a pair."""
+        return draw_noise(self.latents_0, len(self.prompts), schedule, generator)
 
 
 def draw_noise(latents: Tensor, n: int, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

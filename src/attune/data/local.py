@@ -39,6 +39,17 @@ def read_regular(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
         raise RejectedRow("missing_image", f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_regular_start(path: Path, size: int = 4096) -> bytes:
+    """The first bytes of a regular file. Raises RejectedRow, `missing_image`, for anything else."""
+    try:
+        _check_regular(path, os.stat(path))
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            _check_regular(path, os.fstat(file.fileno()))
+            return file.read(size)
+    except OSError as error:
+        raise RejectedRow("missing_image", f"{path}: {error.strerror or error}") from None
+
+
 def _check_regular(path: Path, state: os.stat_result) -> None:
     if not stat.S_ISREG(state.st_mode):
         kind = KINDS.get(stat.S_IFMT(state.st_mode), "a device")

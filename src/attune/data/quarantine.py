@@ -10,7 +10,14 @@ from types import TracebackType
 COLUMNS = ("source", "file", "row", "prompt", "reason", "detail")
 TEXT_CHARS = 500  # of a prompt or a detail: enough to find the row
 # what is left out because the data have it already or do not need it: no sign that they are bad
-REDUNDANT = ("duplicate_pair", "prompt_in_later_split", "unused_file", "no_other_image")
+REDUNDANT = (
+    "duplicate_pair",
+    "duplicate_image",
+    "low_confidence",
+    "prompt_in_later_split",
+    "unused_file",
+    "no_other_image",
+)
 
 
 class RejectedRow(ValueError):

@@ -34,7 +34,10 @@ class BadImage:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt without a pair; `file` and `row` say where the source has it."""
+    """A prompt without a pair; `file` and `row` say where the source has it.
+
+    The split of a row is empty until `splits.with_splits` has put it into one.
+    """
 
     prompt: str | None
     split: str
@@ -58,6 +61,18 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class LabelledImage:
+    """One image for a prompt, and whether people liked it."""
+
+    prompt: str | None
+    image: ImageRef
+    liked: bool | None  # None: nobody has said
+    split: str
+    file: str = ""
+    row: int | str = 0
+
+
+@dataclass(frozen=True)
 class BadRow:
     """A row from which not even a prompt or a pair could be read, and the reason in a word.
 
@@ -71,7 +86,7 @@ class BadRow:
     detail: str = ""
 
 
-Row: TypeAlias = Prompt | Pair | BadRow
+Row: TypeAlias = Prompt | Pair | LabelledImage | BadRow
 
 
 class Quota:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attune.data.arrays import read_array
 from attune.data.batches import ImageBatch, PairBatch, PromptBatch
+from attune.data.splits import VERDICTS, check_splits
 from attune.interfaces import Conditioning
 
 IMAGES = "images.parquet"
@@ -83,6 +84,9 @@ class PreparedData:
         """How many rows a method learns from, and how a batch of some of them is made.
 
         A method that learns from single images takes each pair as two of them, where the source has pairs.
+
+        Raises:
+            SourceError: single images are wanted, and all of them are disliked, or for `images` all liked.
         """
         if consumes == "prompts":
             return len(self.prompts), self.prompt_batch
@@ -92,6 +96,9 @@ class PreparedData:
             return len(self.pairs), lambda rows: self.pair_batch(rows).images
         if self.images is None:
             return len(self.pairs), lambda rows: self.pair_batch(rows).liked_images
+        liked = int(self.images.liked.sum())
+        counts = {"liked/train": liked, "disliked/train": len(self.images) - liked}
+        check_splits(counts, dict.fromkeys(VERDICTS[consumes], 1))
         table = self.images if consumes == "images" else self.images[self.images.liked]
         return len(table), lambda rows: self._image_batch(table.iloc[list(map(int, rows))])
 

@@ -2,8 +2,8 @@
 
 No pair is needed, and there may be more likes than dislikes: an image's implicit reward is compared with a reference
 point, the mean over its batch, through a utility that saturates for great gains and losses (Kahneman and Tversky's
-model of people). A pair counts as two images, of which the chosen one is liked and the rejected one disliked. Each
-image has its own timestep, noise and caption dropout.
+model of people). A pair counts as two images: the chosen one is liked, the rejected one disliked. Each image has its
+own timestep, noise and caption dropout.
 
 Source: Li et al. 2024, "Aligning Diffusion Models by Optimizing Human Utility", arXiv:2404.04465; authors' code:
 train_kto_sd_v1.5.py, jacklishufan/diffusion-kto, whose beta has no factor 1/2. Differences: docs/methods/kto.md.
@@ -12,6 +12,7 @@ Cost per step: one policy and one reference forward, and one backward, on B imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +39,7 @@ class Config(MethodConfig):
     warmup: int = Field(200, ge=0, description="optimizer steps of linear warm-up; authors' code: 200")
     batches: int = Field(2_560_000, ge=1, description="batches; authors' code: 20,000 steps")
     batch_size: int = Field(8, ge=1, description="images per batch, or pairs, which are two images each")
-    accumulation: int = Field(128, ge=1, description="batches per optimizer step; 2,048 images to a step")
+    accumulation: int = Field(128, ge=1, description="batches per optimizer step; of pairs 2,048 images to a step")
     gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
     beta: Float = Field(
         1000.0, gt=0, description="strength of the implicit reward, without a factor 1/2; authors' code: 1000"
@@ -81,6 +82,25 @@ def kto_loss(gain: Tensor, liked: Tensor, utility: str, lambda_desirable: float,
     return weight * (1 - UTILITIES[utility](torch.where(liked, gain, -gain)))
 
 
+RECOMMENDED_BALANCE = (1.0, 4 / 3)
+"""Weight of all liked images over that of all disliked ones: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2."""
+FAR_BALANCE = (0.5, 4.0)
+"""Beyond it the plan says so. The authors of Diffusion-KTO draw four liked images to one disliked, which is 4."""
+
+
+def advice(config: Config, liked: int, disliked: int) -> str | None:
+    """What to say of data with so many liked and disliked images; None if their weights are balanced well enough."""
+    against = disliked * config.lambda_undesirable
+    balance = liked * config.lambda_desirable / against if against else math.inf
+    if FAR_BALANCE[0] <= balance <= FAR_BALANCE[1] or not liked or not disliked:
+        return None
+    return (
+        f"{liked} liked images of weight {config.lambda_desirable:g} against {disliked} disliked ones of weight "
+        f"{config.lambda_undesirable:g} are {balance:.3g} to 1; {RECOMMENDED_BALANCE[0]:g} to "
+        f"{RECOMMENDED_BALANCE[1]:.3g} is recommended: set lambda_desirable and lambda_undesirable"
+    )
+
+
 class Method:
     consumes = "images"
     needs = ()
@@ -98,7 +118,8 @@ class Method:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)
         reward = c.beta * (reference_error - error)
         liked = minibatch.liked
-        assert liked is not None
+        if liked is None:
+            raise ValueError("KTO learns from images with verdicts, and this minibatch has none")
         rewards, likes = self.policy.shard.gather(reward), self.policy.shard.gather(liked.float()) > 0
         z_ref = reference_point(rewards)
         loss = kto_loss(reward - z_ref, liked, c.utility, c.lambda_desirable, c.lambda_undesirable).mean()

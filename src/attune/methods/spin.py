@@ -1,7 +1,8 @@
 """SPIN-Diffusion: self-play. Tell real images from those that the policy itself sampled an iteration ago.
 
-Each iteration is a game against the last: for the same prompt, the chosen image is the data's, and the rejected one
-is sampled from the opponent, the policy as it was when the iteration began, which is also the frozen reference.
+Each iteration is a game against the last: for the same prompt, the chosen image is the data's (that of
+a pair, or a liked one), and the rejected one is sampled from the opponent, the policy as it was when the iteration
+began, which is also the frozen reference.
 No image need be compared by people: the data must only be better than the model's samples. An iteration is one
 training; the next one continues from its model (`start`), and so plays against it.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
-from attune.data.batches import PairBatch
+from attune.data.batches import ImageBatch
 from attune.diffusion.ddim import sample
 from attune.diffusion.losses import implicit_reward, preference_loss
 from attune.diffusion.noise import generator_noise
@@ -51,8 +52,8 @@ class Config(MethodConfig):
     schedule: Literal["constant", "linear"] = Field(
         "linear", description="after warm-up; linear: down to 0 over the remaining batches, as in the paper"
     )
-    batches: int = Field(12_800, ge=1, description="batches of pairs; paper: 50, 500 and 200 steps (50 here)")
-    batch_size: int = Field(8, ge=1, description="pairs per batch, of which only the chosen images are used")
+    batches: int = Field(12_800, ge=1, description="batches; paper: 50, 500 and 200 steps (50 here)")
+    batch_size: int = Field(8, ge=1, description="liked images per batch, or pairs, whose chosen images are used")
     accumulation: int = Field(256, ge=1, description="batches per optimizer step; paper: 2,048 images to a step")
     gradient_checkpointing: bool = Field(True, description="saves memory: activations are computed twice")
     beta: Float = Field(
@@ -69,14 +70,14 @@ class Config(MethodConfig):
 
 
 class Method:
-    consumes = "pairs"
+    consumes = "liked images"
     needs = ()
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        real, opponents = batch.chosen, self.opponents(batch.cond, generator)
+    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
+        real, opponents = batch.latents, self.opponents(batch.cond, generator)
         t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
         yield NoisedBatch.pairs(real, opponents, t, noise, cond)

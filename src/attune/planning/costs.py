@@ -15,7 +15,7 @@ from attune.config import plugins
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
-from attune.planning.make import needs_preference_model
+from attune.planning.make import needs_preference_model, rows_of
 from attune.weights import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,7 +64,7 @@ def rows(
     Args:
         downloads: stage -> bytes to download, None if unknown.
         seconds: stage -> how long it took the last time on this machine, doing the same.
-        rows_here: training `pairs` and `prompts` that are prepared already, if they are.
+        rows_here: training rows that are prepared already, if they are, by what methods learn from.
     """
     for row in _rows(s, facts(s), known_rows(s) | dict(rows_here)):
         stage = row.stage
@@ -72,21 +72,29 @@ def rows(
 
 
 def known_rows(s: Settings) -> dict[str, int]:
-    """Training `prompts` and `pairs`, as far as they are known before any work; a limit on pairs counts as reached."""
+    """Training rows, as far as they are known before any work; a limit on pairs counts as reached."""
     try:
         known = plugins.load("sources", s.source).split_sizes(s.data) or {}
     except SourceError:  # the problems say what is wrong with the data
         known = {}
-    found = {kind: known[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in known}
+    found = training_rows(known)
     limit = getattr(s.data, "pairs", None)
     return found if "pairs" in found or limit is None else {**found, "pairs": limit}
+
+
+def training_rows(counts: Mapping[str, int]) -> dict[str, int]:
+    """What methods learn from -> how many of them a training split has, of those that are counted."""
+    names = {kind: f"{kind}/train" for kind in ("prompts", "pairs", "images")} | {"liked images": "liked/train"}
+    return {kind: counts[name] for kind, name in names.items() if name in counts}
 
 
 def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row]:
     frozen, pairs, prompts = _frozen(s, weights), sizes.get("pairs"), sizes.get("prompts")
     pixels, images = weights.resolution**2, s.generate.prompts * s.generate.images_per_prompt
-    found = f"source {s.source}: {_many(prompts)} training prompts, {_many(pairs)} pairs"
-    latents = None if pairs is None else 2 * pairs * pixels / 64 * BYTES_PER_LATENT  # no image in two pairs, at most
+    shown = "images" if "images" in plugins.load("sources", s.source).GIVES else "pairs"
+    found = f"source {s.source}: {_many(prompts)} training prompts, {_many(sizes.get(shown))} {shown}"
+    encoded = sizes.get("images") if shown == "images" else None if pairs is None else 2 * pairs  # at most
+    latents = None if encoded is None else encoded * pixels / 64 * BYTES_PER_LATENT
     tables = (pairs or 0) * BYTES_PER_PAIR
     yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=latents)
     yield _preference(s, weights, pairs)
@@ -116,7 +124,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
 
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.method_of(name)
-    kind = plugins.load("methods", method).Method.consumes
+    kind = rows_of(method, s.source)
     does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
     gpu, host = _training_memory(config, s, weights), _frozen(s, weights)

@@ -21,9 +21,10 @@ from attune.config.plan import (
     plan_file,
 )
 from attune.config.profile import BASE, DATA, PREFERENCE
-from attune.config.resolve import Settings, read_yaml
+from attune.config.resolve import Settings, held_out_prompts, read_yaml
 from attune.config.schema import ConfigError, StrictModel, set_path
 from attune.config.settings import MethodConfig, locations
+from attune.data.splits import VERDICTS
 from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
@@ -170,27 +171,30 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
     )
 
 
+def rows_of(method: str, source: str) -> str:
+    """What a method's batches are drawn from: what it consumes; pairs, where it takes a source's pairs apart."""
+    consumes = plugins.load("methods", method).Method.consumes
+    return "pairs" if consumes in VERDICTS and "pairs" in plugins.load("sources", source).GIVES else consumes
+
+
 def wanted_rows(settings: Settings) -> dict[str, int]:
-    """`prompts/<split>`, `pairs/<split>`, `choices/train` -> the fewest that are needed, as `prepare` counts them."""
+    """Count -> the fewest that are needed, as `prepare` counts them: `prompts/<split>`, `pairs/train` and so on."""
     trained = {name: run.method for name, run in settings.runs.items() if run.method is not None}
-    consumed = {plugins.load("methods", method).Method.consumes for method in trained.values()}
-    watched = [config.validation for name, config in settings.methods.items() if name in trained]
-    validation = [each.prompts for each in watched if each] + [
-        search.prompts for name, search in settings.search.items() if name in trained
-    ]
-    pairs = "pairs" in consumed or needs_preference_model(settings)
+    consumed = {name: rows_of(method, settings.source) for name, method in trained.items()}
+    held_out = held_out_prompts(settings)
+    pairs = "pairs" in consumed.values() or needs_preference_model(settings)
     choosing = [  # ties are dropped, unless a scorer decides them
         name
-        for name, method in trained.items()
-        if plugins.load("methods", method).Method.consumes == "pairs"
-        and getattr(settings.methods[name], "ai_feedback", None) is None
+        for name, rows in consumed.items()
+        if rows == "pairs" and getattr(settings.methods[name], "ai_feedback", None) is None
     ]
     wanted = {
         "prompts/train": int(bool(trained)),
-        "prompts/validation": max(validation, default=0),
-        "prompts/test": settings.generate.prompts,
+        "prompts/validation": held_out["validation_prompts"],
+        "prompts/test": held_out["test_prompts"],
         "pairs/train": int(pairs),
         "choices/train": int(bool(choosing)),
+        **{name: 1 for rows in consumed.values() for name in VERDICTS.get(rows, ())},
     }
     return {name: n for name, n in wanted.items() if n}
 

@@ -15,12 +15,10 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 from attune.config.settings import locations
-from attune.data.rows import SourceError
-from attune.data.splits import check_splits
 from attune.planning.costs import Row, size
-from attune.planning.make import needs, needs_preference_model, wanted_rows
+from attune.planning.data_problems import data, prompts
+from attune.planning.make import needs, needs_preference_model
 from attune.text import shown
-from attune.world.grammar import is_of_the_world
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
@@ -54,7 +52,7 @@ def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[s
     Args:
         denoiser_weights: how many the base model's denoiser has.
     """
-    checks = (_runs, _orders, _scorers, _labels, _data, _prompts, _searches)
+    checks = (_runs, _orders, _scorers, _labels, data, prompts, _searches)
     found = [problem for one in checks for problem in one(settings)]
     return found + list(_machine(settings, denoiser_weights, here))
 
@@ -127,52 +125,6 @@ def _labels(s: Settings) -> Iterator[str]:
         feedback = getattr(block, "ai_feedback", None)
         if feedback is not None and feedback.scorer not in s.data.score_with:
             yield f"{where}:{key}.ai_feedback.scorer: {feedback.scorer!r} must be in data.score_with, so add it there"
-
-
-def _data(s: Settings) -> Iterator[str]:
-    """Methods that learn from pairs need a source of pairs; sizes that are known must be enough."""
-    where, source = f"params/{s.profile}.yaml", plugins.load("sources", s.source)
-    for name, run in s.runs.items():
-        wants = run.method and plugins.load("methods", run.method).Method.consumes
-        if wants == "pairs" and not source.HAS_PAIRS:
-            yield f"runs.{name}: {run.method} learns from pairs, and data.source {s.source} has none; use one that has"
-    if s.preference is not None and not source.HAS_PAIRS and any(r.after == PREFERENCE for r in s.runs.values()):
-        yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
-    yield from (f"{where}:{problem}" for problem in _too_few(s))
-
-
-def _too_few(s: Settings) -> Iterator[str]:
-    """Splits that are too small, as far as their sizes are known before any work."""
-    try:
-        sizes = plugins.load("sources", s.source).split_sizes(s.data) or {}
-    except SourceError as error:
-        yield str(error)
-        return
-    for split, n in wanted_rows(s).items():
-        try:
-            check_splits(sizes, {split: n})
-        except SourceError as error:
-            yield str(error)
-
-
-def _prompts(s: Settings) -> Iterator[str]:
-    """The oracle can score prompts of the embedded world alone."""
-    source = plugins.load("sources", s.source)
-    oracles = [name for name, scorer in s.scorers.items() if scorer.plugin == "oracle"]
-    if not oracles or not source.FREE_PROMPTS:
-        return
-    try:
-        listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
-    except SourceError:  # said with the data
-        return
-    foreign = next((prompt for prompt in listed if not is_of_the_world(prompt)), None)
-    if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
-        return
-    said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
-    yield (
-        f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
-        f"cannot score {said}; remove scorers.{oracles[0]}"
-    )
 
 
 def _searches(s: Settings) -> Iterator[str]:

@@ -22,6 +22,7 @@ from attune.files import write_atomically
 from attune.paths import CHECKPOINTS, TIMES, Paths, project_root
 from attune.planning import costs
 from attune.planning.checkpoints import saved_trainings
+from attune.planning.data_problems import notes
 from attune.planning.local_files import Digests
 from attune.planning.make import make
 from attune.planning.problems import blocks_of_weights, machine, missing_files, problems, too_large
@@ -45,6 +46,8 @@ def main() -> None:
     if found:
         sys.exit(message("\n".join(found)))
     if given.show:
+        for note in notes(settings):
+            say(f"\nnote: {note}")
         say_saved(settings)
     else:
         write(settings)
@@ -94,7 +97,7 @@ def _rows_here(settings: Settings) -> dict[str, int]:
     if not file.exists():
         return {}
     counts = json.loads(file.read_text())
-    return {kind: counts[f"{kind}/train"] for kind in ("prompts", "pairs") if f"{kind}/train" in counts}
+    return costs.training_rows(counts)
 
 
 def _downloads(settings: Settings) -> dict[str, float | None]:

@@ -39,7 +39,8 @@ def main() -> None:
         for file in (paths.reports / "data.json", paths.model("data") / "data.json"):
             write_atomically(file, text.encode())
         run.summary(counts)
-        run.dataset(paths.prepared / "pairs.parquet", "prepared pairs", int(counts["pairs"]))
+        kind = "images" if "images" in counts else "pairs"
+        run.dataset(paths.prepared / f"{kind}.parquet", f"prepared {kind}", int(counts[kind]))
 
 
 def prepare(plan: PreparePlan) -> dict[str, float]:
@@ -49,7 +50,7 @@ def prepare(plan: PreparePlan) -> dict[str, float]:
     that can be known without opening an image.
     """
     from attune.build import load_policy, load_scorer
-    from attune.data.ingest.ingest import Rules, check_rows
+    from attune.data.ingest.rules import Rules, check_rows
     from attune.data.ingest.write import write_prepared
     from attune.data.quarantine import Quarantine, TooManyBadRows
     from attune.data.rows import Quota

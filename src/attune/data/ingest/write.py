@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from attune.data.arrays import ArrayFile
 from attune.data.ingest.encoder import ImageEncoder
-from attune.data.ingest.ingest import Ingest, Rules, check_enough
+from attune.data.ingest.ingest import Ingest
 from attune.data.ingest.reader import ImageReader
+from attune.data.ingest.rules import Rules, check_enough
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.quarantine import TEXT_CHARS, Quarantine
 from attune.data.rows import Row, SourceError
@@ -54,15 +55,17 @@ def write_prepared(
         ingest = _ingest(backbone, scorers, latents, quarantine, rules)
         for row in tqdm(rows, desc="prepare", unit="row"):
             ingest.add(row)
-        prompts, pairs = ingest.to_tables()
-    counts = ingest.counts(prompts, pairs)
+        tables = ingest.to_tables()
+    counts, prompts = ingest.counts(tables), tables.prompts
     _check_counts(counts, rules)
     counts["cut_prompts"] = sum(map(backbone.is_cut, prompts.prompt))
     _warn(counts)
     prompts.to_parquet(part / "prompts.parquet", index=False)
     # a file of their own, so that images are not generated again when only training prompts have changed
     prompts[prompts.split == "test"][["prompt"]].to_parquet(part / TEST_PROMPTS, index=False)
-    pairs.to_parquet(part / "pairs.parquet", index=False)
+    tables.pairs.to_parquet(part / "pairs.parquet", index=False)
+    if tables.images is not None:
+        tables.images.to_parquet(part / "images.parquet", index=False)
     write_prompts(part, prompts.prompt.tolist(), backbone)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from attune.data.quarantine import RejectedRow
 
 YES = ("true", "t", "yes", "y", "on")
 NO = ("false", "f", "no", "n", "off")
+LIKED = ("up", "like", "liked", "good", "+1", "\N{THUMBS UP SIGN}")
+DISLIKED = ("down", "dislike", "disliked", "bad", "\N{THUMBS DOWN SIGN}")
 NOTHING = ("", "none", "null", "nan", "na", "n/a")
 SPLIT_WORDS = {
     "train": "train",
@@ -50,6 +53,22 @@ def as_flag(value: Any, column: str) -> bool | None:
     if number not in (0, 1):
         raise RejectedRow("malformed_row", f"column {column}: expected true or false, found {shown(value)}")
     return bool(number)
+
+
+def as_verdict(value: Any) -> bool | None:
+    """Whether somebody liked something: a flag, 1 or -1, or a word as up, thumbs down, liked; None where it is empty.
+
+    Raises:
+        RejectedRow: `label_value`: it says neither.
+    """
+    word = re.sub(r"^thumbs?[ _-]*", "", _word(value) or "")
+    if word in LIKED or word in DISLIKED:
+        return word in LIKED
+    try:
+        return False if as_float(value) == -1 else as_flag(value, "liked")
+    except RejectedRow:
+        expected = "1, true, yes, up or liked, or 0, false, no, down or disliked"
+        raise RejectedRow("label_value", f"column liked: expected {expected}, found {shown(value)}") from None
 
 
 def as_text(value: Any, column: str) -> str | None:

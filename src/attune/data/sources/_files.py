@@ -11,7 +11,7 @@ from typing import Any
 
 from attune.data.local import inside, is_hidden
 from attune.data.quarantine import RejectedRow
-from attune.data.rows import BadImage, BadRow, Pair, Prompt, Row, SourceError
+from attune.data.rows import BadImage, BadRow, Prompt, Row, SourceError
 from attune.data.sources._cells import shown
 from attune.data.sources._json import parse_json, read_json_list, read_text
 from attune.hub import NOTATION, HubError, fetch_file, list_files, parse
@@ -100,9 +100,9 @@ def image_in(root: Path, name: Any) -> Path | BadImage:
         return BadImage(str(reason), reason.detail)
 
 
-def prompt_list(path: str, split: Callable[[str], str]) -> Iterator[Prompt | BadRow]:
+def prompt_list(path: str, split: str = "") -> Iterator[Prompt | BadRow]:
     """The prompts of a list: .txt, one per line and blank lines skipped; .json or .jsonl, strings or objects
-    with `prompt` or `caption`. `split` gives the split of each.
+    with `prompt` or `caption`.
 
     Raises:
         SourceError: the file is not there or not a list.
@@ -128,12 +128,12 @@ def listed_test_prompts(test_list: str | None) -> Iterable[Prompt | BadRow]:
     Raises:
         SourceError: the file is not there or not a list.
     """
-    return prompt_list(test_list, lambda prompt: "test") if test_list else ()
+    return prompt_list(test_list, "test") if test_list else ()
 
 
 def prompt_texts(rows: Iterable[Row]) -> Iterator[str]:
     """The prompts of rows, those without one left out; a prompt of several rows comes several times."""
-    texts = (row.prompt for row in rows if isinstance(row, Prompt | Pair))
+    texts = (row.prompt for row in rows if not isinstance(row, BadRow))
     return (text for text in texts if isinstance(text, str) and text.strip())
 
 
@@ -150,9 +150,9 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _listed(row: Any, split: Callable[[str], str], file: str, number: int) -> Prompt | BadRow:
+def _listed(row: Any, split: str, file: str, number: int) -> Prompt | BadRow:
     text = row.get("prompt", row.get("caption")) if isinstance(row, dict) else row
     if not isinstance(text, str):
         expected = "expected a prompt, or an object with `prompt` or `caption`"
         return BadRow("malformed_row", file, number, detail=f"{expected}, found {shown(row)}")
-    return Prompt(text.strip(), split(text), file, number)
+    return Prompt(text.strip(), split, file, number)

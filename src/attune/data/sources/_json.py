@@ -10,13 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from attune.data.local import is_utf_16, read_regular
+from attune.data.local import is_utf_16, read_regular, read_regular_start
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import SourceError
 
 MAX_FILE_BYTES = 2**31  # of a list or an index, which is read whole
 MAX_DIGITS = 308  # of an integer: more are beyond a float
 TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # strings, so that their brackets do not count
+STREAM_TOKEN = re.compile(TOKEN.pattern + '|"', re.DOTALL)
+CHUNK_CHARS, MAX_ELEMENT_CHARS = 2**20, 2**24
 
 
 class TooDeep(ValueError):
@@ -49,6 +51,58 @@ def read_json_list(path: Path) -> list[Any] | None:
         return _parse_file(text, path)
     except TooDeep:
         return [_or_none(element) for element in _members(text)]
+
+
+def stream_json_list(path: Path) -> Iterator[Any]:
+    """The elements of the list in a JSON file, however large, one by one; None in place of one that cannot be read.
+
+    A file that ends in the middle of an element, or without closing the list, has one more None.
+
+    Raises:
+        SourceError: the file is not there, is no list, or has an element of more than MAX_ELEMENT_CHARS.
+    """
+    try:
+        start = read_regular_start(path)
+    except RejectedRow as error:
+        raise SourceError(error.detail) from None
+    if is_utf_16(start):
+        raise SourceError(f"{path} is not UTF-8 but perhaps UTF-16; save it as UTF-8")
+    if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise SourceError(f"{path}: must be a list of objects")
+    return (_or_none(text) for text in _streamed(path))
+
+
+def _streamed(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read(CHUNK_CHARS).lstrip()[1:]
+        while True:
+            start = 0
+            while (end := _element_end(text, start)) is not None:
+                if text[start:end].strip() or text[end] == ",":
+                    yield text[start:end]
+                if text[end] == "]":
+                    return
+                start = end + 1
+            text, more = text[start:], file.read(CHUNK_CHARS)
+            if not more:
+                yield text  # cut: no value, unless the list was not closed alone
+                return
+            if len(text) > MAX_ELEMENT_CHARS:
+                raise SourceError(f"{path} is not JSON: {MAX_ELEMENT_CHARS} characters without the end of an element")
+            text += more
+
+
+def _element_end(text: str, start: int) -> int | None:
+    """Where the comma or bracket after an element is; None if the text ends before it."""
+    depth = 0
+    for token in STREAM_TOKEN.finditer(text, start):
+        sign = token[0]
+        if sign == '"':  # of a string that is cut
+            return None
+        if depth == 0 and sign in ",]":
+            return token.start()
+        depth += (sign in "[{") - (sign in "]}")
+    return None
 
 
 def read_json_members(path: Path) -> list[tuple[str, Any]] | None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from attune.data.local import is_utf_16
+from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, SourceError
+from attune.data.sources._files import are_small, image_in
 from attune.data.sources._json import parse_json
 
 MAX_LINE_CHARS = 10_000_000
@@ -41,6 +43,36 @@ def read_rows(path: Path, is_row: Callable[[Mapping[str, str]], bool]) -> Iterat
             yield from _csv_rows(lines, path, is_row)
         else:
             yield from ((n, _json_row(line, path.name, n)) for n, line in lines if line.strip())
+
+
+def check_table(path: Path, columns: Sequence[str]) -> None:
+    """Checks what is to be read as `data.path`: a .csv with these columns or a .jsonl, with a row.
+
+    Raises:
+        SourceError: it is not there, is of another type, lacks a column, or has no row.
+    """
+    if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
+        raise SourceError(f"data.path: {path} is not there, or neither a .csv nor a .jsonl file")
+    header = columns_of(path)
+    missing = [column for column in columns if header is not None and column not in header]
+    if missing:
+        raise SourceError(f"{path}: column {missing[0]!r} is missing; there are {', '.join(header or ())}")
+    if next(read_rows(path, lambda cells: False), None) is None:
+        raise SourceError(f"{path} has a header and no row below it")
+
+
+def cells_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+    """The cells of these columns. Raises RejectedRow, `malformed_row`, where one is missing."""
+    absent = [column for column in columns if column not in row]
+    if absent:
+        raise RejectedRow("malformed_row", f"column {absent[0]} is missing; there are {', '.join(map(str, row))}")
+    return [row[column] for column in columns]
+
+
+def bad_row(reason: RejectedRow, row: Mapping[str, Any], file: str, number: int) -> BadRow:
+    """The row for the quarantine, with its prompt where that is text."""
+    prompt = row.get("prompt")
+    return BadRow(str(reason), file, number, prompt if isinstance(prompt, str) else None, reason.detail)
 
 
 def columns_of(path: Path) -> list[str] | None:
@@ -180,3 +212,25 @@ def _cells_of_any_length() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(limit)
+
+
+def table_files(
+    path: str, test_list: str | None, columns: Sequence[str], is_row: Callable[[Mapping[str, str]], bool]
+) -> list[Path]:
+    """The table, the prompt list and every image named in these columns that is here.
+
+    A cell may be a list of names. Of a large table the folders of the images, for speed.
+    """
+    file = Path(path)
+    rows = (row for _, row in read_rows(file, is_row) if isinstance(row, Mapping))
+    cells = (row.get(column) for row in rows for column in columns)
+    each = (name for cell in cells for name in (cell if isinstance(cell, list) else [cell]))
+    try:
+        names = {name for name in each if isinstance(name, str)}
+    except SourceError:  # said when the rows are read
+        names = set()
+    if not are_small(file):
+        names = {name.partition("/")[0] for name in names}
+    images = (image for name in sorted(names) if isinstance(image := image_in(file.parent, name), Path))
+    listed = [] if test_list is None else [Path(test_list)]
+    return [file, *listed, *(image for image in images if image.is_file() or image.is_dir())]

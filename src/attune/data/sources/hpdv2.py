@@ -24,10 +24,10 @@ from attune.data.rows import BadImage, BadRow, ImageGenerator, Pair, Prompt, Quo
 from attune.data.sources._cells import as_float, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._json import read_json_list
-from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs
+from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs, too_many_images
 from attune.data.splits import count_rows, hashed_split
 
-HAS_PAIRS = True
+GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
 
 
@@ -112,8 +112,7 @@ def _pairs(entry: Any, split: str, row: int, root: Path, file: str) -> Iterator[
         yield BadRow("malformed_row", file, row, prompt, expected)
         return
     if len(names) > MAX_IMAGES:
-        detail = f"{len(names)} images of one prompt; {MAX_IMAGES} are read at most"
-        yield BadRow("malformed_row", file, row, prompt, detail)
+        yield BadRow("malformed_row", file, row, prompt, too_many_images(len(names)))
         return
     images = [_find(root, file.removesuffix(".json"), name) for name in names]
     for i, j, label_0 in ranked_pairs(ranks):

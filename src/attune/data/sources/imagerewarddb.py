@@ -28,10 +28,10 @@ from attune.data.rows import BadImage, BadRow, ImageGenerator, ImageRef, Pair, P
 from attune.data.sources._cells import as_float, as_text, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._parquet import parquet_rows, read_columns
-from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs
+from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs, too_many_images
 from attune.data.splits import count_rows
 
-HAS_PAIRS = True
+GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
 
 COLUMNS = ["prompt_id", "prompt", "image_path", "rank"]
@@ -149,7 +149,7 @@ def _pairs(groups: Sequence[Group], split: str, root: Path) -> Iterator[Pair | B
             alone = ranked[0][0]
             yield BadRow("no_other_image", file, alone.row, alone.prompt, "expected several images with ranks")
         if len(ranked) > MAX_IMAGES:
-            detail = f"{len(ranked)} images of one prompt; {MAX_IMAGES} are read at most"
+            detail = too_many_images(len(ranked))
             yield BadRow("malformed_row", file, ranked[0][0].row, ranked[0][0].prompt, detail)
             continue
         images = [_image(root, image.name, archive) for image, _ in ranked]

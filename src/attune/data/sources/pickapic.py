@@ -36,7 +36,7 @@ from attune.data.splits import hashed_split
 
 logger = logging.getLogger(__name__)
 
-HAS_PAIRS = True
+GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
 
 NEEDED = ("caption", "jpg_0", "jpg_1", "label_0")

@@ -1,25 +1,25 @@
 """Data source `prompts`: prompt lists and no pairs, for methods that generate their own images.
 
 A list is a .txt with a prompt per line, or a .json or .jsonl of strings or of objects with `prompt` or `caption`.
-Validation and test prompts have lists of their own or are taken from `path` by hash.
+Validation and test prompts have lists of their own or are taken from `path` by hash,
+those that runs ask for first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import SourceConfig
-from attune.data.rows import BadRow, ImageGenerator, Prompt, Quota
+from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, SourceConfig
+from attune.data.rows import ImageGenerator, Quota, Row
 from attune.data.sources._files import are_small, prompt_list, prompt_texts
-from attune.data.splits import count_rows, hashed_split
+from attune.data.splits import HeldOut, count_rows, with_splits
 
-HAS_PAIRS = False
+GIVES = ("prompts",)
 FREE_PROMPTS = True
 
 
@@ -29,10 +29,12 @@ class Config(SourceConfig):
     test_list: str | None = Field(None, description="a prompt list; null = a share of `path`")
     validation_share: Float = Field(0.05, ge=0, le=0.5, description="of `path`, if there is no validation_list")
     test_share: Float = Field(0.05, ge=0, le=0.5, description="of `path`, if there is no test_list")
+    validation_prompts: int | None = VALIDATION_PROMPTS
+    test_prompts: int | None = TEST_PROMPTS
     max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
 
 
-def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Prompt | BadRow]:
+def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """The prompts of all lists.
 
     Raises:
@@ -60,15 +62,8 @@ def _lists(config: Config) -> list[str]:
     return [path for path in (config.test_list, config.validation_list, config.path) if path]
 
 
-def _rows(config: Config) -> Iterator[Prompt | BadRow]:
-    shares = [
-        0.0 if config.validation_list else config.validation_share,
-        0.0 if config.test_list else config.test_share,
-    ]
-    own = partial(hashed_split, validation_share=shares[0], test_share=shares[1])
-    lists: list[tuple[str | None, Callable[[str], str]]] = [
-        (config.test_list, lambda prompt: "test"),
-        (config.validation_list, lambda prompt: "validation"),
-        (config.path, own),
-    ]
-    return chain.from_iterable([prompt_list(path, split) for path, split in lists if path])
+def _rows(config: Config) -> Iterator[Row]:
+    lists = {"test": config.test_list, "validation": config.validation_list}
+    listed = chain.from_iterable([prompt_list(path, split) for split, path in lists.items() if path])
+    shares = {f"{split}_share": 0.0 for split, path in lists.items() if path}
+    return with_splits(listed, lambda: prompt_list(config.path), HeldOut.of(config, **shares))

@@ -4,27 +4,26 @@
     label_1, split                         if there: label_1 is checked against label_0; train, validation (val, dev)
                                            or test
 
-Prompts of rows without a split are hashed into splits.
+Prompts of rows without a split are put into one by their hash, those that runs ask for first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from attune.config.settings import PairFilesConfig
+from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesConfig
 from attune.data.quarantine import RejectedRow
-from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
+from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._cells import as_float, as_split, as_text
 from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
-from attune.data.sources._tables import columns_of, read_rows
-from attune.data.splits import count_rows, hashed_split
+from attune.data.sources._tables import bad_row, cells_of, check_table, read_rows, table_files
+from attune.data.splits import HeldOut, count_rows, with_splits
 
-HAS_PAIRS = True
+GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
 
 COLUMNS = ("prompt", "image_0", "image_1", "label_0")
@@ -32,6 +31,8 @@ COLUMNS = ("prompt", "image_0", "image_1", "label_0")
 
 class Config(PairFilesConfig):
     path: str = Field("data/raw/pairs.csv", description="a .csv or .jsonl file")
+    validation_prompts: int | None = VALIDATION_PROMPTS
+    test_prompts: int | None = TEST_PROMPTS
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
@@ -45,22 +46,7 @@ def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quot
 
 def needs_files(config: Config) -> list[Path]:
     """The table and every image that it names and that is here; of a large table their folders, for speed."""
-    path = Path(config.path)
-    names = _image_names(path)
-    if not are_small(path):
-        names = {name.partition("/")[0] for name in names}
-    images = (image for name in sorted(names) if isinstance(image := image_in(path.parent, name), Path))
-    listed = [] if config.test_list is None else [Path(config.test_list)]
-    return [path, *listed, *(image for image in images if image.is_file() or image.is_dir())]
-
-
-def _image_names(path: Path) -> set[str]:
-    try:
-        rows = (row for _, row in read_rows(path, _is_row) if isinstance(row, Mapping))
-        cells = (row.get(column) for row in rows for column in ("image_0", "image_1"))
-        return {name for name in cells if isinstance(name, str)}
-    except SourceError:  # said by `split_sizes` and `read`
-        return set()
+    return table_files(config.path, config.test_list, ("image_0", "image_1"), _is_row)
 
 
 def split_sizes(config: Config) -> dict[str, int] | None:
@@ -79,18 +65,12 @@ def listed_prompts(config: Config) -> Iterator[str] | None:
 
 def _rows(config: Config) -> Iterator[Row]:
     path = Path(config.path)
-    if path.suffix.lower() not in (".csv", ".jsonl") or not path.is_file():
-        raise SourceError(f"data.path: {path} is not there, or neither a .csv nor a .jsonl file")
-    header = columns_of(path)
-    missing = [column for column in COLUMNS if header is not None and column not in header]
-    if missing:
-        raise SourceError(f"{path}: column {missing[0]!r} is missing; there are {', '.join(header or ())}")
-    if next(read_rows(path, _is_row), None) is None:
-        raise SourceError(f"{path} has a header and no row below it")
-    pairs = (
-        row if isinstance(row, BadRow) else _pair(row, number, path, config) for number, row in read_rows(path, _is_row)
-    )
-    return chain(listed_test_prompts(config.test_list), pairs)
+    check_table(path, COLUMNS)
+
+    def pairs() -> Iterator[Row]:
+        return (row if isinstance(row, BadRow) else _pair(row, n, path) for n, row in read_rows(path, _is_row))
+
+    return with_splits(listed_test_prompts(config.test_list), pairs, HeldOut.of(config))
 
 
 def _is_row(cells: Mapping[str, str]) -> bool:
@@ -98,17 +78,13 @@ def _is_row(cells: Mapping[str, str]) -> bool:
     return as_float(cells.get("label_0")) is not None
 
 
-def _pair(row: Mapping[str, Any], number: int, path: Path, config: Config) -> Pair | BadRow:
+def _pair(row: Mapping[str, Any], number: int, path: Path) -> Pair | BadRow:
     try:
-        absent = [column for column in COLUMNS if column not in row]
-        if absent:
-            raise RejectedRow("malformed_row", f"column {absent[0]} is missing; there are {', '.join(map(str, row))}")
-        prompt, split = as_text(row["prompt"], "prompt"), as_split(row.get("split"))
+        cell, *names, label = cells_of(row, COLUMNS)
+        prompt, split = as_text(cell, "prompt"), as_split(row.get("split")) or ""
     except RejectedRow as reason:
-        prompt = row.get("prompt")
-        return BadRow(str(reason), path.name, number, prompt if isinstance(prompt, str) else None, reason.detail)
-    label_0 = as_float(row["label_0"])
+        return bad_row(reason, row, path.name, number)
+    label_0 = as_float(label)
     label_1 = as_float(row["label_1"]) if "label_1" in row else None if label_0 is None else 1 - label_0
-    image_0, image_1 = (image_in(path.parent, row[name]) for name in ("image_0", "image_1"))
-    split = split or hashed_split(prompt, config.validation_share, config.test_share)
+    image_0, image_1 = (image_in(path.parent, name) for name in names)
     return Pair(prompt, image_0, image_1, label_0, label_1, split, path.name, number)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-HAS_PAIRS = True
+GIVES = ("prompts", "pairs")
 FREE_PROMPTS = False
 
 
