@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attune.data.ingest.ingest import CHECK_EVERY, Ingest, Rules
+from attune.data.ingest.ingest import CHECK_EVERY, Ingest
 from attune.data.ingest.reader import DecodedImage, ImageReader
+from attune.data.ingest.rules import Rules
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.quarantine import Quarantine, TooManyBadRows
-from attune.data.rows import ImageRef, Pair, Prompt, Row
+from attune.data.rows import ImageRef, LabelledImage, Pair, Prompt, Row
 from attune.inspection.sheets import Sheets, ShownPair
 
 NUMBER = "number"  # column of the pairs: which row of the source it was
@@ -32,7 +33,8 @@ class Collected:
 
     prompts: pd.DataFrame  # prompt, split
     pairs: pd.DataFrame  # prompt, split, label_0, image_0, image_1 (rows of images), scores, file, row, content_0, _1
-    images: pd.DataFrame  # width, height, content, kind; a row per distinct image of all pairs, leaking ones too
+    singles: pd.DataFrame | None  # prompt, split, liked, image (row of images), of a source of single images
+    images: pd.DataFrame  # width, height, content, kind; a row per distinct image, those of rows that leak too
     counts: Mapping[str, float]  # as `prepare` counts them
     rows: int  # that were read and judged
     passed_over: int  # pairs of a split that had enough
@@ -100,7 +102,7 @@ def collect(
     limited, places, kinds = Limit(rows, most), dict[int, tuple[str, str]](), dict[bytes, str]()
     judged, passed_over, too_bad = 0, 0, None
     for number, row in enumerate(tqdm(limited, desc="inspect", unit="row")):
-        taken = rules.quota.taken.total()
+        taken, bad = rules.quota.taken.total(), quarantine.reasons.total()
         if isinstance(row, Pair) and not rules.quota.wants_more(row.split):
             passed_over += 1
             continue
@@ -115,20 +117,24 @@ def collect(
                 if image.digest not in kinds:
                     kinds[image.digest] = kind_of(ref)
             sheets.offer(number, row, (first, second), scorer)
-    prompts, pairs = ingest.to_tables()
-    counts = ingest.counts(prompts, pairs)
+        if isinstance(row, LabelledImage) and quarantine.reasons.total() == bad:  # the image was kept
+            kinds.setdefault(reader.read(row.image, _never).digest, kind_of(row.image))
+            sheets.offer_image(number, row)
+    tables = ingest.to_tables()
+    counts = ingest.counts(tables)
     images = index.table(kinds)
-    pairs = with_places(pairs, places, images)
+    pairs = with_places(tables.pairs, places, images)
     return Collected(
-        prompts=prompts,
+        prompts=tables.prompts,
         pairs=pairs,
+        singles=tables.images,
         images=images,
         counts=counts,
         rows=judged,
         passed_over=passed_over,
         is_whole=not limited.reached,
         too_bad=too_bad or _too_bad(quarantine, judged, rules),
-        shown=sheets.finished(set(pairs[NUMBER]), scorer),
+        shown=sheets.finished(None if tables.images is not None else set(pairs[NUMBER]), scorer),
     )
 
 

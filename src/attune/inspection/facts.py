@@ -86,7 +86,7 @@ def facts(found: Collected, quarantine: Path, lengths: Lengths, resolution: int,
         spellings=choices.spellings(found.prompts.prompt.tolist()),
         pairs_per_prompt=histogram(per_prompt.to_numpy(), 1, lambda n: False),
         repeated=[(str(prompt), int(n)) for prompt, n in per_prompt.head(REPEATED).items() if n > 1],
-        images=image_facts(found, resolution) if len(pairs) else None,
+        images=image_facts(found, resolution) if len(found.images) else None,
         lengths=lengths,
         length_bars=histogram(lengths.counts, lengths.limit + 1, lambda n: not lengths.are_words and n > lengths.limit),
         agreements=[each for each in agreements if each is not None],
@@ -97,7 +97,8 @@ def facts(found: Collected, quarantine: Path, lengths: Lengths, resolution: int,
 
 def image_facts(found: Collected, resolution: int) -> ImageFacts:
     """Sizes, and what resizing the shorter side to `resolution` and cropping the centre does."""
-    images = found.images.iloc[sorted({*found.pairs.image_0, *found.pairs.image_1})]
+    used = {*found.pairs.image_0, *found.pairs.image_1} if found.singles is None else {*found.singles.image}
+    images = found.images.iloc[sorted(used)]
     width, height = images.width.to_numpy(), images.height.to_numpy()
     short, cut = np.minimum(width, height), 1 - np.minimum(width, height) / np.maximum(width, height)
     area, least = (width * height).argmax(), short.argmin()

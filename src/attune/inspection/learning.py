@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from attune.config import plugins
 from attune.config.resolve import Settings
 from attune.config.settings import TrainingConfig
-from attune.planning.make import needs_preference_model
+from attune.planning.make import needs_preference_model, rows_of
 
 PREFERENCE_MODEL = "preference model"
 
@@ -19,7 +18,7 @@ class Learning:
 
     run: str
     method: str
-    kind: str  # "choices", "pairs" or "prompts"
+    kind: str  # "choices", "pairs", "images", "liked images" or "prompts"
     rows: int
     batches: int
     batch_size: int
@@ -51,12 +50,12 @@ def _learnings(settings: Settings, counts: Mapping[str, float]) -> Iterator[Lear
     for name, run in settings.runs.items():
         if run.method is None:
             continue
-        config, kind = settings.methods[name], plugins.load("methods", run.method).Method.consumes
+        config, kind = settings.methods[name], rows_of(run.method, settings.source)
         if kind == "pairs" and getattr(config, "ai_feedback", None) is None:
             kind = "choices"  # ties have no chosen image, unless a scorer decides them
         yield _learning(name, run.method, kind, config, counts)
 
 
 def _learning(run: str, method: str, kind: str, config: TrainingConfig, counts: Mapping[str, float]) -> Learning:
-    rows = int(counts.get(f"{kind}/train", 0))
+    rows = int(counts.get(f"{'liked' if kind == 'liked images' else kind}/train", 0))
     return Learning(run, method, kind, rows, config.batches, config.batch_size)

@@ -7,7 +7,7 @@ import heapq
 import io
 import random
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from attune.data.ingest.ingest import clean_prompt
 from attune.data.ingest.reader import DecodedImage
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.local import read_regular
-from attune.data.rows import ImageRef, Pair
+from attune.data.rows import ImageRef, LabelledImage, Pair
 from attune.inspection.choices import comparison
 from attune.text import cut
 
@@ -36,8 +36,8 @@ class ShownPair:
 
     number: int
     prompt: str
-    images: tuple[str, str]
-    label_0: float
+    images: tuple[str, ...]  # of a single image one
+    label_0: float  # of a single image 1 if it is liked, else 0
     split: str
     place: str
     note: str = ""
@@ -73,31 +73,46 @@ class Sheets:
     def offer(self, number: int, pair: Pair, images: tuple[DecodedImage, DecodedImage], scorer: ImageScorer) -> None:
         """Looks at a pair that was kept, and at those before it whose scores are known by now."""
         waiting = _Waiting(number, pair, (images[0].digest, images[1].digest))
-        self._at_random(waiting)
+        self._one_of_all(lambda: self._show(waiting))
         self._contradicting(waiting, images)
         if self._scorers:
             self._waiting.append(waiting)
             self._judge_scored(scorer)
 
-    def finished(self, kept: Set[float], scorer: ImageScorer) -> dict[str, list[ShownPair]]:
-        """Title -> pairs, with their scores; those that were left out in the end are not shown."""
+    def offer_image(self, number: int, row: LabelledImage) -> None:
+        """Looks at a single image that was kept."""
+        prompt, label_0 = clean_prompt(row.prompt), float(bool(row.liked))
+        self._one_of_all(
+            lambda: ShownPair(number, prompt, (data_uri(row.image, self._bytes),), label_0, row.split, _place(row))
+        )
+
+    def finished(self, kept: Set[float] | None, scorer: ImageScorer) -> dict[str, list[ShownPair]]:
+        """Title -> pairs, with their scores; those that were left out in the end (not in `kept`) are not shown."""
         self._judge_scored(scorer)
         worst = {name: [shown for *_, shown in sorted(heap, reverse=True)] for name, heap in self._worst.items()}
         random_pairs = sorted(self._chosen, key=lambda shown: shown.number)
         sheets = {CONTRADICTIONS: self._contradictions, **worst, AT_RANDOM: random_pairs}
         return {
-            title: [replace(shown, scores=self._scores(shown.digests, shown.prompt, scorer)) for shown in sheet]
-            for title, sheet in ((t, [s for s in found if s.number in kept]) for t, found in sheets.items())
+            title: [self._scored(shown, scorer) for shown in sheet]
+            for title, sheet in (
+                (t, [s for s in found if kept is None or s.number in kept]) for t, found in sheets.items()
+            )
             if sheet
         }
 
-    def _at_random(self, waiting: _Waiting) -> None:
-        """Reservoir sampling: every pair so far has the same chance to be shown (Vitter 1985, algorithm R)."""
+    def _scored(self, shown: ShownPair, scorer: ImageScorer) -> ShownPair:
+        """With the scores of both images, of a pair."""
+        if len(shown.images) == 1:
+            return shown
+        return replace(shown, scores=self._scores(shown.digests, shown.prompt, scorer))
+
+    def _one_of_all(self, show: Callable[[], ShownPair]) -> None:
+        """Reservoir sampling: everything so far has the same chance to be shown (Vitter 1985, algorithm R)."""
         self._offered += 1
         if len(self._chosen) < self._n:
-            self._chosen.append(self._show(waiting))
+            self._chosen.append(show())
         elif self._n and (place := self._random.randrange(self._offered)) < self._n:
-            self._chosen[place] = self._show(waiting)
+            self._chosen[place] = show()
 
     def _contradicting(self, waiting: _Waiting, images: tuple[DecodedImage, DecodedImage]) -> None:
         pair = waiting.pair
@@ -149,8 +164,8 @@ class Sheets:
         )
 
 
-def _place(pair: Pair) -> str:
-    return cut(f"{pair.file} row {pair.row}", 80)
+def _place(row: Pair | LabelledImage) -> str:
+    return cut(f"{row.file} row {row.row}", 80)
 
 
 def data_uri(ref: ImageRef, most_bytes: int) -> str:

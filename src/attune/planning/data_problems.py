@@ -11,6 +11,7 @@ from attune.config.resolve import Settings
 from attune.data.rows import SourceError
 from attune.data.splits import VERDICTS, check_splits
 from attune.planning.make import rows_of, wanted_rows
+from attune.world.grammar import is_of_the_world
 
 
 def data(s: Settings) -> Iterator[str]:
@@ -58,7 +59,7 @@ def prompts(s: Settings) -> Iterator[str]:
         listed, sizes = list(source.listed_prompts(s.data) or ()), source.split_sizes(s.data) or {}
     except SourceError:  # said with the data
         return
-    foreign = next((prompt for prompt in listed if not _is_of_the_world(prompt)), None)
+    foreign = next((prompt for prompt in listed if not is_of_the_world(prompt)), None)
     if foreign is None and len(set(listed)) >= sum(n for name, n in sizes.items() if name.startswith("prompts/")) > 0:
         return
     said = f"the prompts of data.source {s.source}" if foreign is None else f"the prompt {foreign!r}"
@@ -66,16 +67,6 @@ def prompts(s: Settings) -> Iterator[str]:
         f"params/{s.profile}.yaml:scorers.{oracles[0]}: the oracle knows prompts of the embedded world alone and "
         f"cannot score {said}; remove scorers.{oracles[0]}"
     )
-
-
-def _is_of_the_world(prompt: str) -> bool:
-    from attune.world.grammar import parse
-
-    try:
-        parse(prompt)
-    except ValueError:
-        return False
-    return True
 
 
 def notes(s: Settings) -> Iterator[str]:

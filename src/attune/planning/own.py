@@ -13,7 +13,7 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.schema import check
 from attune.data.rows import SourceError
 from attune.data.sources._files import listed_test_prompts, prompt_texts
-from attune.planning.make import needs
+from attune.planning.make import needs, rows_of
 from attune.world.grammar import is_of_the_world
 
 RUNS = {"pairs": ("dpo",), "images": ("kto",), "prompts": ("alignprop",)}
@@ -116,10 +116,10 @@ def numbers(base: Mapping[str, Any], found: Found, methods: Sequence[str]) -> di
     images = min(MOST_IMAGES, max(base["generate"].get("images_per_prompt", 1), math.ceil(IMAGES / test)))
     changed = {"generate.prompts": test, "generate.images_per_prompt": images}
     for name in methods:
-        method = plugins.load("methods", name).Method
+        kind = "images" if "images" in (rows := rows_of(name, found.source)) else rows
         config = check(plugins.config_class("methods", name), base["methods"].get(name, {}), f"methods.{name}")
-        if method.consumes in found.rows and method.consumes != "prompts":
-            passes = math.ceil(PASSES * found.rows[method.consumes] / config.batch_size)
+        if kind in found.rows and kind != "prompts":
+            passes = math.ceil(PASSES * found.rows[kind] / config.batch_size)
             changed[f"methods.{name}.batches"] = min(config.batches, max(passes, STEPS * config.accumulation))
     return changed
 

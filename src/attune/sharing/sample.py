@@ -43,7 +43,7 @@ def read_prompts(given: Sequence[str], file: Path | None, tell: Callable[[str], 
         SampleError: there is none, one is empty or no UTF-8, or the list cannot be read.
         SourceError: the list is not there or no list.
     """
-    rows = [] if file is None else list(prompt_list(str(file), lambda prompt: "test"))
+    rows = [] if file is None else list(prompt_list(str(file), "test"))
     for bad in (row for row in rows if isinstance(row, BadRow)):
         raise SampleError(f"{file}: row {bad.row}: {bad.reason} {bad.detail}".strip() + "; mend or remove it")
     listed = [row.prompt for row in rows if not isinstance(row, BadRow) and row.prompt]

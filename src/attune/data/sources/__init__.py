@@ -5,6 +5,7 @@
                                     not; a method that learns from something else cannot use it
     FREE_PROMPTS: bool              whether its prompts may be any text; False: all are of the embedded grammar,
                                     the only prompts that the scorer `oracle` can score
+    recognises(path) -> bool        whether a file or folder here looks like this source's, for `attune init`
     read(config, seed, generate_images, quota) -> Iterator[Row]
     needs_files(config) -> list[Path]
     split_sizes(config) -> dict[str, int] | None

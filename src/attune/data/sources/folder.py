@@ -36,6 +36,11 @@ class Config(PairFilesConfig):
     test_prompts: int | None = TEST_PROMPTS
 
 
+def recognises(path: Path) -> bool:
+    """A folder with chosen/ and rejected/."""
+    return all((path / side).is_dir() for side in SIDES)
+
+
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """A pair for each name; one that is in a single folder has lost its other image.
 

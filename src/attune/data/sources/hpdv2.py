@@ -24,6 +24,7 @@ from attune.data.rows import BadImage, BadRow, ImageGenerator, Pair, Prompt, Quo
 from attune.data.sources._cells import as_float, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._json import read_json_list
+from attune.data.sources._layouts import begins_with
 from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs, too_many_images
 from attune.data.splits import count_rows, hashed_split
 
@@ -33,6 +34,11 @@ FREE_PROMPTS = True
 
 class Config(PairFilesConfig):
     path: str = Field("data/raw/hpdv2", description="folder with train.json and, where there, test.json")
+
+
+def recognises(path: Path) -> bool:
+    """A folder with train.json, whose entries have several images each."""
+    return begins_with(path / "train.json", ('"file_path"', '"image_path"'))
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._cells import as_float, as_text, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._json import stream_json_list
+from attune.data.sources._layouts import begins_with
 from attune.data.sources._tables import bad_row, cells_of
 from attune.data.splits import hashed_split
 
@@ -38,6 +39,11 @@ COLUMNS = ("prompt", "path1", "path2")
 class Config(PairFilesConfig):
     path: str = Field("data/raw/hpdv3", description="folder with train.json, images/ and, where there, test.json")
     min_confidence: Float = Field(0.0, ge=0, le=1, description="pairs of less confidence have a row in the quarantine")
+
+
+def recognises(path: Path) -> bool:
+    """A folder with train.json, whose entries have two paths each."""
+    return begins_with(path / "train.json", ('"path1"',))
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
@@ -95,8 +101,8 @@ def _pair(entry: Any, split: str, row: int, file: Path, config: Config) -> Pair 
         _check_confidence(entry.get("confidence"), config.min_confidence)
     except RejectedRow as reason:
         return bad_row(reason, entry, file.name, row)
-    images = (image_in(file.parent, name) for name in names)
-    return Pair(text, *images, label_0, 1 - label_0, split, file.name, row)
+    first, second = (image_in(file.parent, name) for name in names)
+    return Pair(text, first, second, label_0, 1 - label_0, split, file.name, row)
 
 
 def _label(votes: Any) -> float:

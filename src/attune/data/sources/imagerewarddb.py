@@ -44,6 +44,11 @@ class Config(PairFilesConfig):
     path: str = Field("data/raw/imagerewarddb", description="folder with metadata-*.parquet and images/")
 
 
+def recognises(path: Path) -> bool:
+    """A folder with its tables, as downloaded."""
+    return path.is_dir() and any(path.rglob("metadata-*.parquet"))
+
+
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """All pairs of each prompt's ranked images, test first.
 

@@ -36,6 +36,7 @@ from attune.data.splits import hashed_split
 
 logger = logging.getLogger(__name__)
 
+ENDINGS = (".parquet", ".tar")
 GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
 
@@ -54,13 +55,18 @@ class Config(PairFilesConfig):
     max_gb: Float | None = Field(None, gt=0, description="of shards to read or download, 10^9 bytes; null = no limit")
 
 
+def recognises(path: Path) -> bool:
+    """A shard, or a folder of shards."""
+    return path.suffix in ENDINGS or (path.is_dir() and any(file.suffix in ENDINGS for file in path.iterdir()))
+
+
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
     """The pairs of the shards, read one after the other.
 
     Raises:
         SourceError: there are no shards, or none of them has the columns.
     """
-    files = data_files(config.path, (".parquet", ".tar"))
+    files = data_files(config.path, ENDINGS)
     shards = by_split(files)
     first = shards[0][1]
     if config.max_gb is not None and first.size > config.max_gb * GB:

@@ -17,6 +17,7 @@ from attune.config.schema import Float
 from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, SourceConfig
 from attune.data.rows import ImageGenerator, Quota, Row
 from attune.data.sources._files import are_small, prompt_list, prompt_texts
+from attune.data.sources._layouts import begins_with
 from attune.data.splits import HeldOut, count_rows, with_splits
 
 GIVES = ("prompts",)
@@ -32,6 +33,13 @@ class Config(SourceConfig):
     validation_prompts: int | None = VALIDATION_PROMPTS
     test_prompts: int | None = TEST_PROMPTS
     max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
+
+
+def recognises(path: Path) -> bool:
+    """A .txt, a JSON list, or a .jsonl whose rows name no image."""
+    return path.suffix == ".txt" or (
+        path.suffix in (".json", ".jsonl") and not begins_with(path, ('"image', '"path1"'))
+    )
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:

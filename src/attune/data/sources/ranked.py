@@ -25,6 +25,7 @@ from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
 from attune.data.sources._cells import as_float, as_split, as_text
 from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
+from attune.data.sources._layouts import has_columns
 from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs, too_many_images
 from attune.data.sources._tables import bad_row, cells_of, check_table, columns_of, read_rows, table_files
 from attune.data.splits import HeldOut, count_rows, with_splits
@@ -40,6 +41,12 @@ class Config(PairFilesConfig):
     pairs_per_prompt: int | None = Field(None, ge=1, description="pairs of one ranking at most; null = all")
     validation_prompts: int | None = VALIDATION_PROMPTS
     test_prompts: int | None = TEST_PROMPTS
+
+
+def recognises(path: Path) -> bool:
+    """A table of images with ranks or scores, a row for each image or for each prompt."""
+    one = any(has_columns(path, ("prompt", "image", order)) for order in ORDERS)
+    return one or any(has_columns(path, ("prompt", "images", f"{order}s")) for order in ORDERS)
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:
@@ -107,7 +114,7 @@ def _pairs(path: Path, limit: int | None) -> Iterator[Row]:
             found = bad_row(reason, row, path.name, number) if isinstance(row, Mapping) else row
         if isinstance(found, BadRow):
             yield found
-        elif "images" in row:
+        elif isinstance(row, Mapping) and "images" in row:
             yield from _pairs_of(found, path, limit)
         else:
             rankings.setdefault((found.prompt, found.split), []).extend(found.images)
@@ -160,9 +167,9 @@ def _pairs_of(ranking: Ranking, path: Path, limit: int | None) -> Iterator[Row]:
     if not pairs:
         yield BadRow("no_other_image", path.name, first, ranking.prompt, "expected several images with ranks")
     for one, other, label_0 in _some(pairs, limit):
-        files = (image_in(path.parent, image.name) for image in (one, other))
+        image_0, image_1 = (image_in(path.parent, image.name) for image in (one, other))
         where = f"{one.row}-{other.row}"
-        yield Pair(ranking.prompt, *files, label_0, 1 - label_0, ranking.split, path.name, where)
+        yield Pair(ranking.prompt, image_0, image_1, label_0, 1 - label_0, ranking.split, path.name, where)
 
 
 def _some(pairs: list[tuple[Ranked, Ranked, float]], limit: int | None) -> list[tuple[Ranked, Ranked, float]]:

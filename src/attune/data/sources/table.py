@@ -20,6 +20,7 @@ from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._cells import as_float, as_split, as_text
 from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
+from attune.data.sources._layouts import has_columns
 from attune.data.sources._tables import bad_row, cells_of, check_table, read_rows, table_files
 from attune.data.splits import HeldOut, count_rows, with_splits
 
@@ -33,6 +34,11 @@ class Config(PairFilesConfig):
     path: str = Field("data/raw/pairs.csv", description="a .csv or .jsonl file")
     validation_prompts: int | None = VALIDATION_PROMPTS
     test_prompts: int | None = TEST_PROMPTS
+
+
+def recognises(path: Path) -> bool:
+    """A table of pairs."""
+    return has_columns(path, COLUMNS)
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from attune.data.sources._captions import Captions, plain_name, read_captions, s
 from attune.data.sources._cells import as_split, as_text, as_verdict
 from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._folders import Match, images_of, sides_of, texts_of, unused_files, with_prompts
+from attune.data.sources._layouts import has_columns
 from attune.data.sources._tables import bad_row, cells_of, check_table, read_rows, table_files
 from attune.data.splits import HeldOut, count_rows, with_splits
 
@@ -41,6 +42,11 @@ class Config(FilesConfig):
     path: str = Field("data/raw/thumbs", description="a folder with liked/ and disliked/, or a .csv or .jsonl file")
     validation_prompts: int | None = VALIDATION_PROMPTS
     test_prompts: int | None = TEST_PROMPTS
+
+
+def recognises(path: Path) -> bool:
+    """A folder with liked/ and disliked/, or a table of images with verdicts."""
+    return all((path / side).is_dir() for side in SIDES) or has_columns(path, COLUMNS)
 
 
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Row]:

@@ -41,6 +41,11 @@ class Config(SourceConfig):
         return value
 
 
+def recognises(path: Path) -> bool:
+    """Nothing: its images are generated."""
+    return False
+
+
 def read(config: Config, seed: int, generate_images: ImageGenerator, quota: Quota) -> Iterator[Prompt | Pair]:
     """Prompts of all three splits, then labelled pairs for training and validation.
 
