@@ -52,7 +52,7 @@ def update_params_file(changes: Mapping[str, Any], path: Path | str) -> None:
 
 
 def replace_blocks(blocks: Mapping[str, Any], path: Path | str, to: Path | str | None = None) -> None:
-    """Writes top-level blocks anew, or takes them out (None); every other line, comments included, stays.
+    """Writes top-level blocks anew, or takes them out (None) with the comment above; every other line stays.
 
     A block that is not there yet is put at the end.
 
@@ -67,6 +67,10 @@ def replace_blocks(blocks: Mapping[str, Any], path: Path | str, to: Path | str |
     lines = text.replace("\r\n", "\n").splitlines(keepends=True)
     for key, value in blocks.items():
         start, end = _place(lines, key)
+        if value is None:
+            while start and lines[start - 1].startswith("#"):
+                start -= 1
+            end += end < len(lines) and not lines[end].strip()
         lines[start:end] = [] if value is None else [_dumped({key: value})]
     changed, wanted = "".join(lines), read_yaml(path)
     wanted = {key: value for key, value in (wanted | dict(blocks)).items() if blocks.get(key, value) is not None}
