@@ -55,8 +55,9 @@ def test_repeats_come_half_a_round_later_with_sides_drawn_anew():
     assert not [q for q in order_of(PAIRS[:1], repeats=0.5) if q.repeat]
 
 
-def test_what_is_shown_is_what_is_saved_and_the_page_is_not_told_whose_it_is(tmp_path):
-    """An annotator who always chooses red has always chosen side a, wherever it was."""
+@pytest.mark.parametrize(("colour", "side"), [("red", "a"), ("blue", "b")])
+def test_what_is_shown_is_what_is_saved_and_the_page_is_not_told_whose_it_is(tmp_path, colour, side):
+    """An annotator who always chooses red has always chosen side a, wherever it was; of blue side b."""
     asked, left = labelled.session(tmp_path, PROMPTS, repeats=0.5), []
     with labelled.served(asked) as page:
         for _ in range(9):
@@ -66,13 +67,13 @@ def test_what_is_shown_is_what_is_saved_and_the_page_is_not_told_whose_it_is(tmp
             assert is_red(shown[0]) != is_red(shown[1])
             told = json.dumps(state).encode() + b"".join(shown) + page.ask("/")[2]
             assert not re.search(rb"\b(red|blue|swapped|repeat)\b|\.png", told)
-            page.answer("anna", "left" if left[-1] else "right")
+            page.answer("anna", "left" if left[-1] == (colour == "red") else "right")
         done = page.state("anna")
     assert len(set(left)) == 2
     assert done["question"] is None
-    assert "red 6" in done["results"][0]
+    assert f"{colour} 6" in done["results"][0]
     assert "100.0 % of 3 pairs" in done["results"][2]
-    assert {each.answer for each in store.read(asked.database)} == {"a"}
+    assert {each.answer for each in store.read(asked.database)} == {side}
 
 
 def test_ties_both_bad_and_undo_are_saved_as_rows(tmp_path):
