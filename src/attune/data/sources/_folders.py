@@ -6,7 +6,7 @@ or has a row in the quarantine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +69,12 @@ def texts_of(files: Mapping[str, Sequence[str]], sides: Sequence[str]) -> dict[s
 
 
 def with_prompts(
-    root: Path, matches: Sequence[Match], captions: Captions | None
+    root: Path, matches: Sequence[Match], captions: Captions | None, read_elsewhere: Set[str] = frozenset()
 ) -> Iterator[tuple[Match, str | None] | BadRow]:
     """Each match with its prompt; a row for each one without, for each prompt that is not used, and each bad caption.
 
-    A caption wins over a .txt; a .txt with another prompt has a row.
+    A caption wins over a .txt; a .txt with another prompt has a row, unless it is the prompt of another image
+    (`read_elsewhere`).
     """
     used: set[str] = set()
     for match in matches:
@@ -84,14 +85,14 @@ def with_prompts(
             yield match.ambiguous
         elif caption and not caption.bad:
             yield match, caption.prompt
-            yield from _other_texts(match.texts, caption.prompt, root)
+            yield from _other_texts(match.texts, caption.prompt, root, read_elsewhere)
         else:
             yield from [caption.bad] if caption and caption.bad else []
             if match.texts or not caption:
                 row = _with_text(match, root)
                 yield row
                 prompt = None if isinstance(row, BadRow) else row[1]
-                yield from _other_texts(match.texts[1:], prompt, root)
+                yield from _other_texts(match.texts[1:], prompt, root, read_elsewhere)
     if captions:
         yield from captions.bad
         yield from captions.unused(used)
@@ -131,9 +132,9 @@ def _with_text(match: Match, root: Path) -> tuple[Match, str | None] | BadRow:
         return BadRow("empty_prompt", side, match.name, detail=reason.detail)
 
 
-def _other_texts(texts: Sequence[str], prompt: str | None, root: Path) -> Iterator[BadRow]:
-    """A row for each .txt that has another prompt than the one that is used."""
-    for text in texts:
+def _other_texts(texts: Sequence[str], prompt: str | None, root: Path, read_elsewhere: Set[str]) -> Iterator[BadRow]:
+    """A row for each .txt that has another prompt than the one that is used, and is not read for another image."""
+    for text in [text for text in texts if text not in read_elsewhere]:
         try:
             other = _text(root, text)
         except RejectedRow as reason:

@@ -128,8 +128,11 @@ def _folder_rows(
 ) -> Iterator[Row]:
     """A row for each image, then one for each prompt and each file that belongs to none."""
     matches = [match for side in SIDES for match in _matches(side, files)]
+    bare = [side for side, prompts in captions.items() if prompts is None]
+    read = {match.texts[0] for match in matches if match.texts and not match.images.keys().isdisjoint(bare)}
     for side, prompts in captions.items():
-        for found in with_prompts(root, [match for match in matches if side in ("", *match.images)], prompts):
+        mine = [match for match in matches if side in ("", *match.images)]
+        for found in with_prompts(root, mine, prompts, read):
             yield found if isinstance(found, BadRow) else _in_folder(*found, root)
     used = {text for match in matches for text in match.texts} | {Path(test_list or "").name}
     used |= {prompts.path.relative_to(root).as_posix() for prompts in captions.values() if prompts}
