@@ -125,7 +125,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     words = parser.parse_args()
     began, home = time.monotonic(), Path(tempfile.mkdtemp(prefix="labels-"))
-    copy_repository(home, {"data": TABLE, "search": {}, "seed": words.seed}, RUNS)
+    unused = {"search": {}, "preference.ai_feedback": None}  # they ask for more data than there is
+    copy_repository(home, {"data": TABLE, "seed": words.seed, **unused}, RUNS)
     os.environ |= {"PYTHONPATH": str(home / "src"), "ATTUNE_TRACKING": "off"}
     rng = np.random.default_rng(words.seed)
     with chdir(home):
