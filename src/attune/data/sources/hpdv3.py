@@ -95,8 +95,8 @@ def _pair(entry: Any, split: str, row: int, file: Path, config: Config) -> Pair 
         _check_confidence(entry.get("confidence"), config.min_confidence)
     except RejectedRow as reason:
         return bad_row(reason, entry, file.name, row)
-    images = (image_in(file.parent, name) for name in names)
-    return Pair(text, *images, label_0, 1 - label_0, split, file.name, row)
+    first, second = (image_in(file.parent, name) for name in names)
+    return Pair(text, first, second, label_0, 1 - label_0, split, file.name, row)
 
 
 def _label(votes: Any) -> float:
