@@ -1,4 +1,4 @@
-"""Scenes of the embedded world, drawn and painted from seeds."""
+"""Scenes of the embedded world, drawn and generated from seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def prompts(scenes: list[Scene]) -> list[str]:
     return [scene.prompt for scene in scenes]
 
 
-def paint(scenes: list[Scene], seed: int = 0) -> np.ndarray:
+def generate(scenes: list[Scene], seed: int = 0) -> np.ndarray:
     return render(scenes, np.random.default_rng(seed))
 
 

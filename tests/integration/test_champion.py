@@ -1,4 +1,4 @@
-"""The champion in a real registry: who gets the alias, who does not, and that what was registered paints the same."""
+"""The champion in a real registry: who gets the alias, who does not, and that what was registered makes the same images."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _shift(file: Path) -> None:
     save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
-def test_the_champion_paints_what_the_adapter_painted(place):
+def test_the_champion_generates_what_the_adapter_generated(place):
     """diffusers, with base and adapter from the registry alone, against attune with the adapter's own file."""
     prompt, seed = "a red circle", 7
     settings = load()

@@ -194,7 +194,7 @@ def test_all_models_are_scored_by_all_scorers_under_one_protocol(project):
     assert all(np.isfinite(frame.select_dtypes("number")).all(axis=None) for frame, _ in read.values())
 
 
-def test_every_method_changed_the_pictures_and_a_released_adapter_paints_as_our_own(project):
+def test_every_method_changed_the_pictures_and_a_released_adapter_generates_as_our_own(project):
     def pictures(name: str) -> np.ndarray:
         files = sorted((project.data / "generated" / name).glob("*.png"))
         return np.stack([np.asarray(Image.open(file)) for file in files])

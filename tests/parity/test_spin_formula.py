@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.mark.parametrize("beta", [2000, 5000])
 def test_training_step(table, sd, beta):
-    """Real and painted images share t, but not the noise: the formula leaves that open."""
+    """Real and generated images share t, but not the noise: the formula leaves that open."""
     case, name = tensors("18_spin"), f"18 beta {beta}"
     backbone, cond = own(sd), conditioning(case).repeat(2)
     x_0, noise = (torch.cat([case[f"{part}_real"], case[f"{part}_gen"]]) for part in ("latents", "noise"))
@@ -28,7 +28,7 @@ def test_training_step(table, sd, beta):
     loss.backward()
     predicted = torch.cat([case["eps_theta_real"], case["eps_theta_gen"]])
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), predicted)
-    # bracket = (e - e_ref) of real images minus that of painted ones; beta turns its errors of 1e-7 into 1e-3
+    # bracket = (e - e_ref) of real images minus that of generated ones; beta turns its errors of 1e-7 into 1e-3
     table.close(name, "mean margin", metrics["margin"], -0.5 * beta * case["bracket"].mean(), absolute=5e-3)
     table.close(name, "loss", loss, case[f"loss_beta{beta}"], absolute=5e-3)
     if beta == 2000:

@@ -57,7 +57,7 @@ def as_kohya(policy, folder):
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
-def test_diffusers_paints_the_same_with_kohyas_file(new, pipeline, tmp_path, targets):
+def test_diffusers_generates_the_same_with_kohyas_file(new, pipeline, tmp_path, targets):
     policy = new(moved=0.1, rank=3, targets=targets)
     file, before = as_kohya(policy, tmp_path), drawn_by(pipeline)
     pipeline.load_lora_weights(file)
@@ -73,7 +73,7 @@ def test_diffusers_paints_the_same_with_kohyas_file(new, pipeline, tmp_path, tar
 def test_ranks_that_differ_are_kept(new, pipeline, tmp_path):
     """Convolutions of 3 x 3 and of 1 x 1, linear layers and embeddings, of ranks 1 to 4.
 
-    With an alpha for each module diffusers paints something else: it loses those of attention.
+    With an alpha for each module diffusers generates something else: it loses those of attention.
     """
     policy = new(adapter=False)
     layers = sorted(lora_ranks(new(targets="all").denoiser))

@@ -11,7 +11,7 @@ import pytest
 
 from attune.world import flaws, oracle
 from attune.world.grammar import BACKGROUNDS, COLOURS, COUNTS, KINDS, RELATIONS, SHAPES, SIZES, Scene
-from scenes import paint, prompts, rng, some
+from scenes import generate, prompts, rng, some
 
 # --- faithfulness -----------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ MISTAKES += [("one", "size"), ("count", "count"), ("relation", "relation")]
 @pytest.mark.parametrize("kind", KINDS)
 def test_clean_and_right_pictures_score_high(kind):
     scenes = some(kind, 150)
-    scores = oracle.scores(paint(scenes), prompts(scenes))
+    scores = oracle.scores(generate(scenes), prompts(scenes))
     assert scores.mean() >= 0.85
     assert scores.min() > 0.7
 
@@ -51,10 +51,10 @@ def test_clean_and_right_pictures_score_high(kind):
 @pytest.mark.parametrize(("kind", "what"), MISTAKES)
 def test_one_wrong_attribute_costs_much(kind, what):
     scenes, generator = some(kind), rng(1)
-    right = oracle.scores(paint(scenes), prompts(scenes))
-    painted_wrong = [wrong(scene, what, generator) for scene in scenes]
-    assert all(a != b for a, b in zip(scenes, painted_wrong, strict=True))
-    scores = oracle.scores(paint(painted_wrong), prompts(scenes))
+    right = oracle.scores(generate(scenes), prompts(scenes))
+    generated_wrong = [wrong(scene, what, generator) for scene in scenes]
+    assert all(a != b for a, b in zip(scenes, generated_wrong, strict=True))
+    scores = oracle.scores(generate(generated_wrong), prompts(scenes))
     assert scores.mean() < 0.6
     assert (scores < right).mean() >= 0.95
 
@@ -66,9 +66,9 @@ PART = {"colour": "colour", "shape": "shape", "background": "background"}
 def test_the_verdict_says_what_is_wrong(kind, what):
     """The sub-score of the wrong attribute falls furthest of all."""
     scenes, generator = some(kind), rng(2)
-    painted_wrong = [wrong(scene, what, generator) for scene in scenes]
-    before = oracle.judge(paint(scenes), prompts(scenes))
-    after = oracle.judge(paint(painted_wrong), prompts(scenes))
+    generated_wrong = [wrong(scene, what, generator) for scene in scenes]
+    before = oracle.judge(generate(scenes), prompts(scenes))
+    after = oracle.judge(generate(generated_wrong), prompts(scenes))
     parts = ("background", "colour", "shape", "layout")
     falls = {p: np.mean([getattr(b, p) - getattr(a, p) for b, a in zip(before, after, strict=True)]) for p in parts}
     assert max(falls, key=falls.get) == PART.get(what, "layout"), falls
@@ -90,7 +90,7 @@ def test_an_empty_picture_is_worth_little_and_not_nothing():
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_costs_more_the_stronger_it_is(kind, damage):
     scenes = some(kind)
-    clean = paint(scenes)
+    clean = generate(scenes)
 
     def damaged(strength: float) -> np.ndarray:
         return np.stack([flaws.damage_one(image, damage, strength, rng(i)) for i, image in enumerate(clean)])
@@ -104,8 +104,8 @@ def test_damage_costs_more_the_stronger_it_is(kind, damage):
 
 def test_damage_is_seen_as_damage_and_not_as_a_wrong_picture():
     scenes = some("one")
-    blurred = np.stack([flaws.damage_one(image, "blur", 0.5, rng()) for image in paint(scenes)])
-    before = oracle.judge(paint(scenes), prompts(scenes))
+    blurred = np.stack([flaws.damage_one(image, "blur", 0.5, rng()) for image in generate(scenes)])
+    before = oracle.judge(generate(scenes), prompts(scenes))
     after = oracle.judge(blurred, prompts(scenes))
     assert np.mean([b.sharpness - a.sharpness for b, a in zip(before, after, strict=True)]) > 0.2
     assert np.mean([a.colour for a in after]) > 0.8
@@ -117,7 +117,7 @@ def test_damage_is_seen_as_damage_and_not_as_a_wrong_picture():
 
 def test_the_oracle_is_deterministic_and_judges_each_image_alone():
     scenes = [scene for kind in KINDS for scene in some(kind, 20)]
-    images, words = paint(scenes), prompts(scenes)
+    images, words = generate(scenes), prompts(scenes)
     scores = oracle.scores(images, words)
     assert np.array_equal(scores, oracle.scores(images, words))
     order = rng().permutation(len(scenes))
@@ -128,7 +128,7 @@ def test_the_oracle_is_deterministic_and_judges_each_image_alone():
 
 def test_300_images_per_second():
     scenes = [scene for kind in KINDS for scene in some(kind, 50)]
-    images, words, seconds = paint(scenes), prompts(scenes), []
+    images, words, seconds = generate(scenes), prompts(scenes), []
     for _ in range(3):
         start = time.process_time()  # CPU time: other work on this machine does not count
         oracle.scores(images, words)
@@ -145,7 +145,7 @@ def test_pixels_outside_the_unit_interval_are_refused(value):
 
 
 def test_one_prompt_per_image():
-    images = paint(some("one", 3))
+    images = generate(some("one", 3))
     with pytest.raises(ValueError, match="3 images for 2 prompts"):
         oracle.judge(images, prompts(some("one", 2)))
     with pytest.raises(ValueError, match="not a prompt of the embedded world: 'a cat'"):

@@ -98,19 +98,19 @@ def test_an_image_does_not_depend_on_its_batch(policy, cond, eta):
     torch.testing.assert_close(apart, together[order], rtol=1e-5, atol=1e-5 * float(together.abs().max()))
 
 
-def paint_with(policy, rows, batch_size, eta=0.0):
+def generate_with(policy, rows, batch_size, eta=0.0):
     sampling = Sampling(steps=4, eta=eta, guidance_scale=2.0, batch_size=batch_size)
     prompts = [PROMPTS[i % 3] for i in rows]
     return generate_images(policy, prompts, [i // 3 for i in rows], sampling, 0, None)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_painting_does_not_depend_on_batch_size_or_order(new_policy, eta):
+def test_a_generating_does_not_depend_on_batch_size_or_order(new_policy, eta):
     policy, rows = new_policy(moved=0.1), list(range(9))
-    eight = paint_with(policy, rows, 8, eta)
+    eight = generate_with(policy, rows, 8, eta)
     assert eight.shape == (9, 16, 16, 3)
     assert eight.dtype == np.uint8
-    for again in (paint_with(policy, rows, 1, eta), paint_with(policy, rows[::-1], 4, eta)[::-1]):
+    for again in (generate_with(policy, rows, 1, eta), generate_with(policy, rows[::-1], 4, eta)[::-1]):
         assert np.abs(eight.astype(int) - again).max() <= 1  # one grey level
     assert len(np.unique(eight.reshape(9, -1), axis=0)) == 9  # ordinals of one prompt differ too
     assert eight.std() > 10  # not one flat colour, which would make this test empty
@@ -122,13 +122,13 @@ def test_an_adapter_that_explodes_is_named_and_draws_nothing(new_policy, tmp_pat
     policy = new_policy(adapter=False)
     policy.load(tmp_path)
     with pytest.raises(NonFiniteImageError, match=rf"{tmp_path}: the denoiser gave .* for image 0, prompt 'a cat'"):
-        paint_with(policy, [0, 1, 2], 3)
+        generate_with(policy, [0, 1, 2], 3)
 
 
 def test_an_autoencoder_that_overflows_is_named_with_the_image_it_lost(new_policy):
     policy = new_policy(adapter=False)
     policy.backbone.vae = copy.deepcopy(policy.backbone.vae)
-    whole = paint_with(policy, [0, 1, 2], 2)
+    whole = generate_with(policy, [0, 1, 2], 2)
     vae, decoded = policy.backbone.vae, []
 
     def overflow(module, inputs):
@@ -137,7 +137,7 @@ def test_an_autoencoder_that_overflows_is_named_with_the_image_it_lost(new_polic
         return (inputs[0] * (1e38 if len(decoded) > 2 else 1),)
 
     vae.decoder.register_forward_pre_hook(overflow)
-    assert np.array_equal(paint_with(policy, [0, 1], 2), whole[:2])
+    assert np.array_equal(generate_with(policy, [0, 1], 2), whole[:2])
     decoded.clear()
     with pytest.raises(NonFiniteImageError, match=r"the model: the autoencoder gave .* for image 2, prompt 'two owls'"):
-        paint_with(policy, [0, 1, 2], 2)
+        generate_with(policy, [0, 1, 2], 2)

@@ -70,7 +70,7 @@ def test_a_sample_shows_models_side_by_side(here, capsys, tmp_path):
 
 
 def test_a_folder_is_laid_out_as_the_reports_images_with_the_same_noise(here, capsys, tmp_path):
-    """A run's images of test prompts, painted again, are those that `generate` wrote."""
+    """A run's images of test prompts, generated again, are those that `generate` wrote."""
     generated = here / "data/short/generated"
     index = pd.read_parquet(generated / "dpo/index.parquet")
     prompts = tmp_path / "prompts.txt"
@@ -86,7 +86,7 @@ def test_a_folder_is_laid_out_as_the_reports_images_with_the_same_noise(here, ca
             assert np.array_equal(again, before)
 
 
-def test_an_adapter_of_zeros_paints_what_the_base_paints(here, capsys, tmp_path):
+def test_an_adapter_of_zeros_generates_what_the_base_generates(here, capsys, tmp_path):
     policy = load_policy(load().model)
     policy.add_adapter(2, 0)  # a fresh LoRA is zero
     run = here / "models/short/later"
@@ -124,7 +124,7 @@ def test_a_file_is_a_model_too_and_the_default_place_is_with_the_reports(here, c
         (["--run", "dpo", "--prompt", "x", "--out", "data/short"], "holds no index.parquet"),
     ],
 )
-def test_what_cannot_be_painted_is_said_before_a_model_loads(here, monkeypatch, words, says):
+def test_what_cannot_be_generated_is_said_before_a_model_loads(here, monkeypatch, words, says):
     monkeypatch.setattr("attune.build.load_backbone", lambda model: pytest.fail("a model was loaded"))
     (here / "data/short/dpo").mkdir(exist_ok=True)
     (here / "data/short/dpo/mine").touch()
@@ -186,7 +186,7 @@ def test_a_layout_that_diffusers_reads_as_another_model_is_an_error_and_nothing_
     monkeypatch.setattr(packaging.kohya, "to_kohya", wrong)
     says = refusal("package", "--run", "dpo", "--out", "packages/wrong")
     assert "dpo.safetensors: largest pixel difference" in says
-    assert "diffusers does not paint with it what the model paints" in says
+    assert "diffusers does not generate with it what the model generates" in says
     assert not (here / "packages/wrong").exists()
     assert not [file for file in (here / "packages").iterdir() if file.name.startswith(".")]
 
@@ -217,15 +217,15 @@ def test_a_trained_model_has_a_card_and_is_the_same_twice(mine):
     assert not (mine / "models/short/base/README.md").exists()
 
 
-def test_images_do_not_depend_on_what_was_painted_before(here):
+def test_images_do_not_depend_on_what_was_generated_before(here):
     settings = load()
     backbone = load_backbone(settings.model)
     policy = load_policy(settings.model)
     given = (["a red circle"], [0], settings.generate.sampling, 0, None)
     from attune.sharing.models import NamedModel
-    from attune.sharing.sample import image_rows, paint
+    from attune.sharing.sample import generate, image_rows
 
     models = [NamedModel("dpo", "models/short/dpo", own=True), NamedModel("base", None)]
-    painted = dict(paint(backbone, models, image_rows(["a red circle"], 1), settings.generate.sampling, 0))
-    assert np.array_equal(painted["base"], generate_images(policy, *given))
-    assert not np.array_equal(painted["base"], painted["dpo"])
+    generated = dict(generate(backbone, models, image_rows(["a red circle"], 1), settings.generate.sampling, 0))
+    assert np.array_equal(generated["base"], generate_images(policy, *given))
+    assert not np.array_equal(generated["base"], generated["dpo"])

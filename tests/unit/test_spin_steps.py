@@ -51,7 +51,7 @@ def test_real_images_are_the_chosen_ones_and_share_time_and_noise_with_their_opp
         assert torch.equal(*shared.chunk(2))
 
 
-def test_the_opponent_is_what_the_reference_paints_however_far_the_policy_has_moved(second, data):
+def test_the_opponent_is_what_the_reference_generates_however_far_the_policy_has_moved(second, data):
     method = spin_of(second)
     generator = batch_generator(0, 0)
     batch = tiny.batches(data, method)(0, generator)
@@ -87,8 +87,8 @@ def test_the_second_iteration_learns_and_its_reference_stays(second, data):
     assert not any(torch.equal(a, b) for a, b in zip(second.parameters(), reference, strict=True))
 
 
-def test_emptied_captions_are_emptied_for_both_and_after_painting(policy, data):
-    """A share of 0.5 drops some of eight prompts, and not all; the pictures were painted knowing them."""
+def test_emptied_captions_are_emptied_for_both_and_after_generating(policy, data):
+    """A share of 0.5 drops some of eight prompts, and not all; the pictures were generated knowing them."""
     _, plain = game(spin_of(policy, batch_size=8), data)
     _, found = game(spin_of(policy, batch_size=8, caption_dropout=0.5), data)
     assert torch.equal(plain.x_0, found.x_0)

@@ -93,15 +93,15 @@ def test_the_plan_holds_what_the_stage_reads(here):
 
 @pytest.fixture(scope="module")
 def source(made):
-    """The rows of the source, asked again, and the base that painted them."""
+    """The rows of the source, asked again, and the base that generated them."""
     with stages.inside(made):
         plan = read(PreparePlan, "prepare")
         policy = load_policy(plan.model)
 
-        def paint(prompts, ordinals, desc):
+        def generate(prompts, ordinals, desc):
             return generate_images(policy, prompts, ordinals, plan.sampling, plan.seed, None)
 
-        rows = plugins.load("sources", "world").read(plan.source.config, plan.seed, paint, Quota())
+        rows = plugins.load("sources", "world").read(plan.source.config, plan.seed, generate, Quota())
         return list(rows), policy, plan
 
 
@@ -296,7 +296,7 @@ def test_another_validation_scorer_does_not_go_on_from_a_checkpoint(mine, monkey
 
 
 @pytest.fixture(scope="module")
-def painted(made):
+def generated(made):
     with stages.inside(made):
         for run in ("base", "sft", "copy", "again"):
             stages.call("generate", run=run)
@@ -308,8 +308,8 @@ def images_of(folder):
     return index, np.stack([np.asarray(Image.open(folder / file)) for file in index.file])
 
 
-def test_the_index_has_the_first_test_prompts_with_every_ordinal(painted, made):
-    index, images = images_of(painted / "base")
+def test_the_index_has_the_first_test_prompts_with_every_ordinal(generated, made):
+    index, images = images_of(generated / "base")
     test = pd.read_parquet(made / PREPARED / "test_prompts.parquet").prompt.tolist()
     assert index.prompt.tolist() == [prompt for prompt in test[:4] for _ in range(2)]
     assert index.ordinal.tolist() == [0, 1] * 4
@@ -318,9 +318,9 @@ def test_the_index_has_the_first_test_prompts_with_every_ordinal(painted, made):
 
 
 @pytest.mark.parametrize("run", ["base", "sft", "again"])
-def test_every_image_is_that_of_its_prompt_ordinal_and_model_alone(painted, made, run):
-    """Painted one by one, by the adapter that was saved; the stage paints three at a time."""
-    index, images = images_of(painted / run)
+def test_every_image_is_that_of_its_prompt_ordinal_and_model_alone(generated, made, run):
+    """Generated one by one, by the adapter that was saved; the stage generates three at a time."""
+    index, images = images_of(generated / run)
     with stages.inside(made):
         plan = read(GeneratePlan, "generate", run)
         policy = load_policy(plan.model)
@@ -332,18 +332,18 @@ def test_every_image_is_that_of_its_prompt_ordinal_and_model_alone(painted, made
             assert np.abs(own.astype(int) - images[row]).max() <= 1  # rounding to 8 bits
 
 
-def test_models_differ_and_a_released_model_is_the_one_it_was_copied_from(painted):
-    found = {run: images_of(painted / run)[1] for run in ("base", "sft", "copy", "again")}
+def test_models_differ_and_a_released_model_is_the_one_it_was_copied_from(generated):
+    found = {run: images_of(generated / run)[1] for run in ("base", "sft", "copy", "again")}
     assert np.array_equal(found["sft"], found["copy"])
     assert not np.array_equal(found["sft"], found["base"])
     assert not np.array_equal(found["sft"], found["again"])
     assert len(np.unique(found["base"], axis=0)) == 8
 
 
-def test_the_protocol_says_how_they_were_made(painted):
-    index, _ = images_of(painted / "sft")
+def test_the_protocol_says_how_they_were_made(generated):
+    index, _ = images_of(generated / "sft")
     vae = digest(stages.ROOT / "models/embedded/base/vae")[:12]
-    assert json.loads((painted / "sft/protocol.json").read_text()) == {
+    assert json.loads((generated / "sft/protocol.json").read_text()) == {
         "autoencoder": f"{vae} float32",
         "prompt_set_sha": hash_prompts(index.prompt),
         **{"n_prompts": 4, "images_per_prompt": 2, "sampler": "ddim", "steps": 2, "eta": 0.0, "guidance_scale": 2.0},
@@ -363,8 +363,8 @@ def test_the_protocol_says_how_they_were_made(painted):
     ],
     ids=str,
 )
-def test_what_changes_an_image(mine, painted, changes, same):
-    _, before = images_of(painted / "sft")
+def test_what_changes_an_image(mine, generated, changes, same):
+    _, before = images_of(generated / "sft")
     stages.write(mine, RUNS, **SETTINGS, **changes)
     stages.write_plans()
     stages.call("generate", run="sft")

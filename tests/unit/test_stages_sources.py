@@ -178,15 +178,15 @@ def test_sizes_of_the_embedded_world(changes, sizes):
     """m images of a prompt make m (m - 1) / 2 pairs; what is announced is what comes."""
     block = WORLD | {"temperature": 0.05} | changes
     config = plugin_config("sources", "world", block, "data")
-    painted = []
+    generated = []
 
-    def paint(prompts, ordinals, desc):
-        painted.extend(zip(prompts, ordinals, strict=True))
+    def generate(prompts, ordinals, desc):
+        generated.extend(zip(prompts, ordinals, strict=True))
         return np.stack([pixels(i, 32, 32) for i in range(len(prompts))])
 
     from attune.data.sources import world
 
-    rows = list(world.read(world.Config.model_validate(config.model_dump()), 0, paint, None))
+    rows = list(world.read(world.Config.model_validate(config.model_dump()), 0, generate, None))
     prompts = [row.split for row in rows if isinstance(row, Prompt)]
     pairs = [row.split for row in rows if not isinstance(row, Prompt)]
     names = ("train", "validation", "test")
@@ -195,8 +195,8 @@ def test_sizes_of_the_embedded_world(changes, sizes):
     keys = ("prompts/train", "prompts/validation", "prompts/test", "pairs/train", "pairs/validation")
     assert tuple(told[key] for key in keys) == sizes
     assert (
-        len(painted)
-        == len(set(painted))
+        len(generated)
+        == len(set(generated))
         == (block["pair_prompts"] + block["validation_prompts"]) * block["images_per_prompt"]
     )
 

@@ -13,7 +13,7 @@ from attune.data.sources.world import Config, draw_prompts, label_pairs, read
 from attune.world import flaws, oracle
 from attune.world.grammar import BACKGROUNDS, COLOURS, KINDS, SHAPES, Scene, all_scenes, parse, vocabulary
 from attune.world.render import IMAGE_SIZE, RADII, render, shape_distance
-from scenes import N, paint, prompts, rng, some
+from scenes import N, generate, prompts, rng, some
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "validation", "test")
@@ -119,9 +119,9 @@ def test_every_kind_is_in_every_split():
 @pytest.mark.parametrize("kind", KINDS)
 def test_rendering_depends_on_the_seed_alone(kind):
     scenes = some(kind)
-    first = paint(scenes, seed=1)
-    assert np.array_equal(first, paint(scenes, seed=1))
-    assert (first != paint(scenes, seed=2)).any(axis=(1, 2, 3)).mean() > 0.95
+    first = generate(scenes, seed=1)
+    assert np.array_equal(first, generate(scenes, seed=1))
+    assert (first != generate(scenes, seed=2)).any(axis=(1, 2, 3)).mean() > 0.95
     assert first.dtype == np.float32
     assert first.shape == (N, IMAGE_SIZE, IMAGE_SIZE, 3)
     assert first.min() >= 0
@@ -144,7 +144,7 @@ def coverage(scene: Scene, image: np.ndarray) -> np.ndarray:
 
 def test_edges_are_anti_aliased():
     scenes = [s for s in some("one", 300) if s.shapes[0] in ("circle", "ring", "triangle")]
-    for scene, image in zip(scenes, paint(scenes), strict=True):
+    for scene, image in zip(scenes, generate(scenes), strict=True):
         cover = coverage(scene, image)
         assert cover.min() == pytest.approx(0, abs=1e-5)
         assert cover.max() == pytest.approx(1, abs=1e-5)
@@ -160,7 +160,7 @@ def test_a_larger_picture_is_the_same_picture(kind):
     scenes = some(kind)
     large = render(scenes, rng(), size=2 * IMAGE_SIZE)
     halved = large.reshape(N, IMAGE_SIZE, 2, IMAGE_SIZE, 2, 3).mean((2, 4))
-    assert np.abs(halved - paint(scenes)).mean() < 0.01
+    assert np.abs(halved - generate(scenes)).mean() < 0.01
     assert oracle.scores(large, prompts(scenes)).mean() > 0.85
 
 
@@ -170,7 +170,7 @@ def test_a_larger_picture_is_the_same_picture(kind):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_of_damaged_images_is_as_asked(share):
     n = 1000
-    images = np.repeat(paint(some("one", 10)), n // 10, axis=0)
+    images = np.repeat(generate(some("one", 10)), n // 10, axis=0)
     before = images.copy()
     out = flaws.damage(images, rng(), share)
     assert np.array_equal(images, before), "the input stays as it was"
@@ -182,7 +182,7 @@ def test_the_share_of_damaged_images_is_as_asked(share):
 
 def test_unknown_damage_is_refused():
     with pytest.raises(ValueError, match="unknown damage 'rain'; one of blur, noise, lighting, washed"):
-        flaws.damage_one(paint(some("one", 1))[0], "rain", 1.0, rng())
+        flaws.damage_one(generate(some("one", 1))[0], "rain", 1.0, rng())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 1.0])
@@ -263,7 +263,7 @@ def test_a_split_can_be_drawn_whole_and_no_further():
 
 
 def test_pairs_show_images_of_their_prompt():
-    """The renderer paints for the source, so that what an image shows can be told from its pixels."""
+    """The renderer generates for the source, so that what an image shows can be told from its pixels."""
     config = Config(
         train_prompts=12,
         validation_prompts=6,
@@ -274,13 +274,13 @@ def test_pairs_show_images_of_their_prompt():
     )
     asked: list[tuple[str, int]] = []
 
-    def painter(words, ordinals, title):
+    def generateer(words, ordinals, title):
         asked.extend(zip(words, ordinals, strict=True))
         images = [render([parse(w)], rng(o))[0] for w, o in zip(words, ordinals, strict=True)]
         noisy = [flaws.damage_one(image, "noise", 0.3 * o, rng(o)) for image, o in zip(images, ordinals, strict=True)]
         return (np.stack(noisy) * 255).round().astype(np.uint8)
 
-    rows = list(read(config, 0, painter, Quota()))
+    rows = list(read(config, 0, generateer, Quota()))
     prompts = [row for row in rows if isinstance(row, Prompt)]
     pairs = [row for row in rows if isinstance(row, Pair)]
     assert Counter(row.split for row in prompts) == {"train": 12, "validation": 6, "test": 9}

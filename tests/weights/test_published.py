@@ -52,7 +52,7 @@ def test_imagereward():
     """The four images of the authors' README; decoders and Pillow's resize move the third digit."""
     weights, tokenizer, folder = given("IMAGEREWARD", "BERT_TOKENIZER", "IMAGEREWARD_IMAGES")
     scorer = imagereward.load(imagereward.Config(path=weights, tokenizer=tokenizer))
-    prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
+    prompt = "a generating of an ocean with clouds and birds, day time, low depth field effect"
     scores = [scorer(picture(Path(folder) / f"{n}.webp"), [prompt]).item() for n in (1, 2, 3, 4)]
     assert scores == pytest.approx([0.5812, 0.2745, -1.4132, -2.0296], abs=0.02)
 

@@ -127,6 +127,7 @@ class Session(StrictModel):
     checkpoint_seconds: float
     samples: Sampling  # of the images that show a training's progress
     trained_on: Mapping[str, list[str]]  # run -> scorers, for the notes beside models and curves
+    data_license: str | None
     wanted: Mapping[str, int]  # `prompts/<split>`, `pairs/<split>` -> the fewest that prepare must find
 
 

@@ -244,6 +244,7 @@ class SourceConfig(StrictModel):
     """What every data source decides. Source configs extend it with their own fields."""
 
     score_with: list[str] = Field([], description="scorers whose scores of both images become columns of the pairs")
+    license: str | None = Field(None, max_length=200, description="of the data, for model cards; changes no result")
 
     @field_validator("path", "test_list", "validation_list", check_fields=False)
     @classmethod

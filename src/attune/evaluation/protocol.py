@@ -25,7 +25,7 @@ from attune.files import values_sha, write_atomically
 from attune.hub import identity, parse
 
 _METADATA_KEY, _MADE_WITH_KEY = b"attune.protocol", b"attune.made_with"
-MODEL = "model"  # in `made_with` of images: what tells the model that painted them from any other
+MODEL = "model"  # in `made_with` of images: what tells the model that generated them from any other
 KEY_COLUMNS = ("prompt", "ordinal", "file")
 """What identifies an image in a score table; every other column is a score."""
 SCORER_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -212,7 +212,7 @@ def read_scores(path: str | Path) -> tuple[pd.DataFrame, Protocol]:
 
 
 def read_made_with(path: str | Path) -> dict[str, str]:
-    """What painted and scored the images of a table; {} where that was not recorded."""
+    """What generated and scored the images of a table; {} where that was not recorded."""
     return json.loads((pq.read_schema(path).metadata or {}).get(_MADE_WITH_KEY, b"{}"))
 
 

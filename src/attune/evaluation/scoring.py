@@ -58,8 +58,8 @@ def evaluate_folder(
         ValueError: scores are missing or not finite.
     """
     frame, features = score_images(folder, scorers)
-    painted = json.loads((folder / MADE_WITH).read_text())
-    made_with = {f"generate.{name}": found for name, found in painted.items()}
+    generated = json.loads((folder / MADE_WITH).read_text())
+    made_with = {f"generate.{name}": found for name, found in generated.items()}
     made_with |= {f"evaluate.{name}": found for name, found in versions_and_device().items()}
     write_scores(reports / "scores" / f"{folder.name}.parquet", frame, protocol, made_with)
     buffer = io.BytesIO()

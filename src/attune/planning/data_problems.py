@@ -13,6 +13,15 @@ from attune.data.splits import VERDICTS, check_splits
 from attune.planning.make import rows_of, wanted_rows
 from attune.world.grammar import is_of_the_world
 
+# what is counted -> what it is counted of
+KINDS_OF_ROWS = {
+    "prompts": "prompts",
+    "pairs": "pairs",
+    "choices": "pairs",
+    "liked": "images",
+    "disliked": "images",
+}
+
 
 def data(s: Settings) -> Iterator[str]:
     """Methods that learn from pairs or images need a source of these; sizes that are known must be enough."""
@@ -36,13 +45,15 @@ def _instead(source: ModuleType, rows: str) -> str:
 
 
 def _too_few(s: Settings) -> Iterator[str]:
-    """Splits that are too small, as far as their sizes are known before any work."""
+    """Splits that are too small, as far as their sizes are known before any work; not those it cannot have."""
+    source = plugins.load("sources", s.source)
     try:
-        sizes = plugins.load("sources", s.source).split_sizes(s.data) or {}
+        sizes = source.split_sizes(s.data) or {}
     except SourceError as error:
         yield str(error)
         return
-    for split, n in wanted_rows(s).items():
+    wanted = wanted_rows(s).items()
+    for split, n in [(name, n) for name, n in wanted if KINDS_OF_ROWS[name.partition("/")[0]] in source.GIVES]:
         try:
             check_splits(sizes, {split: n})
         except SourceError as error:

@@ -47,6 +47,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
             samples=settings.generate.sampling,
             trained_on=by_run(trained_on, settings),
             wanted=wanted_rows(settings),
+            data_license=settings.data.license,
         ),
     }
     for name, run in runs.items():
@@ -164,7 +165,7 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
         seed=settings.seed,
         model=settings.model,
         sampling=settings.sampling,
-        source=_plugin("sources", settings.source, settings.data),
+        source=_plugin("sources", settings.source, settings.data.model_copy(update={"license": None})),
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
         files=digests.of(files),
         code=code_digests(modules),

@@ -172,7 +172,7 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
     where = f", {data['path']}" if data.get("path") else ""
     yield "data", f"{data['source']}{where}"
     said = data.get("license") or ("made by the program itself" if data["source"] == "world" else None)
-    yield "license of the data", str(said or "not in the settings: look it up before you publish")
+    yield "license of the data", str(said or "not said (`data.license` of the profile): look it up before you publish")
     yield "trained on the opinion of", ", ".join(made["trained_on"]) or "no scorer"
     yield "seed", str(made["seed"])
     if evidence is not None and evidence.commit is not None:

@@ -1,7 +1,7 @@
 """A package of a run's model for others to use, and the check that others' programs read it as we do.
 
 A LoRA is written as diffusers and as kohya write it. Each file is loaded into diffusers' own pipeline, which then
-paints; a picture that differs from our own by more than rounding is an error, and nothing is left of the package.
+generates; a picture that differs from our own by more than rounding is an error, and nothing is left of the package.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from attune.evaluation.summary import Summary
 from attune.sharing import kohya
 from attune.sharing.card import Evidence, base_license, card
 from attune.sharing.models import NamedModel
-from attune.sharing.pipeline import painted, pipeline_of, read_unet
-from attune.sharing.sample import image_rows, paint, write_sheet
+from attune.sharing.pipeline import generated, pipeline_of, read_unet
+from attune.sharing.sample import generate, image_rows, write_sheet
 from attune.weights import read_header, read_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Check:
-    """How far diffusers, given a layout of the package, paints from our own policy; largest differences of pixels."""
+    """How far diffusers, given a layout of the package, is from our own policy; largest differences of pixels."""
 
     layout: str
     difference: float
@@ -105,7 +105,7 @@ def write_package(
         load_backbone: makes the base model from its settings.
 
     Raises:
-        PackageError: diffusers does not paint with a layout what our policy paints.
+        PackageError: diffusers makes other images with a layout than our policy does.
         ValueError: the model does not fit its base.
     """
     settings = Model(**model.made["base"])
@@ -114,7 +114,7 @@ def write_package(
     models = [NamedModel("base", None), NamedModel(model.made["run"], str(model.folder), own=True)]
     rows = image_rows(prompts, 1)
     write_sheet(
-        folder / evidence.picture, dict(paint(backbone, models, rows, sampling, model.made["seed"])), prompts, 1
+        folder / evidence.picture, dict(generate(backbone, models, rows, sampling, model.made["seed"])), prompts, 1
     )
     if exact != settings:
         del backbone
@@ -169,7 +169,7 @@ def _write_lora(folder: Path, model: Trained, backbone: Backbone, header: Mappin
 def check_layouts(
     folder: Path, model: Trained, backbone: Backbone, prompts: list[str], guidance_scale: float
 ) -> list[Check]:
-    """Loads each layout into diffusers' own pipeline, paints, and compares with our policy.
+    """Loads each layout into diffusers' own pipeline, generates, and compares with our policy.
 
     Raises:
         PackageError: they differ by more than rounding, or not all of an adapter was read.
@@ -189,10 +189,10 @@ def check_layouts(
         if lora_ranks(pipeline.unet) != ranks:
             read = len(lora_ranks(pipeline.unet))
             raise PackageError(f"{layout}: diffusers read {read} modules of {len(ranks)}, or other ranks")
-        theirs = painted(pipeline, prompts, start, STEPS, guidance_scale)
+        theirs = generated(pipeline, prompts, start, STEPS, guidance_scale)
         check = Check(layout, float((theirs - ours).abs().max()), effect)
         if not check.difference <= max(ROUNDING, min(LARGEST, effect / 10)):
-            raise PackageError(f"{check}: diffusers does not paint with it what the model paints")
+            raise PackageError(f"{check}: diffusers makes other images with it than the model does")
         return check
 
     if not model.is_lora:

@@ -59,7 +59,7 @@ def pipeline_of(backbone: Backbone) -> Any:
     return pipeline
 
 
-def painted(pipeline: Any, prompts: Sequence[str], start: Tensor, steps: int, guidance_scale: float) -> Tensor:
+def generated(pipeline: Any, prompts: Sequence[str], start: Tensor, steps: int, guidance_scale: float) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] from the latents `start` by DDIM without noise, as users of diffusers get them."""
     size = start.shape[-1] * pipeline.vae_scale_factor
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "eta": 0.0, "output_type": "pt"}

@@ -33,7 +33,7 @@ MOST = 1000  # images on one sheet: 100 million pixels
 
 
 class SampleError(ValueError):
-    """Prompts cannot be painted as asked; the message says why and what to do."""
+    """Prompts cannot be generated as asked; the message says why and what to do."""
 
 
 def read_prompts(given: Sequence[str], file: Path | None, tell: Callable[[str], None]) -> list[str]:
@@ -61,7 +61,7 @@ def read_prompts(given: Sequence[str], file: Path | None, tell: Callable[[str], 
         )
     distinct = list(dict.fromkeys(prompts))
     if len(distinct) < len(prompts):
-        tell(f"{len(prompts) - len(distinct)} prompts are repetitions and painted once")
+        tell(f"{len(prompts) - len(distinct)} prompts are repetitions and generated once")
     return distinct
 
 
@@ -73,7 +73,7 @@ def image_rows(prompts: Sequence[str], n: int) -> pd.DataFrame:
     return frame
 
 
-def paint(
+def generate(
     backbone: Backbone, models: Sequence[NamedModel], rows: pd.DataFrame, sampling: Sampling, seed: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and images, uint8 (n, H, W, 3), of one model after the other.
@@ -88,7 +88,7 @@ def paint(
             policy.load(model.source, may_be_zero=model.own)
         try:
             prompts, ordinals = rows.prompt.tolist(), rows.ordinal.tolist()
-            yield model.name, generate_images(policy, prompts, ordinals, sampling, seed, f"paint {model.name}")
+            yield model.name, generate_images(policy, prompts, ordinals, sampling, seed, f"generate {model.name}")
         finally:
             unload_lora(backbone.denoiser)
 
@@ -106,7 +106,7 @@ def write_sheet(file: Path, images: Mapping[str, np.ndarray], prompts: Sequence[
 
 
 def check_folder(folder: Path, names: Sequence[str]) -> None:
-    """Raises SampleError if a folder that is to be written holds something other than painted images."""
+    """Raises SampleError if a folder that is to be written holds something other than generated images."""
     for place in (folder / name for name in names):
         if place.exists() and not (place / INDEX).is_file() and not (place.is_dir() and not any(place.iterdir())):
             raise SampleError(f"{place} is there and holds no {INDEX}, so it is not replaced; say another --out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attune.config.plan import PreparePlan, RunPlan, read
+from attune.config.plan import PreparePlan, RunPlan, Session, read
 from attune.files import write_atomically
 from attune.paths import Paths
 from attune.stages.common import checkpoint_of, is_main_process, launch, planned, remember_run, stage
@@ -46,7 +46,7 @@ def write(plan: RunPlan, history: list[dict[str, float]], facts: dict[str, Any])
     made = write_run_json(plan, paths.model(plan.run))
     if plan.method is not None:
         source = read(PreparePlan, "prepare").source
-        text = card(made, {"source": source.name, **source.settings})
+        text = card(made, {"source": source.name, **source.settings, "license": read(Session, "session").data_license})
         write_atomically(paths.model(plan.run) / "README.md", text.encode())
     write_history(paths.training(plan.run), history, facts)
 

@@ -37,10 +37,10 @@ def generate(plan: GeneratePlan) -> np.ndarray:
 
     paths = Paths(plan.profile)
     index = image_index(plan)
-    policy, painted_by = load_policy(plan.model), {}
+    policy, generated_by = load_policy(plan.model), {}
     if (source := model_of(plan)) is not None:
         policy.load(source, may_be_zero=source == str(paths.model(plan.run)))
-        painted_by = {MODEL: model_identity(source)}
+        generated_by = {MODEL: model_identity(source)}
     prompts, ordinals = index.prompt.tolist(), index.ordinal.tolist()
     sampling, folder = plan.generate.sampling, paths.generated(plan.run)
     images = generate_images(policy, prompts, ordinals, sampling, plan.seed, f"generate {plan.run}")
@@ -50,7 +50,7 @@ def generate(plan: GeneratePlan) -> np.ndarray:
     index.to_parquet(folder / "index.parquet", index=False)
     protocol = generation_protocol(plan, index.prompt.unique().tolist(), images.shape[1])
     (folder / "protocol.json").write_text(json.dumps(protocol.to_dict(), indent=2) + "\n")
-    (folder / MADE_WITH).write_text(json.dumps(versions_and_device() | painted_by, indent=2) + "\n")
+    (folder / MADE_WITH).write_text(json.dumps(versions_and_device() | generated_by, indent=2) + "\n")
     return images
 
 

@@ -1,4 +1,4 @@
-"""Paints prompts with a run's model, beside others with the same noise: `python -m attune.stages.sample --run dpo`.
+"""Images of any prompt by a run's model, beside those of others from the same noise: `make sample RUN=dpo`.
 
 A model is a run of params.yaml, `base`, or an adapter or denoiser: a file, a folder or owner/name@commit. The sampling
 is the report's (`generate.sampling`). It writes one picture, or with --out FOLDER a folder of images for each model.
@@ -22,8 +22,8 @@ from attune.text import message
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", nargs="+", required=True, metavar="MODEL", help="whose pictures are painted")
-    parser.add_argument("--against", nargs="+", default=[], metavar="MODEL", help="models to paint beside it, say base")
+    parser.add_argument("--run", nargs="+", required=True, metavar="MODEL", help="whose images")
+    parser.add_argument("--against", nargs="+", default=[], metavar="MODEL", help="models shown beside it, say base")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a list: .txt, .json or .jsonl")
     parser.add_argument("--n", type=int, default=4, help="images of each prompt (4)")
@@ -43,36 +43,36 @@ def main() -> None:
 
 
 def sample(given: argparse.Namespace, settings: Settings) -> None:
-    """Checks what is asked for, loads the base model, paints and writes."""
-    from attune.sharing import sample as painting
+    """Checks what is asked for, loads the base model, samples and writes."""
+    from attune.sharing import sample as sheets
     from attune.sharing.models import find_models
 
     began = time.monotonic()
     models = find_models([*given.against, *given.run], settings)
-    prompts = painting.read_prompts(given.prompt, given.prompts, say)
+    prompts = sheets.read_prompts(given.prompt, given.prompts, say)
     seed = settings.seed if given.seed is None else given.seed
-    rows = painting.image_rows(prompts, given.n)
+    rows = sheets.image_rows(prompts, given.n)
     samples = Paths(settings.profile).reports / "samples"
-    out = given.out or samples / painting.default_name(models, prompts, given.n, seed)
+    out = given.out or samples / sheets.default_name(models, prompts, given.n, seed)
     as_sheet = out.suffix.lower() == ".png"
-    if as_sheet and len(rows) * len(models) > painting.MOST:
-        raise painting.SampleError(
-            f"{len(rows) * len(models):,} images are too many for one picture ({painting.MOST:,}); say --out FOLDER"
+    if as_sheet and len(rows) * len(models) > sheets.MOST:
+        raise sheets.SampleError(
+            f"{len(rows) * len(models):,} images are too many for one picture ({sheets.MOST:,}); say --out FOLDER"
         )
     if not as_sheet:
-        painting.check_folder(out, [model.name for model in models])
+        sheets.check_folder(out, [model.name for model in models])
 
     from attune.build import load_backbone
 
     backbone = load_backbone(settings.model)
-    for line in painting.cut_prompts(backbone, prompts):
+    for line in sheets.cut_prompts(backbone, prompts):
         say(line)
-    painted = painting.paint(backbone, models, rows, settings.generate.sampling, seed)
+    generated = sheets.generate(backbone, models, rows, settings.generate.sampling, seed)
     if as_sheet:
-        painting.write_sheet(out, dict(painted), prompts, given.n)
+        sheets.write_sheet(out, dict(generated), prompts, given.n)
     else:
-        for name, images in painted:
-            painting.write_folder(out / name, images, rows)
+        for name, images in generated:
+            sheets.write_folder(out / name, images, rows)
     say(f"{out} ({len(rows) * len(models)} images, {time.monotonic() - began:.0f} s)")
 
 

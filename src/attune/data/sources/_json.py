@@ -56,7 +56,7 @@ def read_json_list(path: Path) -> list[Any] | None:
 def stream_json_list(path: Path) -> Iterator[Any]:
     """The elements of the list in a JSON file, however large, one by one; None in place of one that cannot be read.
 
-    A file that ends in the middle of an element, or without closing the list, has one more None.
+    A file that ends without closing the list has None as its last element, for nobody knows what was to follow.
 
     Raises:
         SourceError: the file is not there, is no list, or has an element of more than MAX_ELEMENT_CHARS.
@@ -85,7 +85,7 @@ def _streamed(path: Path) -> Iterator[str]:
                 start = end + 1
             text, more = text[start:], file.read(CHUNK_CHARS)
             if not more:
-                yield text  # cut: no value, unless the list was not closed alone
+                yield ""  # in place of what is cut
                 return
             if len(text) > MAX_ELEMENT_CHARS:
                 raise SourceError(f"{path} is not JSON: {MAX_ELEMENT_CHARS} characters without the end of an element")

@@ -108,13 +108,15 @@ class Ranking:
 def _pairs(path: Path, limit: int | None) -> Iterator[Row]:
     rankings: dict[tuple[str | None, str], list[Ranked]] = {}
     for number, row in read_rows(path, _is_row):
+        if isinstance(row, BadRow):
+            yield row
+            continue
         try:
-            found = _ranking(row, number) if not isinstance(row, BadRow) else row
+            found = _ranking(row, number)
         except RejectedRow as reason:
-            found = bad_row(reason, row, path.name, number) if isinstance(row, Mapping) else row
-        if isinstance(found, BadRow):
-            yield found
-        elif isinstance(row, Mapping) and "images" in row:
+            yield bad_row(reason, row, path.name, number)
+            continue
+        if "images" in row:
             yield from _pairs_of(found, path, limit)
         else:
             rankings.setdefault((found.prompt, found.split), []).extend(found.images)
@@ -143,7 +145,7 @@ def _ranking(row: Mapping[str, Any], number: int) -> Ranking:
         raise RejectedRow(reason, f"expected one of {' and '.join(orders)}, found {' and '.join(given) or 'neither'}")
     numbers = row[given[0]] if several else [row[given[0]]]
     names = names if several else [names]
-    if not isinstance(names, list) or not isinstance(numbers, list) or len(names) != len(numbers):
+    if not isinstance(names, list) or not isinstance(numbers, list) or not len(names) == len(numbers) > 0:
         raise RejectedRow("malformed_row", f"expected a list of images and as many {given[0]}")
     ranks = [as_float(number) for number in numbers]
     if None in ranks:
@@ -154,22 +156,27 @@ def _ranking(row: Mapping[str, Any], number: int) -> Ranking:
 
 
 def _pairs_of(ranking: Ranking, path: Path, limit: int | None) -> Iterator[Row]:
-    images = list({(str(image.name), image.rank): image for image in reversed(ranking.images)}.values())[::-1]
-    for image in ranking.images:
-        if not any(image is kept for kept in images):
-            yield BadRow("duplicate_image", path.name, image.row, ranking.prompt, "ranked alike before")
-    first = images[0].row if images else 0
-    if len(images) > MAX_IMAGES:
-        yield BadRow("malformed_row", path.name, first, ranking.prompt, too_many_images(len(images)))
+    first = ranking.images[0].row
+    if len(ranking.images) > MAX_IMAGES:
+        yield BadRow("malformed_row", path.name, first, ranking.prompt, too_many_images(len(ranking.images)))
         return
+    images: dict[tuple[str, float], Ranked] = {}
+    for image in ranking.images:
+        if images.setdefault((str(image.name), image.rank), image) is not image:
+            yield BadRow("duplicate_image", path.name, image.row, ranking.prompt, "ranked alike before")
+    yield from _compared(list(images.values()), ranking, path, limit)
+
+
+def _compared(images: Sequence[Ranked], ranking: Ranking, path: Path, limit: int | None) -> Iterator[Row]:
+    """The pairs of images, each of which is there once with a rank."""
     pairs = [(images[i], images[j], label) for i, j, label in ranked_pairs([image.rank for image in images])]
     pairs = [pair for pair in pairs if pair[0].name != pair[1].name]  # the same image at two ranks
     if not pairs:
-        yield BadRow("no_other_image", path.name, first, ranking.prompt, "expected several images with ranks")
+        yield BadRow("no_other_image", path.name, images[0].row, ranking.prompt, "expected several images with ranks")
     for one, other, label_0 in _some(pairs, limit):
-        image_0, image_1 = (image_in(path.parent, image.name) for image in (one, other))
+        first, second = (image_in(path.parent, image.name) for image in (one, other))
         where = f"{one.row}-{other.row}"
-        yield Pair(ranking.prompt, image_0, image_1, label_0, 1 - label_0, ranking.split, path.name, where)
+        yield Pair(ranking.prompt, first, second, label_0, 1 - label_0, ranking.split, path.name, where)
 
 
 def _some(pairs: list[tuple[Ranked, Ranked, float]], limit: int | None) -> list[tuple[Ranked, Ranked, float]]:

@@ -34,7 +34,7 @@ def best_text(summary: Summary, best: Best) -> str:
 
 
 def differing_versions(made_with: Mapping[str, Mapping[str, str]]) -> str:
-    """A warning where methods were not painted and scored by the same versions on the same device; else nothing."""
+    """A warning where methods were not generated and scored by the same versions on the same device; else nothing."""
     names = sorted({name for found in made_with.values() for name in found} - {f"generate.{MODEL}"})
     differing = [name for name in names if len({found.get(name) for found in made_with.values()}) > 1]
     listed = (f"{name} ({', '.join(f'{m}: {v.get(name)}' for m, v in made_with.items())})" for name in differing)
