@@ -1,4 +1,4 @@
-"""The champion in a real registry: who gets the alias, who does not, and that what was registered makes the same images."""
+"""The champion in a real registry: who gets the alias, who does not, and that the registered model is the same."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def _elsewhere(run: str, lora: bool, packaged: bool) -> Sequence[str]:
     if not lora:
         return ["ComfyUI and A1111 read single checkpoints; this is a denoiser in diffusers' layout."]
     file = f"`{run}.safetensors`"
-    made = "" if packaged else f" (`python -m attune.stages.package --run {run}` writes it)"
+    made = "" if packaged else f" (`make package RUN={run}` writes it)"
     return [
         f"ComfyUI: put {file}{made} into `models/loras` and load it with the node Load LoRA, strength 1.",
         "",

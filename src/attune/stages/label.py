@@ -134,7 +134,7 @@ def for_the_report(session: Session, report: Path | None) -> None:
 def export_command(words: argparse.Namespace) -> str:
     """The command line that exports this session."""
     named = [f"--a {shlex.quote(words.a)}", *([] if words.b is None else [f"--b {shlex.quote(words.b)}"])]
-    return " ".join(["python -m attune.stages.label", *named, "--export data/raw/labels"])
+    return " ".join(["attune label", *named, "--export data/raw/labels"])
 
 
 if __name__ == "__main__":

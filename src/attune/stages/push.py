@@ -1,4 +1,4 @@
-"""Uploads a run's package to the Hugging Face Hub: `python -m attune.stages.push --run dpo --repo owner/name`.
+"""Uploads a run's package to the Hugging Face Hub: `make push RUN=dpo REPO=owner/name`.
 
 It goes nowhere else than --repo says. The token is the one of `hf auth login`, or HF_TOKEN; it is never printed.
 """
@@ -32,7 +32,7 @@ def main() -> None:
         folder = given.package or package_folder(given.run, settings)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         if not (folder / "run.json").is_file() or not (folder / "README.md").is_file():
-            raise ValueError(f"{folder} is no package: `python -m attune.stages.package --run {given.run}`")
+            raise ValueError(f"{folder} is no package: `make package RUN={given.run}`")
         for file in files:
             say(f"{file.relative_to(folder)}  {file.stat().st_size:,} bytes")
         if given.dry_run:
