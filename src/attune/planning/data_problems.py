@@ -44,7 +44,7 @@ def _instead(source: ModuleType, rows: str) -> str:
 
 
 def _too_few(s: Settings) -> Iterator[str]:
-    """Splits that are too small, as far as their sizes are known before any work; not of what the source cannot have."""
+    """Splits that are too small, as far as their sizes are known before any work, of what the source can have."""
     source = plugins.load("sources", s.source)
     try:
         sizes = source.split_sizes(s.data) or {}
