@@ -80,6 +80,13 @@ def test_listed_prompts_and_rows_own_splits_count_first():
     assert {p: kept[p] for p in PROMPTS} == plain
 
 
+def test_a_listed_prompt_of_the_data_is_not_counted_twice():
+    """The five that would be taken first are listed: seven more are taken."""
+    first = [prompt for prompt, split in split_of(PROMPTS, test_prompts=5).items() if split == "test"]
+    found = put(PROMPTS, [Prompt(prompt, "test") for prompt in first], test_prompts=12)
+    assert len({prompt for prompt, split in found if split == "test"}) == 12
+
+
 def test_a_wanted_prompt_has_a_row_of_its_own_before_its_pair():
     """So a test prompt whose images are bad, or whose pair is one too many, is a test prompt still."""
     rows = [Pair(prompt, None, None, 1.0, 0.0, "", "f", i) for i, prompt in enumerate(PROMPTS)] + [BadRow("no_label")]
