@@ -1,6 +1,7 @@
 """Splits of data of one's own: the prompts that runs ask for are held out first, whatever their hashes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from attune.data.splits import HeldOut, hashed_split, with_splits
 from attune.planning.local_files import Digests
 from attune.planning.make import make
 from attune.planning.problems import problems
-from raw_data import asked, pixels, rows_from
+from raw_data import asked, image, pixels, rows_from
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
 WORLD = {"validation_share": 0.05, "test_share": 0.05}
@@ -79,6 +80,13 @@ def test_listed_prompts_and_rows_own_splits_count_first():
     assert {p: kept[p] for p in PROMPTS} == plain
 
 
+def test_a_listed_prompt_of_the_data_is_not_counted_twice():
+    """The five that would be taken first are listed: seven more are taken."""
+    first = [prompt for prompt, split in split_of(PROMPTS, test_prompts=5).items() if split == "test"]
+    found = put(PROMPTS, [Prompt(prompt, "test") for prompt in first], test_prompts=12)
+    assert len({prompt for prompt, split in found if split == "test"}) == 12
+
+
 def test_a_wanted_prompt_has_a_row_of_its_own_before_its_pair():
     """So a test prompt whose images are bad, or whose pair is one too many, is a test prompt still."""
     rows = [Pair(prompt, None, None, 1.0, 0.0, "", "f", i) for i, prompt in enumerate(PROMPTS)] + [BadRow("no_label")]
@@ -91,6 +99,15 @@ def test_a_wanted_prompt_has_a_row_of_its_own_before_its_pair():
     many = [Pair(f"p {i}", None, None, 1.0, 0.0, "", "f", i) for i in range(2000)]
     limited = list(with_splits([], lambda: iter(many), HeldOut(**WORLD, test_prompts=60, pairs=10)))
     assert sum(isinstance(row, Prompt) and row.split == "test" for row in limited) == 60
+
+
+def test_a_test_prompt_whose_image_is_bad_is_a_test_prompt_still(write):
+    rows = [Pair(prompt, image(0), image(1), 1.0, 0.0, "", "f", i) for i, prompt in enumerate(PROMPTS)]
+    held_out = HeldOut(**WORLD, test_prompts=12)
+    tested = {row.row for row in with_splits([], lambda: iter(rows), held_out) if row.split == "test"}
+    lost = [replace(row, image_1=b"no image") if row.row in tested else row for row in rows]
+    counts, _ = write(with_splits([], lambda: iter(lost), held_out), wanted={"prompts/test": 12})
+    assert (counts["prompts/test"], counts["pairs/test"], counts["quarantined/undecodable"]) == (12, 0, 12)
 
 
 # --- sources, the plan -----------------------------------------------------------------------------------

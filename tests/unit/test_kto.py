@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,3 +153,49 @@ def test_it_learns_from_single_images_unequal_in_number(new_policy, data):
     assert metrics["disliked_reward"].item() == pytest.approx(reward[2].item())
     (none,) = inner.minibatches(replace(batch, liked=torch.ones(4, dtype=torch.bool)), batch_generator(0, 0))
     assert inner.loss(none)[1]["disliked_reward"] == 0
+
+
+class Heard:
+    """Gives a part of a minibatch what all parts together are."""
+
+    def __init__(self, whole):
+        self.whole = iter(whole)
+
+    def gather(self, rows):
+        return next(self.whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_single_images_may_be_shared_by_processes_though_one_has_liked_ones_alone(new_policy, data, cut):
+    """Of images liked, liked, not, liked, not: losses and metrics of two parts, by their rows, are those of all."""
+    policy, pairs = new_policy(moved=0.3), data.pair_batch(range(5))
+    batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, torch.tensor([True, True, False, True, False]))
+    inner = method(policy)
+    (minibatch,) = inner.minibatches(batch, batch_generator(0, 0))
+    assert len(minibatch) == 5
+    shard, heard = policy.shard, []
+    policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows) or rows)
+    loss, metrics = inner.loss(minibatch)
+    found = []
+    for part in (minibatch[:cut], minibatch[cut:]):
+        policy.shard = Heard(heard)
+        found.append((len(part) / 5, *inner.loss(part)))
+    policy.shard = shard
+    assert sum(share * part.item() for share, part, _ in found) == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in metrics.items():
+        assert sum(share * float(part[name]) for share, _, part in found) == pytest.approx(float(value), rel=1e-3), name
+    rewards = [metrics[name].item() for name in ("liked_reward", "disliked_reward")]
+    assert (3 * rewards[0] + 2 * rewards[1]) / 5 == pytest.approx(heard[0].mean().item(), rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [True, False])
+def test_a_batch_of_one_kind_has_a_finite_loss_and_no_reward_of_the_other(new_policy, data, kind):
+    policy, pairs = new_policy(moved=0.3), data.pair_batch(range(3))
+    inner = method(policy)
+    batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, torch.full((3,), kind))
+    loss, metrics = inner.loss(next(iter(inner.minibatches(batch, batch_generator(0, 0)))))
+    assert math.isfinite(loss)
+    assert metrics["disliked_reward" if kind else "liked_reward"] == 0
+    assert metrics["liked_reward" if kind else "disliked_reward"] != 0

@@ -93,7 +93,7 @@ def test_a_refusal_is_one_line_with_the_remedy(project, server, status, says):
         (["--repo", "me/dpo"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "me/dpo was not uploaded: "),
         (["--repo", "me/dpo"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         (["--repo", "dpo"], {}, "--repo 'dpo': write owner/name"),
-        (["--repo", "me/dpo", "--package", "models"], {}, "models is no package: `python -m attune.stages.package"),
+        (["--repo", "me/dpo", "--package", "models"], {}, "models is no package: `make package"),
     ],
 )
 def test_what_stops_an_upload_is_one_line(project, words, env, says):

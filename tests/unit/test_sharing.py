@@ -186,7 +186,7 @@ def test_a_layout_that_diffusers_reads_as_another_model_is_an_error_and_nothing_
     monkeypatch.setattr(packaging.kohya, "to_kohya", wrong)
     says = refusal("package", "--run", "dpo", "--out", "packages/wrong")
     assert "dpo.safetensors: largest pixel difference" in says
-    assert "diffusers does not generate with it what the model generates" in says
+    assert "diffusers makes other images with it than the model does" in says
     assert not (here / "packages/wrong").exists()
     assert not [file for file in (here / "packages").iterdir() if file.name.startswith(".")]
 
