@@ -29,8 +29,6 @@ from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 
-PREVIEW_PROMPTS = 6
-
 
 def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
     """Every plan file and what it holds."""
