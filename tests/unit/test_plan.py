@@ -192,6 +192,12 @@ def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
     return {name for name in one | other if one.get(name) != other.get(name)}
 
 
+@pytest.mark.parametrize("seed", [10**12, 2**63 - 1])
+def test_every_seed_that_the_profile_may_have_is_planned(seed, settings, tmp_path):
+    """10^12 was taken for a number of things, of which no machine can do as many."""
+    assert f'"seed": {seed}' in plans(settings(seed=seed), tmp_path)["align-dpo"]
+
+
 def test_a_setting_changes_the_plans_of_the_stages_that_read_it(settings, tmp_path):
     before = plans(settings(), tmp_path)
     assert plans(settings(), tmp_path) == before
