@@ -82,7 +82,7 @@ def base_license(base: str) -> str | None:
 
 def changed_settings(made: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings of the method that are not its defaults: dotted key, value, default."""
-    defaults = plugins.config_class("methods", made["method"])().model_dump(mode="json")
+    defaults = plugins.config_class("methods", made["method"]).model_construct().model_dump(mode="json")
     default, given = _flat(defaults), _flat(made["settings"])
     return [(key, value, default.get(key)) for key, value in given.items() if value != default.get(key)]
 
