@@ -92,7 +92,7 @@ def test_a_training_has_every_setting_and_each_step_once(here):
 def test_a_training_has_its_data_its_model_and_its_samples(here):
     run = the_run(here, "align@sft")
     (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "training pairs"
+    assert given.dataset.name == "training liked images"
     assert json.loads(given.dataset.profile) == {"num_rows": 4}
     assert given.dataset.digest == digest(Path("data/short/prepared/pairs.parquet"))
     assert {tag.value for tag in given.tags} == {"training"}
