@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from attune.config.settings import FilesConfig
 from attune.data.local import is_utf_16
 from attune.data.quarantine import RejectedRow
-from attune.data.rows import BadRow, SourceError
-from attune.data.sources._files import are_small, image_in
+from attune.data.rows import BadRow, Quota, SourceError
+from attune.data.rows import Row as SourceRow
+from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
 from attune.data.sources._json import parse_json
+from attune.data.splits import count_rows
 
 MAX_LINE_CHARS = 10_000_000
 MAX_CELL_CHARS = 2**17
@@ -234,3 +237,15 @@ def table_files(
     images = (image for name in sorted(names) if isinstance(image := image_in(file.parent, name), Path))
     listed = [] if test_list is None else [Path(test_list)]
     return [file, *listed, *(image for image in images if image.is_file() or image.is_dir())]
+
+
+def sizes_of_small(config: FilesConfig, rows: Callable[[], Iterable[SourceRow]]) -> dict[str, int] | None:
+    """Sizes of the splits, of a table that is read in less than a second."""
+    return count_rows(rows(), Quota.of(config)) if are_small(config.path, config.test_list) else None
+
+
+def prompts_of_small(config: FilesConfig, rows: Callable[[], Iterable[SourceRow]]) -> Iterator[str] | None:
+    """All prompts of a table that is read in less than a second, else those of `test_list`."""
+    if are_small(config.path, config.test_list):
+        return prompt_texts(rows())
+    return prompt_texts(listed_test_prompts(config.test_list)) if config.test_list else None

@@ -24,11 +24,20 @@ from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesCo
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
 from attune.data.sources._cells import as_float, as_split, as_text
-from attune.data.sources._files import are_small, image_in, listed_test_prompts, prompt_texts
+from attune.data.sources._files import image_in, listed_test_prompts
 from attune.data.sources._layouts import has_columns
 from attune.data.sources._ranks import MAX_IMAGES, ranked_pairs, too_many_images
-from attune.data.sources._tables import bad_row, cells_of, check_table, columns_of, read_rows, table_files
-from attune.data.splits import HeldOut, count_rows, with_splits
+from attune.data.sources._tables import (
+    bad_row,
+    cells_of,
+    check_table,
+    columns_of,
+    prompts_of_small,
+    read_rows,
+    sizes_of_small,
+    table_files,
+)
+from attune.data.splits import HeldOut, with_splits
 
 GIVES = ("prompts", "pairs")
 FREE_PROMPTS = True
@@ -65,14 +74,12 @@ def needs_files(config: Config) -> list[Path]:
 
 def split_sizes(config: Config) -> dict[str, int] | None:
     """All of them, of a table that is read in less than a second."""
-    return count_rows(_rows(config), Quota.of(config)) if are_small(config.path, config.test_list) else None
+    return sizes_of_small(config, partial(_rows, config))
 
 
 def listed_prompts(config: Config) -> Iterator[str] | None:
-    """All prompts of a table that is read in less than a second, else those of `test_list`."""
-    if are_small(config.path, config.test_list):
-        return prompt_texts(_rows(config))
-    return prompt_texts(listed_test_prompts(config.test_list)) if config.test_list else None
+    """All prompts of such a table, else those of `test_list`."""
+    return prompts_of_small(config, partial(_rows, config))
 
 
 def _rows(config: Config) -> Iterator[Row]:
