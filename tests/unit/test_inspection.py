@@ -128,7 +128,7 @@ def test_hostile_text_is_inert_and_the_page_refers_to_nothing_outside(project):
     assert not [attrs for _, attrs in found.tags if any(key.startswith("on") for key in attrs)]
     places = [attrs[key] for _, attrs in found.tags for key in ("src", "href") if key in attrs]
     assert places
-    assert all(place.startswith("data:image/jpeg;base64,") for place in places)
+    assert all(place.startswith("data:image/webp;base64,") for place in places)
     assert '<script>alert("x")</script>' in found.text
     assert "{{ 7*7 }}" in found.text
     assert "\u202e" not in page

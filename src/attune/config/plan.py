@@ -100,6 +100,25 @@ class EvaluatePlan(StagePlan):
     scorers: Mapping[str, Plugin]
 
 
+class RunFacts(StrictModel):
+    """What the report says of a run besides its scores."""
+
+    method: str | None  # None: nothing is trained
+    paper: str | None  # its number at arXiv
+    starts_from: str | None  # another run, or a released model
+    changed: list[tuple[str, Any, Any]]  # settings that are not the paper's: dotted key, value, default
+
+
+class Origin(StrictModel):
+    """What the runs of a report have in common."""
+
+    base: str
+    base_license: str | None
+    source: str
+    data_path: str | None
+    data_license: str | None
+
+
 class ReportPlan(StagePlan):
     """report: the comparison."""
 
@@ -107,6 +126,8 @@ class ReportPlan(StagePlan):
     runs: list[str]
     trained_on: Mapping[str, list[str]]
     selected_by: Mapping[str, list[str]]
+    origin: Origin
+    facts: Mapping[str, RunFacts]
 
 
 class SearchPlan(StagePlan):

@@ -8,6 +8,8 @@ functions that load something.
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,3 +53,22 @@ def plugin_config(kind: str, name: str, block: Any, where: str) -> Any:
     """A plug-in's settings, checked by its own Config; `where` is their key, for messages."""
     find(kind, name, where)
     return check(config_class(kind, name), block, where)
+
+
+def paper(kind: str, name: str) -> str | None:
+    """The number at arXiv of the paper that the plug-in's docstring names first."""
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", load(kind, name).__doc__ or "")
+    return found[1] if found else None
+
+
+def changed_settings(kind: str, name: str, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings that are not the plug-in's defaults, which for a method are the paper's: dotted key, value, default."""
+    default = _flat(config_class(kind, name).model_construct().model_dump(mode="json"))
+    return [(key, value, default.get(key)) for key, value in _flat(settings).items() if value != default.get(key)]
+
+
+def _flat(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
+    return found

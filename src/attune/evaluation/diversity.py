@@ -33,37 +33,11 @@ def vendi(features: np.ndarray) -> float:
     return float(np.exp(-(positive * np.log(positive)).sum()))
 
 
-def per_prompt(statistic: Callable[[np.ndarray], float], features: np.ndarray, prompts: Sequence[str]) -> float:
-    """Mean over prompts of a statistic of each prompt's features (N, D); nan if no prompt has two images."""
+def per_prompt(statistic: Callable[[np.ndarray], float], features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """A statistic of each prompt's features (N, D), as (n,) by sorted prompts; nan of a single image."""
     distinct, owner = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
     groups = [np.asarray(features)[owner == i] for i in range(len(distinct))]
-    values = [statistic(group) for group in groups if len(group) > 1]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def diversity(features: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Diversity of a method's images, over all of them and among those of one prompt.
-
-    Args:
-        features: (N, D), one row per image.
-        prompts: N prompts.
-
-    Returns:
-        pairwise_distance and vendi; their `_per_prompt` means where prompts have several images, which are the
-        first to fall when a reward is hacked.
-
-    Raises:
-        ValueError: lengths differ, or a feature vector is zero or not finite.
-    """
-    if len(features) != len(prompts):
-        raise ValueError(f"{len(features)} feature vectors for {len(prompts)} prompts")
-    values = {
-        "pairwise_distance": pairwise_distance(features),
-        "vendi": vendi(features),
-        "pairwise_distance_per_prompt": per_prompt(pairwise_distance, features, prompts),
-        "vendi_per_prompt": per_prompt(vendi, features, prompts),
-    }
-    return {name: value for name, value in values.items() if np.isfinite(value)}
+    return np.array([statistic(group) if len(group) > 1 else float("nan") for group in groups])
 
 
 def cmmd(x: np.ndarray, y: np.ndarray, *, sigma: float = 10.0) -> float:
@@ -102,12 +76,6 @@ def high_frequency(images: np.ndarray) -> np.ndarray:
     total = energy.sum(axis=(1, 2))
     high = energy[:, frequency > 0.25].sum(axis=1)  # cycles per pixel; Nyquist is 0.5
     return np.where(total > 1e-12, high / np.maximum(total, 1e-12), 0.0)
-
-
-def image_indices(images: np.ndarray) -> dict[str, float]:
-    """Mean saturation and high_frequency of images (B, H, W, 3)."""
-    indices = {"saturation": saturation, "high_frequency": high_frequency}
-    return {name: float(index(images).mean()) for name, index in indices.items()}
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

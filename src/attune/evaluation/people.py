@@ -10,7 +10,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from attune.evaluation.agreement import Agreement, agreement
+from attune.evaluation.agreement import Agreement, agreement, wilson_interval
+from attune.evaluation.protocol import score_columns
 from attune.evaluation.statistics import bootstrap_mean_ci, holm, prompt_means
 from attune.files import digest
 
@@ -53,6 +54,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class ScorerAgreement:
+    """How often a scorer prefers the run that people prefer, over prompts of which both prefer one."""
+
+    share: float
+    ci95: tuple[float, float]  # Wilson's
+    n_prompts: int
+
+
+@dataclass(frozen=True)
 class PeopleComparison:
     """A run against another by people; numbers without answers are nan."""
 
@@ -71,6 +81,7 @@ class PeopleComparison:
     changed: int  # answers, repeats too, about images that are no longer the run's; not used
     with_oneself: Agreement | None  # None: no pair was shown twice
     between: Agreement | None  # None: no pair has answers of two people
+    scorers: Mapping[str, ScorerAgreement] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PeopleComparison:
@@ -79,7 +90,10 @@ class PeopleComparison:
         numbers = {name: math.nan if values[name] is None else values[name] for name in names}
         interval = tuple(math.nan if end is None else end for end in values["ci95"])
         found = {name: Agreement.from_dict(values[name]) for name in ("with_oneself", "between")}
-        return cls(**{**values, **numbers, **found, "ci95": interval})
+        scorers = {
+            name: ScorerAgreement(**{**each, "ci95": tuple(each["ci95"])}) for name, each in values["scorers"].items()
+        }
+        return cls(**{**values, **numbers, **found, "ci95": interval, "scorers": scorers})
 
 
 def compare(answers: Sequence[Answer], run: str, other: str, *, changed: int = 0, seed: int = 0) -> PeopleComparison:
@@ -155,8 +169,32 @@ def read_people(
             answers = read_answers(file)
             images = [_images(tables[name], generated / name) for name in (other, run)]
             current = [answer for answer in answers if _is_current(answer, images)]
-            found.append(compare(current, run, other, changed=len(answers) - len(current), seed=seed))
+            compared = compare(current, run, other, changed=len(answers) - len(current), seed=seed)
+            found.append(replace(compared, scorers=agreement_of_scorers(current, tables[run], tables[other])))
     return with_holm(found)
+
+
+def agreement_of_scorers(
+    answers: Sequence[Answer], run: pd.DataFrame, other: pd.DataFrame
+) -> dict[str, ScorerAgreement]:
+    """Scorer -> how often it prefers the run that people prefer, of the prompts that were asked about."""
+    first = [answer for answer in answers if not answer.repeat]
+    if not first:
+        return {}
+    values = np.array([VALUES[answer.answer] for answer in first])
+    means, names = prompt_means(values, [_plain(answer.prompt) for answer in first])
+    found = {}
+    for scorer in (column for column in score_columns(run) if "." not in column):
+        scores = [
+            dict(zip(map(_plain, ps), v, strict=True))
+            for v, ps in (prompt_means(t[scorer].to_numpy(float), t["prompt"]) for t in (run, other))
+        ]
+        signs = np.array([np.sign(scores[0][name] - scores[1][name]) for name in names])
+        decided = (signs != 0) & (means != 0.5)
+        if n := int(decided.sum()):
+            share = float((signs == np.sign(means - 0.5))[decided].mean())
+            found[scorer] = ScorerAgreement(share, wilson_interval(share, n), n)
+    return found
 
 
 def with_holm(comparisons: Sequence[PeopleComparison]) -> tuple[PeopleComparison, ...]:

@@ -186,15 +186,17 @@ def cross_fitted_choice(candidates: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.where(even, candidates[best_of_odd], candidates[best_of_even])
 
 
-def standardised_gain(policy: np.ndarray, base: np.ndarray) -> float:
-    """Mean difference in units of the base's spread over prompts (Glass's delta); nan if it has none.
+def spread(values: np.ndarray) -> float:
+    """Standard deviation of one value per prompt (n,); nan of one prompt, or where they are equal but for rounding."""
+    values = np.asarray(values, dtype=float)
+    found = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return found if found > 8 * np.spacing(np.abs(values).max()) else float("nan")
 
-    Both arguments are (n,), paired.
+
+def standardised_differences(policy: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Paired differences (n,) in units of the base's spread over prompts; their mean is Glass's delta.
 
     Makes scorers of different scales comparable. The spread is the base's and not that of the differences, by
-    which a method that raises every score by the same tiny amount would have the largest gain.
+    which a method that raises every score by the same tiny amount would have the largest gain. nan without a spread.
     """
-    policy, base = np.asarray(policy, dtype=float), np.asarray(base, dtype=float)
-    spread = base.std(ddof=1) if len(base) > 1 else 0.0
-    rounding = 8 * np.spacing(np.abs(base).max())  # of equal values the deviation may not be exactly 0
-    return float((policy - base).mean() / spread) if spread > rounding else float("nan")
+    return (np.asarray(policy, dtype=float) - np.asarray(base, dtype=float)) / spread(base)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
+from attune.evaluation.hacking import Sign, judge
 from attune.evaluation.protocol import Protocol, check_scores, score_columns
 from attune.evaluation.statistics import (
     bootstrap_mean_ci,
@@ -17,13 +18,13 @@ from attune.evaluation.statistics import (
     cross_fitted_choice,
     holm,
     prompt_means,
-    standardised_gain,
+    spread,
+    standardised_differences,
 )
 from attune.evaluation.summary import (
     ALPHA,
     Best,
     ComparisonEntry,
-    Diagnostics,
     Extreme,
     Extremes,
     Gap,
@@ -45,7 +46,7 @@ def summarise(
     base: str = "base",
     trained_on: Mapping[str, Sequence[str]] | None = None,
     selected_by: Mapping[str, Sequence[str]] | None = None,
-    diagnostics: Mapping[str, Diagnostics] | None = None,
+    signs: Mapping[str, Mapping[str, Sign]] | None = None,
     seed: int = 0,
 ) -> Summary:
     """Compares every method with the base, and the methods with each other.
@@ -61,14 +62,14 @@ def summarise(
         trained_on: method -> scorers it optimised. Scorers without scores here are kept, to be shown as text.
         selected_by: method -> scorers that early stopping or a search chose it by; likewise. A scorer of neither
             list is held out for the method.
-        diagnostics: method -> signs of reward hacking.
+        signs: method -> signs of reward hacking.
         seed: of the bootstrap.
 
     Raises:
         ValueError: the base is missing, a table breaks the protocol, tables hold different images or scorers,
             or trained_on or selected_by names a method without scores.
     """
-    trained_on, selected_by, diagnostics = trained_on or {}, selected_by or {}, diagnostics or {}
+    trained_on, selected_by, signs = trained_on or {}, selected_by or {}, signs or {}
     _check_known("trained_on", trained_on, tables)
     _check_known("selected_by", selected_by, tables)
     scorers = _check_tables(tables, protocol, base)
@@ -77,18 +78,24 @@ def summarise(
     tuned = [name for name in tables if name != base]
     vs_base = _compare_family({name: (scores[name], scores[base]) for name in tuned}, scorers, seed)
     pairs = _compare_family({(a, b): (scores[a], scores[b]) for a, b in combinations(tuned, 2)}, scorers, seed)
-    methods = {base: MethodSummary(_locations(scores[base]), {}, diagnostics=diagnostics.get(base, Diagnostics()))}
+    methods = {base: MethodSummary(_locations(scores[base]), {})}
     for name in tuned:
         trained, selected = tuple(trained_on.get(name, ())), tuple(selected_by.get(name, ()))
         held_out = [scorer for scorer in scorers if scorer not in (*trained, *selected)]
+        evaluated = [scorer for scorer in scorers if scorer in trained]
+        gap, claims = (
+            _gap(scores[name], scores[base], evaluated, held_out, seed),
+            {s: vs_base[name][s] for s in scorers},
+        )
         methods[name] = MethodSummary(
             scores=_locations(scores[name]),
             vs_base=vs_base[name],
             trained_on=trained,
             selected_by=selected,
-            gap=_gap(scores[name], scores[base], [scorer for scorer in scorers if scorer in trained], held_out),
+            gap=gap,
             extremes=_extremes(scores[name][scorers[0]] - scores[base][scorers[0]], prompts),
-            diagnostics=diagnostics.get(name, Diagnostics()),
+            signs=signs.get(name, {}),
+            hacking=judge(claims, evaluated, held_out, gap, signs.get(name, {})),
         )
     compared = tuple(PairOfMethods(a, b, entries) for (a, b), entries in pairs.items())
     best = _best({name: scores[name][scorers[0]] - scores[base][scorers[0]] for name in tuned}, seed)
@@ -142,7 +149,7 @@ def _per_prompt(frame: pd.DataFrame) -> Scores:
 
 
 def _locations(scores: Scores) -> dict[str, Location]:
-    return {s: Location(float(values.mean()), float(np.median(values))) for s, values in scores.items()}
+    return {s: Location(float(v.mean()), float(np.median(v)), spread(v)) for s, v in scores.items()}
 
 
 def _compare_family(
@@ -176,15 +183,17 @@ def _compare_scores(policy: Scores, base: Scores, seed: int, alpha: float) -> di
     return entries
 
 
-def _gap(policy: Scores, base: Scores, trained: Sequence[str], held_out: Sequence[str]) -> Gap | None:
+def _gap(policy: Scores, base: Scores, trained: Sequence[str], held_out: Sequence[str], seed: int) -> Gap | None:
     """Mean standardised gains on trained and on held-out scorers and their difference; None if a side is empty."""
     if not trained or not held_out:
         return None
     on, off = (
-        float(np.mean([standardised_gain(policy[scorer], base[scorer]) for scorer in side]))
+        np.mean([standardised_differences(policy[scorer], base[scorer]) for scorer in side], axis=0)
         for side in (trained, held_out)
     )
-    return Gap(on, off, on - off)
+    gap = on - off
+    interval = bootstrap_mean_ci(gap, seed=seed) if np.isfinite(gap).all() else (float("nan"), float("nan"))
+    return Gap(float(on.mean()), float(off.mean()), float(gap.mean()), interval)
 
 
 def _extremes(differences: np.ndarray, prompts: Sequence[str]) -> Extremes:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from attune.evaluation.hacking import Hacking, Sign
 from attune.evaluation.people import PeopleComparison
 from attune.evaluation.protocol import Protocol
 
@@ -40,6 +41,7 @@ class Location:
 
     mean: float
     median: float
+    sd: float  # standard deviation over prompts; nan where there is none
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,19 @@ class ComparisonEntry:
 class Gap:
     """Reward-hacking gap: mean gain on the scorers a method was trained on minus mean gain on the held-out ones.
 
-    In units of the base's spread over prompts (`statistics.standardised_gain`). Near 0 when the method gains by all
-    scorers alike; large when it gains only by those it was trained on. nan where the base's scores have no spread.
+    In units of the base's spread over prompts (`statistics.standardised_differences`). Near 0 when the method gains by
+    all scorers alike; large when it gains only by those it was trained on. nan where the base's scores have no spread.
     """
 
     trained: float
     heldout: float
     gap: float
+    ci95: tuple[float, float]  # of the gap, bootstrap over prompts
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the interval of the gap lies above 0."""
+        return self.ci95[0] > 0
 
 
 @dataclass(frozen=True)
@@ -95,17 +103,8 @@ class Extremes:
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """Signs of reward hacking (`attune.evaluation.diagnostics`), by name; None where they were not measured."""
-
-    indices: Mapping[str, float] | None = None
-    diversity: Mapping[str, float] | None = None
-    drift: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
 class MethodSummary:
-    """One method. The base has an empty `vs_base`, no `gap` and no `extremes`."""
+    """One method. The base has an empty `vs_base`, no `gap`, no `extremes`, no `signs` and no `hacking`."""
 
     scores: Mapping[str, Location]  # scorer, or scorer.part
     vs_base: Mapping[str, ComparisonEntry]
@@ -113,7 +112,8 @@ class MethodSummary:
     selected_by: tuple[str, ...] = ()  # scorers that early stopping or a search chose by; likewise
     gap: Gap | None = None  # None without scorers on both sides
     extremes: Extremes | None = None
-    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    signs: Mapping[str, Sign] = field(default_factory=dict)
+    hacking: Hacking | None = None
 
     def is_held_out(self, scorer: str) -> bool:
         """Whether a scorer is independent evidence: neither trained on nor selected by."""
@@ -220,23 +220,25 @@ def _method_to_dict(method: MethodSummary) -> dict[str, Any]:
         values |= {"selected_by": method.selected_by} if method.selected_by else {}
         values["gap"] = method.gap and asdict(method.gap)
         values["extremes"] = asdict(method.extremes)
-    return values | {name: found for name, found in asdict(method.diagnostics).items() if found is not None}
+        values["hacking"] = method.hacking and asdict(method.hacking)
+        values["signs"] = {name: asdict(sign) for name, sign in method.signs.items()}
+    return values
 
 
-def _method_from_dict(values: Mapping[str, Any]) -> MethodSummary:
-    values, gap, extremes = dict(values), values.get("gap"), values.get("extremes")
-    measured = {f.name: _numbers(values.pop(f.name)) for f in fields(Diagnostics) if f.name in values}
+def _method_from_dict(values: dict[str, Any]) -> MethodSummary:
+    gap, extremes, hacking = values.get("gap"), values.get("extremes"), values.get("hacking")
     return MethodSummary(
         **values
         | {
-            "scores": {scorer: Location(**location) for scorer, location in values["scores"].items()},
+            "scores": {scorer: Location(**_numbers(location)) for scorer, location in values["scores"].items()},
             "vs_base": _entries_from_dict(values["vs_base"]),
             "trained_on": tuple(values.get("trained_on", ())),
             "selected_by": tuple(values.get("selected_by", ())),
             "gap": gap and Gap(**_numbers(gap)),
             "extremes": extremes
             and Extremes(**{side: tuple(Extreme(**row) for row in rows) for side, rows in extremes.items()}),
-            "diagnostics": Diagnostics(**measured),
+            "hacking": hacking and Hacking(**hacking),
+            "signs": {name: Sign(**_numbers(sign)) for name, sign in values.get("signs", {}).items()},
         }
     )
 
@@ -250,16 +252,19 @@ def _entries_to_dict(entries: Mapping[str, ComparisonEntry]) -> dict[str, Any]:
 
 
 def _entries_from_dict(values: Mapping[str, Any]) -> dict[str, ComparisonEntry]:
-    intervals = ("ci95", "difference_ci95")
-    return {
-        scorer: ComparisonEntry(**_numbers(entry) | {name: tuple(entry[name]) for name in intervals})
-        for scorer, entry in values.items()
-    }
+    return {scorer: ComparisonEntry(**_numbers(entry)) for scorer, entry in values.items()}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Undefined numbers, which JSON writes as null, as nan."""
-    return {name: math.nan if value is None else value for name, value in values.items()}
+    """Undefined numbers, which JSON writes as null, as nan; intervals as tuples."""
+    return {
+        name: tuple(map(_number, value)) if isinstance(value, list) else _number(value)
+        for name, value in values.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def _nan_to_null(value: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import heapq
-import io
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -20,12 +18,12 @@ from attune.data.ingest.reader import DecodedImage
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.local import read_regular
 from attune.data.rows import ImageRef, LabelledImage, Pair
+from attune.evaluation.images import thumbnail_uri
 from attune.inspection.choices import comparison
 from attune.text import cut
 
 SUSPECTS = 8  # pairs of a sheet of suspicious ones
 PAGE_BYTES = 3_000_000  # of all encoded images; base64 makes a third more of them
-SIDES = (256, 192, 128, 96, 64)  # pixels of a picture's longer side: the largest whose file is small enough
 PROMPT_CHARS = 300
 CONTRADICTIONS, AT_RANDOM = "contradictions", "at random"
 
@@ -169,18 +167,8 @@ def _place(row: Pair | LabelledImage) -> str:
 
 
 def data_uri(ref: ImageRef, most_bytes: int) -> str:
-    """A good image as a small JPEG inside an address; images smaller than that stay as large as they are."""
-    image = Image.fromarray(ref) if isinstance(ref, np.ndarray) else decode(_encoded(ref))
-    data = b""
-    for side in SIDES:
-        small = image.copy()
-        small.thumbnail((side, side))
-        with io.BytesIO() as file:
-            small.save(file, "JPEG", quality=80)
-            data = file.getvalue()
-        if len(data) <= most_bytes:
-            break
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    """A good image as a small copy inside an address; images smaller than that stay as large as they are."""
+    return thumbnail_uri(Image.fromarray(ref) if isinstance(ref, np.ndarray) else decode(_encoded(ref)), most_bytes)
 
 
 def _encoded(ref: ImageRef) -> bytes:

@@ -10,11 +10,13 @@ from attune.config import plugins
 from attune.config.plan import (
     EvaluatePlan,
     GeneratePlan,
+    Origin,
     Plugin,
     PluginKind,
     PreferencePlan,
     PreparePlan,
     ReportPlan,
+    RunFacts,
     RunPlan,
     SearchPlan,
     Session,
@@ -25,6 +27,7 @@ from attune.config.resolve import Settings, held_out_prompts, read_yaml
 from attune.config.schema import ConfigError, StrictModel, set_path
 from attune.config.settings import MethodConfig, locations
 from attune.data.splits import VERDICTS
+from attune.licenses import base_license
 from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
@@ -245,8 +248,30 @@ def _report(settings: Settings, digests: Digests) -> ReportPlan:
         runs=runs,
         trained_on=by_run(trained_on, settings),
         selected_by=by_run(selected_by, settings),
+        origin=_origin(settings),
+        facts={name: _facts(run_plan(name, settings, digests)) for name in settings.runs},
         files=digests.of(file for file in answers if file.exists()),
         code=code_digests(["attune.stages.report"]),
+    )
+
+
+def _origin(settings: Settings) -> Origin:
+    return Origin(
+        base=settings.model.path,
+        base_license=base_license(settings.model.path),
+        source=settings.source,
+        data_path=settings.data.model_dump().get("path"),
+        data_license=settings.data.license,
+    )
+
+
+def _facts(run: RunPlan) -> RunFacts:
+    method = run.method
+    return RunFacts(
+        method=method.name if method else None,
+        paper=plugins.paper("methods", method.name) if method else None,
+        starts_from=run.after or run.released,
+        changed=plugins.changed_settings("methods", method.name, method.settings) if method else [],
     )
 
 

@@ -6,12 +6,10 @@ of a package adds scores, a picture and a commit.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from attune.config import plugins
@@ -29,14 +27,8 @@ from attune.evaluation.report.tables import decimals, hacking_table, not_held_ou
 from attune.evaluation.report.verdict import verdict
 from attune.evaluation.summary import Summary
 from attune.hub import parse
+from attune.licenses import base_license
 
-LICENSES = {  # of published base models, as their own cards name it
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
-    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-2-1": "openrail++",
-    "stabilityai/stable-diffusion-2-1-base": "openrail++",
-    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
-}
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
 _WORDS = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}  # that YAML would not read as text
@@ -63,35 +55,9 @@ def card(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | 
     """
     front = "\n".join(["---", *_front(made, data), "---"])
     body = render_markdown(f"{made['run']}: {_subject(made)}", list(_blocks(made, data, evidence)))
-    paper = _paper(made["method"])
+    paper = plugins.paper("methods", made["method"])
     link = f"\n## Paper\n\nThe method is that of <https://arxiv.org/abs/{paper}>.\n" if paper else ""
     return f"{front}\n\n{body}\n{_loading(made, evidence)}{link}"
-
-
-def base_license(base: str) -> str | None:
-    """The licence of a base model: of a published one, or what the card beside a local one says; None: not known."""
-    source = parse(base)
-    if source.commit is not None:
-        return LICENSES.get(source.place)
-    for folder in (Path(source.place), Path(source.place).parent):
-        file = folder / "README.md"
-        if file.is_file() and (found := re.match(r"---\n(?:.*\n)*?license: *(\S+)", file.read_text("utf-8")[:4000])):
-            return found[1].strip("'\"")
-    return None
-
-
-def changed_settings(made: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings of the method that are not its defaults: dotted key, value, default."""
-    defaults = plugins.config_class("methods", made["method"]).model_construct().model_dump(mode="json")
-    default, given = _flat(defaults), _flat(made["settings"])
-    return [(key, value, default.get(key)) for key, value in given.items() if value != default.get(key)]
-
-
-def _flat(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
-    return found
 
 
 def _subject(made: Mapping[str, Any]) -> str:
@@ -115,7 +81,7 @@ def _front(made: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
         yield from ("datasets:", f"- {yaml_text(dataset)}")
     kind = "stable-diffusion-xl" if made["base"]["backbone"] == "sdxl" else "stable-diffusion"
     tags = ["text-to-image", "diffusers", kind, *(["lora"] if lora else []), "attune", made["method"]]
-    paper = _paper(made["method"])
+    paper = plugins.paper("methods", made["method"])
     yield from ("tags:", *(f"- {yaml_text(tag)}" for tag in tags), *([f"- arxiv:{paper}"] if paper else []))
 
 
@@ -137,7 +103,7 @@ def _dataset(data: Mapping[str, Any]) -> str | None:
 def _blocks(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | None) -> Iterator[DocumentBlock]:
     yield Items(tuple(_facts(made, data, evidence)))
     yield Heading("Training")
-    if changed := changed_settings(made):
+    if changed := plugins.changed_settings("methods", made["method"], made["settings"]):
         yield Paragraph("Settings that are not the method's defaults, which are the paper's:")
         yield Table(("setting", "here", "default"), tuple((k, _text(v), _text(d)) for k, v, d in changed), prose=True)
     else:
@@ -154,7 +120,7 @@ def _blocks(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence
     sampling = ", ".join(f"{key} {value}" for key, value in evidence.sampling.items() if key != "batch_size")
     yield Heading("Samples")
     yield Paragraph(f"The same prompts and noise for the base and for {made['run']}; DDIM, {sampling}.")
-    yield Picture("base and tuned", evidence.picture, b"")
+    yield Picture("base and tuned", evidence.picture)
 
 
 def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence | None) -> Iterator[tuple[str, str]]:
@@ -177,12 +143,6 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
     yield "seed", str(made["seed"])
     if evidence is not None and evidence.commit is not None:
         yield "packaged at commit", evidence.commit
-
-
-def _paper(method: str) -> str | None:
-    """The number at arXiv of the paper that a method's docstring names first."""
-    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", importlib.import_module(f"attune.methods.{method}").__doc__ or "")
-    return found[1] if found else None
 
 
 def _text(value: Any) -> str:

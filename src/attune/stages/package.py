@@ -7,10 +7,8 @@ Each file is loaded into diffusers and sampled with before the package is called
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from attune.stages.common import use_threads
 from attune.stages.plan import say
 from attune.stop import stoppable
 from attune.text import message
+from attune.versions import commit
 
 CARD_PROMPTS = 4
 NO_PROMPTS = ("a portrait photo of an old fisherman", "a small house by a lake in autumn, oil painting")
@@ -80,18 +79,6 @@ def package(run: str, settings: Settings, out: Path) -> None:
 def data_of(settings: Settings) -> Mapping[str, Any]:
     """The source of the data and its settings, for the card."""
     return {"source": settings.source, **settings.data.model_dump(mode="json")}
-
-
-def commit() -> str | None:
-    """The checked-out commit, with `+` behind it where src has uncommitted changes; None without git."""
-    with suppress(OSError, subprocess.SubprocessError):
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--", "src") else "")
-    return None
-
-
-def _git(*words: str) -> str:
-    command = ["git", "--no-optional-locks", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
 
 def _prompts(settings: Settings) -> list[str]:

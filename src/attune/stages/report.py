@@ -13,7 +13,14 @@ def main() -> None:
     paths = Paths(plan.profile)
     with stage("report", plan, {"seed": plan.seed, "runs": plan.runs}) as run:
         from attune.evaluation.report.make import make_report
+        from attune.versions import commit
 
+        about = {
+            "profile": plan.profile,
+            "origin": plan.origin.model_dump(),
+            "facts": {name: facts.model_dump() for name, facts in plan.facts.items()},
+            "commit": commit(),
+        }
         summary = make_report(
             plan.runs,
             paths.reports,
@@ -21,9 +28,11 @@ def main() -> None:
             trained_on=plan.trained_on,
             selected_by=plan.selected_by,
             seed=plan.seed,
+            about=about,
         )
         for name, method in summary.methods.items():
             run.summary({f"{name}/{scorer}": location.mean for scorer, location in method.scores.items()})
+        run.artifact(paths.reports / "report.html")
         run.artifact(paths.reports / "report.md")
         run.artifact(paths.reports / "figures")
 

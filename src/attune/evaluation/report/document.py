@@ -1,13 +1,11 @@
-"""A small document, written once and rendered twice: Markdown for the repository, HTML for the browser.
+"""A small document as Markdown: for the repository, and for cards of models.
 
-The text of a block is never trusted: prompts and names come from data sets and configuration files, and both
-formats can carry links, scripts and broken tables. The renderers escape it, so whoever builds a block must not.
+The text of a block is never trusted: prompts and names come from data sets and configuration files, and Markdown can
+carry links, HTML and broken tables. The renderer escapes it, so whoever builds a block must not.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,29 +35,20 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A table cell; tone is "good", "bad" or ""."""
-
-    text: str
-    tone: str = ""
-
-
-@dataclass(frozen=True)
 class Table:
     """Rows as long as the header; the first column is text, all others are numbers unless `prose`."""
 
     header: tuple[str, ...]
-    rows: tuple[tuple[Cell | str, ...], ...]
+    rows: tuple[tuple[str, ...], ...]
     prose: bool = False
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: its path as seen from the report, and its PNG bytes for the self-contained page."""
+    """A figure: its path as seen from the document."""
 
     title: str
     path: str
-    png: bytes
 
 
 DocumentBlock = Heading | Paragraph | Items | Table | Picture
@@ -89,15 +78,6 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)
 
 
-def escape_html(text: str) -> str:
-    """Makes untrusted text show as itself, in one line, in HTML text and quoted attributes."""
-    return html.escape(one_line(text), quote=True)
-
-
-def _cell(cell: Cell | str) -> Cell:
-    return cell if isinstance(cell, Cell) else Cell(cell)
-
-
 def render_markdown(title: str, blocks: Sequence[DocumentBlock]) -> str:
     """The document as GitHub Markdown; pictures are links to their files."""
     parts = [f"# {escape_markdown(title)}", *(_markdown(block) for block in blocks)]
@@ -114,94 +94,7 @@ def _markdown(block: DocumentBlock) -> str:
             return "\n".join(f"- **{escape_markdown(lead)}**: {escape_markdown(text)}" for lead, text in items)
         case Table(header, rows, prose):
             rule = ["---", *(["---" if prose else "---:"] * (len(header) - 1))]
-            lines = [[escape_markdown(_cell(cell).text) for cell in row] for row in (header, *rows)]
+            lines = [[escape_markdown(cell) for cell in row] for row in (header, *rows)]
             return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-        case Picture(title, path, _):
+        case Picture(title, path):
             return f"![{escape_markdown(title)}]({quote(path)})"
-
-
-def render_html(title: str, blocks: Sequence[DocumentBlock]) -> str:
-    """The document as one self-contained page: no script, no network, figures embedded."""
-    body = "\n".join(_html(block) for block in blocks)
-    return _PAGE.format(title=escape_html(title), style=_STYLE, body=body)
-
-
-def _html(block: DocumentBlock) -> str:
-    match block:
-        case Heading(text):
-            return f"<h2>{escape_html(text)}</h2>"
-        case Paragraph(text, quiet):
-            return f"<p{_class('quiet' if quiet else '')}>{escape_html(text)}</p>"
-        case Items(items):
-            rows = (f"<li><b>{escape_html(lead)}</b>: {escape_html(text)}</li>" for lead, text in items)
-            return f"<ul>{''.join(rows)}</ul>"
-        case Table(header, rows, prose):
-            head = "".join(f'<th scope="col">{escape_html(name)}</th>' for name in header)
-            lines = "\n".join(_html_row(row) for row in rows)
-            table = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>"
-            return f'<div class="wide"><table{_class("prose" if prose else "")}>{table}</table></div>'
-        case Picture(title, _, png):
-            data = base64.b64encode(png).decode()
-            alt = escape_html(title)
-            image = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-            return f"<figure>{image}<figcaption>{alt}</figcaption></figure>"
-
-
-def _html_row(row: Sequence[Cell | str]) -> str:
-    first, *rest = (_cell(cell) for cell in row)
-    cells = (f"<td{_class(cell.tone)}>{escape_html(cell.text)}</td>" for cell in rest)
-    return f'<tr><th scope="row">{escape_html(first.text)}</th>{"".join(cells)}</tr>'
-
-
-def _class(name: str) -> str:
-    return f' class="{name}"' if name else ""
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --ink: #1d2330; --soft: #667085; --line: #e4e7ec; --paper: #fff; --good: #0f7a4d; --bad: #b42318; }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6e8ee; --soft: #98a2b3; --line: #333a48; --paper: #14181f; --good: #57c596; --bad: #f97066;
-  }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 1.5rem; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; }
-p, ul { max-width: 46rem; }
-li { margin: .4rem 0; }
-.quiet { color: var(--soft); font-size: .82rem; margin: .4rem 0 1rem; max-width: none; }
-.quiet, figcaption { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .9rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
-th:first-child { text-align: left; padding-left: 0; }
-tbody th { font-weight: 600; }
-.prose td, .prose th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.good { color: var(--good); }
-.bad { color: var(--bad); }
-figure { margin: 1.5rem 0 2.25rem; }
-figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { color: var(--soft); font-size: .85rem; margin-top: .4rem; }
-"""

@@ -12,25 +12,13 @@ from collections.abc import Mapping
 from attune.evaluation.protocol import MODEL
 from attune.evaluation.report.document import DocumentBlock, Items, Paragraph
 from attune.evaluation.report.tables import decimals, not_held_out, p_text, percent
-from attune.evaluation.summary import Best, Evidence, MethodSummary, Summary
+from attune.evaluation.summary import Evidence, MethodSummary, Summary
 
 
 def verdict(summary: Summary) -> DocumentBlock:
     """One item per method; a paragraph where only the base was scored."""
     items = tuple((name, _sentences(summary, method)) for name, method in summary.tuned.items())
     return Items(items) if items else Paragraph("Only the base has been scored; there is nothing to compare.")
-
-
-def best_text(summary: Summary, best: Best) -> str:
-    """The best method and by how much, by its own prompts and by prompts that had no part in the choice."""
-    digits = decimals(summary, summary.headline)
-    seen, (low, high) = summary.methods[best.method].vs_base[summary.headline].difference, best.difference_ci95
-    return (
-        f"The highest of {best.of} by {summary.headline} is {best.method}, {seen:+.{digits}f}. The best of several "
-        "looks better than it is on the prompts it was chosen by. Chosen by one half of the prompts and judged by the "
-        f"other, and the other way round, the best gains {best.difference:+.{digits}f} (95 % CI {low:+.{digits}f} to "
-        f"{high:+.{digits}f})."
-    )
 
 
 def differing_versions(made_with: Mapping[str, Mapping[str, str]]) -> str:
@@ -55,7 +43,7 @@ def _sentences(summary: Summary, method: MethodSummary) -> str:
     for scorer in summary.scorers:
         claims.setdefault(method.vs_base[scorer].evidence, []).append(_claim(summary, scorer, method))
     said = (f"{openings[evidence]} {' and '.join(listed)}" for evidence, listed in claims.items())
-    return "; ".join(said) + "." + _transfer(summary, method) + _not_evaluated(summary, method)
+    return "; ".join(said) + "." + _hacked(method) + _not_evaluated(summary, method)
 
 
 def _claim(summary: Summary, scorer: str, method: MethodSummary) -> str:
@@ -74,17 +62,12 @@ def _claim(summary: Summary, scorer: str, method: MethodSummary) -> str:
     return f"{scorer}{mark}{by}{entry.difference:+.{digits}f} ({', '.join(support)})"
 
 
-def _transfer(summary: Summary, method: MethodSummary) -> str:
-    """A warning where a scorer that a method was trained on improves and the held-out ones do not, or get worse."""
-    evidence = {scorer: method.vs_base[scorer].evidence for scorer in summary.scorers}
-    held_out = {scorer: found for scorer, found in evidence.items() if method.is_held_out(scorer)}
-    if "better" not in {evidence.get(scorer) for scorer in method.trained_on} or not held_out:
+def _hacked(method: MethodSummary) -> str:
+    """A warning where the run is hacked, or may be."""
+    found = method.hacking
+    if found is None or found.word == "none":
         return ""
-    if worse := [scorer for scorer, found in held_out.items() if found == "worse"]:
-        return f" What it was trained on improved while {' and '.join(worse)} got worse: suspect reward hacking."
-    if "better" not in held_out.values():
-        return " Only what it was trained on improved: suspect reward hacking."
-    return ""
+    return f" It is hacked: {found.why}." if found.word == "hacked" else f" Reward hacking is suspected: {found.why}."
 
 
 def _not_evaluated(summary: Summary, method: MethodSummary) -> str:
