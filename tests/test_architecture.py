@@ -33,7 +33,7 @@ LAYERS = (
     "diffusion.lora_files",
     "diffusion.lora_scale | interfaces | pretrained",
     "config",
-    "weights",
+    "weights | licenses",
     "hub | hub_upload",
     "files | paths | distributed | stop | text | versions",
 )
@@ -45,7 +45,7 @@ OWNERS = {
     "peft": ("diffusion",),
     "accelerate": ("training",),
     "argparse": ("__main__", "stages"),
-    "jinja2": ("inspection",),
+    "jinja2": ("evaluation.report.page", "inspection"),
     "ruamel": ("config",),
     "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained", "sharing.pipeline"),
     "huggingface_hub": ("hub", "hub_upload"),

@@ -107,7 +107,7 @@ def test_the_summary_has_the_published_schema(project):
         assert set(entry["vs_base"]) == (set() if name == "base" else set(entry["scores"]))
         for scorer in SCORERS:
             column = tables[name][scorer]
-            assert set(entry["scores"][scorer]) == {"mean", "median"}
+            assert set(entry["scores"][scorer]) == {"mean", "median", "sd"}
             assert entry["scores"][scorer]["mean"] == pytest.approx(column.mean())
             assert entry["scores"][scorer]["median"] == pytest.approx(column.median())
             if name != "base":
@@ -129,8 +129,9 @@ def test_the_summary_says_who_was_trained_on_what(project):
         recorded = json.loads(project.read(f"reports/short/train/{name}.json"))["trained_on"]
         assert methods[name]["trained_on"] == recorded
         assert set(recorded) <= set(SCORERS)
-        assert {"diversity", "indices", "drift"} <= set(methods[name])
-        assert methods[name]["drift"]["cmmd"] >= 0
+        assert {"vendi", "pairwise_distance", "saturation", "high_frequency", "cmmd"} <= set(methods[name]["signs"])
+        assert methods[name]["signs"]["cmmd"]["value"] >= 0
+        assert methods[name]["hacking"]["word"] in ("none", "suspect", "hacked")
 
 
 def test_the_report_is_written_for_people(project):
@@ -144,7 +145,7 @@ def test_the_report_is_written_for_people(project):
     for picture in pictures:
         with Image.open(project.folder / "reports/short" / picture) as image:
             assert min(image.size) > 100
-    assert "data:image/png;base64," in page
+    assert "data:image/webp;base64," in page
     assert not re.search(r"(src|href)=.https?://", page), "it is read offline"
 
 

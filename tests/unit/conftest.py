@@ -18,9 +18,10 @@ import stages
 from attune.data.ingest.rules import Rules
 from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
+from attune.evaluation.hacking import Sign
 from attune.evaluation.protocol import Protocol
 from attune.evaluation.summarise import summarise
-from attune.evaluation.summary import Diagnostics, Summary
+from attune.evaluation.summary import Summary
 from attune.spm.model import from_clip
 
 
@@ -124,8 +125,5 @@ def protocol(tables) -> Protocol:
 
 @pytest.fixture(scope="module")
 def summary(tables, protocol) -> Summary:
-    diagnostics = {
-        "spo": Diagnostics(diversity={"vendi": 3.5}, drift={"cmmd": 0.7}),
-        "base": Diagnostics(diversity={"vendi": 4.0}),
-    }
-    return summarise(tables, protocol, trained_on={"spo": ["oracle"]}, diagnostics=diagnostics)
+    signs = {"spo": {"vendi": Sign(4.0, 3.5, (-0.8, -0.2)), "cmmd": Sign(0.0, 0.7, (-0.1, 1.5))}}
+    return summarise(tables, protocol, trained_on={"spo": ["oracle"]}, signs=signs)

@@ -3,8 +3,10 @@
 import pytest
 from ruamel.yaml import YAML
 
+from attune.config.plugins import changed_settings
+from attune.licenses import base_license
 from attune.methods.dpo import Config
-from attune.sharing.card import Evidence, base_license, card, changed_settings, yaml_text
+from attune.sharing.card import Evidence, card, yaml_text
 
 HOSTILE = "<script>alert(1)</script> [x](http://evil) `rm`\n---\nlicense: mit | ```"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5@" + "a" * 40
@@ -44,7 +46,9 @@ def test_the_body_tells_how_it_was_made_and_how_to_load_it():
         "look it up before you publish",
     ):
         assert words in text
-    assert "2048" not in "".join(f"{key} {value}" for key, value, _ in changed_settings(made()))
+    assert "2048" not in "".join(
+        f"{key} {value}" for key, value, _ in changed_settings("methods", made()["method"], made()["settings"])
+    )
 
 
 def test_the_same_training_has_the_same_card():

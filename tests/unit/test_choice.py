@@ -49,8 +49,8 @@ def test_the_summary_has_the_choice_and_the_report_says_it():
     assert summary.best.difference == pytest.approx(summary.methods["spo"].vs_base["oracle"].difference)
     assert Summary.from_json(summary.to_json()) == summary
     text = to_markdown(summary)
-    assert "The highest of 2 by oracle is spo, +0.3" in text
-    assert f"the best gains {summary.best.difference:+.4f} (95 % CI " in text
+    assert text.splitlines()[2].startswith("spo, the best of 2 runs, beats base: oracle rises from ")
+    assert rf"chosen by one half and judged by the other, it gains {summary.best.difference:+.3f} \[" in text
     assert summarise({name: tables[name] for name in ("base", "spo")}, protocol_for(prompts)).best is None
 
 

@@ -25,7 +25,8 @@ from attune.evaluation.agreement import (
     wilson_interval,
 )
 from attune.evaluation.people import Answer, compare, read_answers, read_people, sign_test_p, with_holm
-from attune.evaluation.report.render import to_html, to_markdown
+from attune.evaluation.report.page import to_html
+from attune.evaluation.report.render import to_markdown
 from attune.evaluation.summary import Summary
 from attune.files import digest
 from attune.labelling.export import write_people
@@ -109,14 +110,16 @@ def test_the_report_says_what_people_chose(summary):
     answers = [answer(str(i), "b", who) for i in range(12) for who in ("anna", "bob")]
     told = replace(summary, people=(compare(answers, "spo", "base", changed=4),))
     text = to_markdown(told)
-    assert "| method | oracle | pickscore | people |" in text
-    assert r"| 100.0 %\*\*\* |" in next(line for line in text.splitlines() if line.startswith("| spo | "))
+    assert "| run | oracle | pickscore | people |" in text
+    assert "| 100.0 % (100.0 to 100.0 %) |" in next(line for line in text.splitlines() if line.startswith("| spo | "))
     row = next(line for line in text.splitlines() if line.startswith("| spo against base | 100.0 %"))
     assert "100.0 to 100.0 % | &lt; 0.001 | 12 | 24 | 2 | 0 | 0 |" in row
     assert "100.0 % of 12 (76 to 100 %)" in row
     assert "spo against base: 4 answers are about images that have changed since" in text
-    assert text.index("Scorer: people") < text.index("Scorer: oracle")
-    assert "<h2>Scorer: people</h2>" in to_html(told)
+    page = to_html(told)
+    assert "People: spo against base" in page
+    assert "24 answers of 2 people about 12 prompts: spo is preferred in 100.0 %" in page
+    assert "4 answers are about images that have changed since" in page
     assert "people" not in to_markdown(summary)
 
 

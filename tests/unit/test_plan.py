@@ -201,7 +201,7 @@ def test_every_seed_that_the_profile_may_have_is_planned(seed, settings, tmp_pat
 def test_a_setting_changes_the_plans_of_the_stages_that_read_it(settings, tmp_path):
     before = plans(settings(), tmp_path)
     assert plans(settings(), tmp_path) == before
-    assert changed(before, plans(settings(methods__spo__beta=7), tmp_path)) == {"align-spo", "sweep-spo"}
+    assert changed(before, plans(settings(methods__spo__beta=7), tmp_path)) == {"align-spo", "sweep-spo", "report"}
     evaluations = {f"evaluate-{run}" for run in ("base", "sft", "dpo", "spo")}
     block = {"scorer": "hpsv2", "version": "2.1", "path": "models/embedded/hpsv2/open_clip_model.safetensors"}
     block |= {"tokenizer": "models/embedded/hpsv2", "antialias": False}

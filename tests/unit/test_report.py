@@ -1,9 +1,8 @@
-"""The words and figures of the report, and that hostile text stays text."""
+"""The report's Markdown and files: words, tables, and that hostile text stays text."""
 
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,11 @@ import pytest
 from PIL import Image
 
 from attune.evaluation.protocol import write_scores
-from attune.evaluation.report import figures
-from attune.evaluation.report.document import (
-    Paragraph,
-    Picture,
-    Table,
-    escape_html,
-    escape_markdown,
-    render_html,
-    render_markdown,
-)
+from attune.evaluation.report.document import Picture, Table, escape_markdown, render_markdown
+from attune.evaluation.report.grid import image_grid
 from attune.evaluation.report.make import make_report, write_report
-from attune.evaluation.report.render import to_html, to_markdown
+from attune.evaluation.report.page import to_html
+from attune.evaluation.report.render import to_markdown
 from attune.evaluation.summarise import summarise
 from attune.evaluation.summary import Summary
 from scores import HOSTILE, protocol_for, table
@@ -43,7 +35,7 @@ def test_the_committed_report_is_the_committed_summarys():
     summary = Summary.from_json((COMMITTED / "summary.json").read_text())
     text = (COMMITTED / "report.md").read_text()
     titles = [line[2:].partition("](") for line in text.splitlines() if line.startswith("![")]
-    pictures = [Picture(title, path.rstrip(")"), b"") for title, _, path in titles]
+    pictures = [Picture(title, path.rstrip(")")) for title, _, path in titles]
     assert to_markdown(summary, pictures) == text
 
 
@@ -51,14 +43,11 @@ def test_a_scorer_that_selected_is_marked_and_not_held_out(tables, protocol):
     both = summarise(tables, protocol, trained_on={"spo": ["oracle"]}, selected_by={"spo": ["oracle", "pickscore"]})
     assert both.methods["spo"].gap is None  # no scorer is left that knows nothing of the method
     assert not both.methods["spo"].is_held_out("pickscore")
+    assert both.methods["spo"].hacking.word == "none"
     text = to_markdown(both)
     assert "beats base on oracle (trained on, selected by) by +0.3" in text
     assert "pickscore (selected by) " in text
-    assert "suspect reward hacking" not in text
-    assert "(selected by) marks a scorer that early stopping or a search chose the method by" in text
-    assert "| method | trained on | selected by | gain, trained |" in text
-    assert r"| spo | oracle | oracle, pickscore | \- |" in text
-    assert r"| same | \- | \- | \- |" in text
+    assert "| oracle, oracle (selected by), pickscore (selected by) |" in text
 
 
 def test_scorers_that_did_not_evaluate_are_text(tables, protocol, summary):
@@ -68,7 +57,7 @@ def test_scorers_that_did_not_evaluate_are_text(tables, protocol, summary):
     assert told.methods["same"].gap is None
     lines = to_markdown(told).splitlines()
     spo, same = (next(line for line in lines if line.startswith(f"- **{name}**")) for name in ("spo", "same"))
-    assert spo.endswith("suspect reward hacking. Also trained on: hps, which was not evaluated.")
+    assert spo.endswith("Also trained on: hps, which was not evaluated.")
     assert same.endswith(" Also trained on: hps, which was not evaluated.")
     chosen = to_markdown(summarise(tables, protocol, selected_by={"spo": ["hps", "clip"]}))
     assert "Also selected by: hps, clip, which were not evaluated." in chosen
@@ -76,19 +65,15 @@ def test_scorers_that_did_not_evaluate_are_text(tables, protocol, summary):
 
 
 def test_markdown_says_it_in_words(summary):
-    text = to_markdown(summary, [Picture("Win rates", "figures/win rate.png", b"")])
+    text = to_markdown(summary, [Picture("Win rates", "figures/win rate.png")])
     line = next(line for line in text.splitlines() if line.startswith("- **spo**"))
     assert "beats base on oracle (trained on) by +0.3" in line
     assert "no evidence of a difference from base on pickscore" in line
-    assert "suspect reward hacking" in line
+    assert "Reward hacking is suspected: only oracle, which it was trained on, rose; pickscore did not." in line
     assert "![Win rates](figures/win%20rate.png)" in text
-    protocol_sha = summary.protocol.sha
-    lines = text.splitlines()
-    headers = [i for i, line in enumerate(lines) if line.startswith("| ---")]
-    assert len(headers) == 7
-    for start in headers:
-        after = next(line for line in lines[start:] if not line.startswith("|") and line)
-        assert after.startswith(f"> Protocol {protocol_sha}")
+    assert f"> {summary.protocol.sha}: 40 prompts" in text
+    assert "vendi -0.5 |" in text  # a sign whose interval excludes 0
+    assert "cmmd" not in text
 
 
 def test_base_alone_still_makes_a_report():
@@ -123,44 +108,10 @@ def test_numbers_stay_readable():
         assert escape_markdown(text) == text
 
 
-class Tags(HTMLParser):
-    """Collects what a browser would see as elements, attributes and text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags, self.attributes, self.text = set(), set(), []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_html_is_self_contained_and_inert(summary):
-    page = Tags()
-    html = to_html(summary, [Picture('"><script>', "x.png", b"\x89PNG")])
-    page.feed(html)
-    assert page.tags.isdisjoint({"script", "a", "b>", "iframe", "link"})
-    assert not any(name.startswith("on") or name == "href" for name in page.attributes)
-    assert "data:image/png;base64,iVBORw==" in html
-    assert "http://" not in html.replace("http://evil.example/p.png", "")
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_shows_as_itself_in_html(text):
-    page = Tags()
-    page.feed(render_html("t", [Paragraph(text)]))
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    assert shown in page.text
-    assert '"' not in escape_html(text)
-
-
 def test_write_report_leaves_three_files(summary, tmp_path):
     write_report(tmp_path / "reports", summary)
     written = {path.name for path in (tmp_path / "reports").iterdir()}
-    assert written == {"summary.json", "report.md", "report.html"}
+    assert {"summary.json", "report.md", "report.html"} <= written
     assert Summary.from_json((tmp_path / "reports" / "summary.json").read_text()) == summary
 
 
@@ -179,30 +130,33 @@ def test_a_report_is_made_of_what_finished_stages_left(tmp_path, trained):
         for file in frame["file"]:
             Image.new("RGB", (8, 8), (40, 90, 200 * seed)).save(generated / name / file)
     if trained:
-        pd.DataFrame({"step": range(5), "loss": 0.69}).to_csv(reports / "train/spo.csv")
+        pd.DataFrame({"step": range(9), "loss": 0.69}).to_csv(reports / "train/spo.csv")
         pd.DataFrame({"step": [], "loss": []}).to_csv(reports / "train/base.csv")  # nothing trained, and no panel
-        accuracy = {"spm": {"t": [0, 500], "accuracy": [0.8, 0.6]}}
+        accuracy = {"spm": {"t": [0, 500], "accuracy": [0.8, 0.6], "ci95": [(0.7, 0.9), (0.5, 0.7)]}}
         (reports / "train/preference.json").write_text(json.dumps({"accuracy_by_t": accuracy}))
     summary = make_report(
         ["base", "spo"], reports, generated, trained_on={"spo": ["oracle"]}, selected_by={"spo": ["hps"]}, seed=0
     )
     assert Summary.from_json((reports / "summary.json").read_text()) == summary
-    assert set(summary.methods["spo"].diagnostics.drift) == {"cmmd"}
-    assert summary.methods["base"].diagnostics.drift is None
-    assert summary.methods["spo"].diagnostics.indices["saturation"] == 0
-    drawn = {path.stem for path in (reports / "figures").iterdir()}
-    assert drawn == {"samples", "win_rate", "difference"} | ({"curves", "accuracy_by_t"} if trained else set())
-    if trained:
-        curves = figures.training_curves({"spo": pd.read_csv(reports / "train/spo.csv")})
-        assert Image.open(reports / "figures/curves.png").size == curves.size
-    text = (reports / "report.md").read_text()
-    assert all(f"](figures/{name}.png)" in text for name in drawn)
+    found = summary.methods["spo"].signs
+    assert set(found) == {"saturation", "high_frequency", "cmmd", "vendi", "pairwise_distance"} | {
+        f"{sign}_per_prompt" for sign in ("vendi", "pairwise_distance")
+    }
+    assert (found["saturation"].base, found["saturation"].value) == (1.0, 0.0)  # (40, 90, 0) has a crushed channel
+    assert found["saturation"].has_moved
+    assert not summary.methods["base"].signs
+    assert {path.name for path in (reports / "figures").iterdir()} == {"samples.png"}
+    page = (reports / "report.html").read_text()
+    assert page.count("data:image/webp") == 2 * (3 + 6)  # the strip, and three kinds of examples
+    assert ("did it learn?" in page) == trained
+    assert ("The preference model by" in page) == trained
+    assert "](figures/samples.png)" in (reports / "report.md").read_text()
 
 
 def test_small_images_are_enlarged_by_whole_factors():
     """32 px -> factor 4 -> 128 px: every source pixel is a 4 x 4 block of its own colour."""
     images = np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8)
-    picture = np.asarray(figures.image_grid({"base": images, "spo": images / 255}, HOSTILE[:2], {"spo": [0.1, 1]}))
+    picture = np.asarray(image_grid({"base": images, "spo": images / 255}, HOSTILE[:2], {"spo": [0.1, 1]}))
     block = np.kron(images[0], np.ones((4, 4, 1), dtype=np.uint8))
     found = [
         (picture[y : y + 128, x : x + 128] == block).all()
@@ -215,26 +169,8 @@ def test_small_images_are_enlarged_by_whole_factors():
 
 def test_image_grid_refuses_what_it_cannot_show():
     with pytest.raises(ValueError, match="expected 2 RGB images"):
-        figures.image_grid({"base": np.zeros((1, 8, 8, 3))}, ["a", "b"])
+        image_grid({"base": np.zeros((1, 8, 8, 3))}, ["a", "b"])
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        figures.image_grid({"base": np.full((1, 8, 8, 3), 2.0)}, ["a"])
+        image_grid({"base": np.full((1, 8, 8, 3), 2.0)}, ["a"])
     with pytest.raises(ValueError, match="at least one method"):
-        figures.image_grid({}, ["a"])
-
-
-def test_plots_render_any_name_and_leave_no_global_state(summary):
-    import matplotlib.pyplot as plt
-
-    frame = pd.DataFrame({"step": range(30), "loss": 0.69, "grad_norm": 1.0})
-    curves = {"$\\bad{": frame, "dpo": frame.assign(margin=0.1)}
-    accuracy = {"untimed": {"t": [900, 100], "accuracy": [0.5, 0.8], "ci95": [(0.4, 0.6), (0.7, 0.9)]}}
-    pictures = [
-        figures.win_rate_plot(summary),
-        figures.score_difference_plot(summary),
-        figures.accuracy_by_t_plot(accuracy),
-        figures.training_curves(curves),
-    ]
-    assert all(picture.mode == "RGB" and min(picture.size) > 200 for picture in pictures)
-    assert plt.get_fignums() == []
-    with pytest.raises(ValueError, match="at least one of loss"):
-        figures.training_curves({"a": frame[["step"]]})
+        image_grid({}, ["a"])

@@ -1,6 +1,7 @@
 """The evaluate stage and what it says about a scorer: identity, pins, expected ranges, batches, features."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError, Float
 from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.evaluation import scoring
-from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.protocol import Protocol, hash_prompts, read_made_with, read_scores, scorer_identity
-from attune.evaluation.report.render import to_markdown
+from attune.evaluation.report.page import to_html
+from attune.evaluation.signs import measure_signs
 from attune.evaluation.summarise import summarise
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.stages.evaluate import evaluate
@@ -232,44 +233,22 @@ def test_features_come_from_the_first_scorer_that_offers_them(generated):
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
-def test_without_features_the_report_says_so(generated):
-    evaluate(generated("oracle"))
-    assert np.load("reports/tiny/features/base.npy").shape == (70, 0)
-    summary = summary_of_base()
-    assert set(summary.methods["base"].diagnostics.indices) == {"saturation", "high_frequency"}
-    assert summary.methods["base"].diagnostics.diversity is None
-    assert "Diversity and drift from the base were not measured" in to_markdown(summary)
-
-
-def test_with_features_it_does_not(generated):
-    evaluate(generated("aesthetic"))
-    summary = summary_of_base()
-    assert summary.methods["base"].diagnostics.diversity["vendi"] > 1
-    assert "were not measured" not in to_markdown(summary)
+@pytest.mark.parametrize("scorer", ["oracle", "aesthetic"])
+def test_variety_is_measured_where_a_scorer_offers_features(generated, scorer):
+    evaluate(generated(scorer))
+    frame, protocol = read_scores("reports/tiny/scores/base.parquet")
+    shutil.copytree("data/tiny/generated/base", "data/tiny/generated/same")
+    shutil.copy("reports/tiny/features/base.npy", "reports/tiny/features/same.npy")
+    tables = {"base": frame, "same": frame}
+    signs = measure_signs(tables, Path("data/tiny/generated"), Path("reports/tiny/features"))
+    assert {"saturation", "high_frequency"} <= set(signs["same"])
+    assert ("vendi" in signs["same"]) == (scorer == "aesthetic")
+    assert all(sign.change == 0 and not sign.has_moved for sign in signs["same"].values())
+    page = to_html(summarise(tables, protocol, signs=signs))
+    assert ("Variety was not measured" in page) == (scorer == "oracle")
 
 
 def test_an_unexpected_mean_ends_the_stage_and_writes_nothing(generated):
     with pytest.raises(SystemExit, match=r"scorer pickscore: mean .* lies outside 100 to 200"):
         evaluate(generated("oracle", pickscore={"expected_range": [100, 200]}))
     assert not Path("reports").exists()
-
-
-def summary_of_base():
-    frame, protocol = read_scores("reports/tiny/scores/base.parquet")
-    found = diagnostics({"base": frame}, Path("data/tiny/generated"), Path("reports/tiny/features"))
-    return summarise({"base": frame}, protocol, diagnostics=found)
-
-
-def test_memory_holds_one_batch(generated, monkeypatch):
-    seen = []
-    whole = scoring.read_pixels
-    monkeypatch.setattr(scoring, "read_pixels", lambda folder, files: seen.append(len(files)) or whole(folder, files))
-    evaluate(generated("pickscore", "aesthetic"))
-    assert seen == [32, 32, 6] * 2
-
-
-def test_transparency_is_dropped(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (5, 4, 4), dtype=np.uint8)
-    Image.fromarray(picture, "RGBA").save(tmp_path / "a.png")
-    pixels = scoring.read_pixels(tmp_path, pd.Series(["a.png"]))
-    assert torch.equal(pixels[0], torch.from_numpy(picture[..., :3].copy()).permute(2, 0, 1) / 255)

@@ -34,8 +34,8 @@ def test_six_row_table_by_hand():
     method = base.assign(oracle=[2.0, 2, 4, 0, 4, 6])
     protocol = Protocol("0", 3, 2, "ddim", 1, 0, 1, 8, "float32", 0, (("oracle", "r", "p"),), "v")
     result = summarise({"base": base, "m": method.sample(frac=1, random_state=0)}, protocol).methods
-    assert result["base"] == MethodSummary({"oracle": Location(2.0, 2.0)}, vs_base={})
-    assert result["m"].scores["oracle"] == Location(3.0, 2.0)
+    assert result["base"] == MethodSummary({"oracle": Location(2.0, 2.0, 1.0)}, vs_base={})
+    assert result["m"].scores["oracle"] == Location(3.0, 2.0, np.sqrt(3))
     entry = result["m"].vs_base["oracle"]
     assert entry.difference == pytest.approx(1)
     assert entry.win_rate == pytest.approx(5 / 6)
@@ -64,8 +64,10 @@ def test_json_holds_everything_and_nothing_that_is_not_there(summary, tables, pr
     values = json.loads(summary.to_json())
     assert list(values) == ["protocol", "n_prompts", "base", "scorers", "best", "made_with", "methods", "pairs"]
     assert values["n_prompts"] == 40
-    assert list(values["methods"]["base"]) == ["scores", "vs_base", "diversity"]
-    assert list(values["methods"]["same"]) == ["scores", "vs_base", "trained_on", "gap", "extremes"]
+    assert list(values["methods"]["base"]) == ["scores", "vs_base"]
+    keys = ["scores", "vs_base", "trained_on", "gap", "extremes", "hacking", "signs"]
+    assert list(values["methods"]["same"]) == keys
+    assert values["methods"]["spo"]["signs"]["vendi"] == {"base": 4.0, "value": 3.5, "ci95": [-0.8, -0.2]}
     assert values["methods"]["same"]["gap"] is None
     assert "p_holm" not in values["methods"]["same"]["vs_base"]["oracle.appeal"]
     selected = summarise(tables, protocol, selected_by={"spo": ["oracle"]})
@@ -81,7 +83,7 @@ def test_undefined_numbers_are_null_in_json():
     summary = summarise({"base": table(["a"]), "m": table(["a"], 1.0)}, protocol, trained_on={"m": ["oracle"]})
     method = json.loads(summary.to_json())["methods"]["m"]
     assert method["vs_base"]["oracle"]["minimum_detectable_effect"] is None
-    assert method["gap"] == {"trained": None, "heldout": None, "gap": None}
+    assert method["gap"] == {"trained": None, "heldout": None, "gap": None, "ci95": [None, None]}
     again = Summary.from_json(summary.to_json())
     assert math.isnan(again.methods["m"].vs_base["oracle"].minimum_detectable_effect)
     assert math.isnan(again.methods["m"].gap.gap)
@@ -105,8 +107,11 @@ def test_evidence_needs_p_interval_and_win_rate(summary):
 def test_gap_is_standardised_and_needs_both_sides(summary):
     """Trained gain ~0.35 base spreads, held-out gain ~0."""
     gap = summary.methods["spo"].gap
-    assert gap.gap == gap.trained - gap.heldout
+    assert gap.gap == pytest.approx(gap.trained - gap.heldout)
     assert gap.gap == pytest.approx(0.35, abs=0.1)
+    low, high = gap.ci95
+    assert low - 1e-12 <= gap.gap <= high + 1e-12
+    assert gap.is_open
     assert summary.methods["same"].gap is None
 
 

@@ -55,6 +55,11 @@ def plugin_config(kind: str, name: str, block: Any, where: str) -> Any:
     return check(config_class(kind, name), block, where)
 
 
+def needs(method: str | None, what: str) -> bool:
+    """Whether a method needs `preference_model` or `rewards`."""
+    return method is not None and what in load("methods", method).Method.needs
+
+
 def paper(kind: str, name: str) -> str | None:
     """The number at arXiv of the paper that the plug-in's docstring names first."""
     found = re.search(r"arXiv:(\d{4}\.\d{4,5})", load(kind, name).__doc__ or "")

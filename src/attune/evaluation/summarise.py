@@ -60,8 +60,7 @@ def summarise(
         protocol: what `protocol.read_comparable` returned with the tables.
         base: the method to compare with.
         trained_on: method -> scorers it optimised. Scorers without scores here are kept, to be shown as text.
-        selected_by: method -> scorers that early stopping or a search chose it by; likewise. A scorer of neither
-            list is held out for the method.
+        selected_by: method -> scorers that it was chosen by; likewise. A scorer of neither list is held out.
         signs: method -> signs of reward hacking.
         seed: of the bootstrap.
 

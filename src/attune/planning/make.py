@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
 
@@ -23,14 +23,15 @@ from attune.config.plan import (
     plan_file,
 )
 from attune.config.profile import BASE, DATA, PREFERENCE
-from attune.config.resolve import Settings, held_out_prompts, read_yaml
-from attune.config.schema import ConfigError, StrictModel, set_path
+from attune.config.resolve import Settings, held_out_prompts
+from attune.config.schema import StrictModel
 from attune.config.settings import MethodConfig, locations
 from attune.data.splits import VERDICTS
 from attune.licenses import base_license
 from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
+from attune.planning.opinions import by_run, selected_by, trained_on
 
 
 def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
@@ -68,7 +69,7 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
     if run.method is not None:
         modules.append(plugins.module_name("backbones", settings.model.backbone))
         modules.append(plugins.module_name("methods", run.method))
-    if needs(run.method, "preference_model"):
+    if plugins.needs(run.method, "preference_model"):
         modules.append("attune.spm.model")
     modules += [plugins.module_name("rewards", settings.scorers[scorer].plugin) for scorer in asked]
     return RunPlan(
@@ -79,80 +80,16 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         method=None if config is None else _plugin("methods", settings.method_of(name), config),
         released=run.released,
         after=None if run.after in (DATA, PREFERENCE) else run.after,
-        needs_preference=needs(run.method, "preference_model"),
+        needs_preference=plugins.needs(run.method, "preference_model"),
         scorers={scorer: _scorer(scorer, settings) for scorer in asked},
         files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
         code=code_digests(modules, without="" if config else "attune.finetune"),
     )
 
 
-def trained_on(name: str, settings: Settings) -> list[str]:
-    """The scorers that a run was trained on, itself or by what it comes after: its gains there are no evidence.
-
-    Those of its method; the preference model's, which are the scorer whose CLIP it started from and the one that
-    labelled its pairs; those of the run it goes on from; and what a released model states.
-    """
-    run = settings.runs.get(name)
-    if run is None:
-        return []
-    found = list(run.trained_on)
-    if run.method is not None:
-        if run.after not in (DATA, PREFERENCE, name):
-            found += trained_on(run.after, settings)
-        found += settings.methods[name].trained_on
-        if needs(run.method, "preference_model"):
-            found += preference_trained_on(settings)
-    return list(dict.fromkeys(found))
-
-
-def preference_trained_on(settings: Settings) -> list[str]:
-    """The scorers behind the preference model: those with the weights it starts from, and the one that labels pairs."""
-    preference = settings.preference
-    if preference is None:
-        return []
-    starts = [
-        name for name, scorer in settings.scorers.items() if getattr(scorer.config, "path", None) == preference.clip
-    ]
-    return starts + ([preference.ai_feedback.scorer] if preference.ai_feedback else [])
-
-
-def selected_by(name: str, settings: Settings) -> list[str]:
-    """The scorers by which a run was selected.
-
-    Those of its early stopping, of the search whose best settings it has, and of the run it goes on from.
-    """
-    run = settings.runs.get(name)
-    if run is None or run.method is None:
-        return []
-    config = settings.methods[name]
-    found = [] if run.after in (DATA, PREFERENCE, name) else selected_by(run.after, settings)
-    if config.validation and config.validation.patience:
-        found.append(config.validation.scorer)
-    found += _searched_by(name, config, Paths(settings.profile))
-    return list(dict.fromkeys(found))
-
-
-def _searched_by(name: str, config: MethodConfig, paths: Paths) -> list[str]:
-    """The objectives of the last search of a run, if its settings are the best that this found."""
-    file = paths.best_settings(name)
-    if not file.exists():
-        return []
-    found, values = read_yaml(file), config.model_dump()
-    try:
-        applied = all(set_path(values, key, value) == values for key, value in found["params"].items())
-    except ConfigError:  # of a block that the run no longer has
-        return []
-    return list(found["scores"]) if applied else []
-
-
-def needs(method: str | None, what: str) -> bool:
-    """Whether a method needs `preference_model` or `rewards`."""
-    return method is not None and what in plugins.load("methods", method).Method.needs
-
-
 def needs_preference_model(settings: Settings) -> bool:
     """Whether any run does, so that the model is trained at all."""
-    return any(needs(run.method, "preference_model") for run in settings.runs.values())
+    return any(plugins.needs(run.method, "preference_model") for run in settings.runs.values())
 
 
 def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
@@ -273,11 +210,6 @@ def _facts(run: RunPlan) -> RunFacts:
         starts_from=run.after or run.released,
         changed=plugins.changed_settings("methods", method.name, method.settings) if method else [],
     )
-
-
-def by_run(what: Callable[[str, Settings], list[str]], settings: Settings) -> dict[str, list[str]]:
-    """Run -> `what(run, settings)`, of the runs for which it is not empty."""
-    return {name: found for name in settings.runs if (found := what(name, settings))}
 
 
 def _search(run: RunPlan, settings: Settings, digests: Digests) -> SearchPlan:

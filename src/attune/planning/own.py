@@ -13,7 +13,7 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.schema import check
 from attune.data.rows import SourceError
 from attune.data.sources._files import listed_test_prompts, prompt_texts
-from attune.planning.make import needs, rows_of
+from attune.planning.make import rows_of
 from attune.world.grammar import is_of_the_world
 
 RUNS = {"pairs": ("dpo",), "images": ("kto",), "prompts": ("alignprop",)}
@@ -80,7 +80,7 @@ def _source_of(path: Path) -> str:
 def runs(methods: Sequence[str]) -> dict[str, dict[str, str]]:
     """The block `runs` of params.yaml: the base, and a run for each method."""
     after = {True: PREFERENCE, False: DATA}
-    trained = {name: {"method": name, "after": after[needs(name, "preference_model")]} for name in methods}
+    trained = {name: {"method": name, "after": after[plugins.needs(name, "preference_model")]} for name in methods}
     return {BASE: {"after": DATA}, **trained}
 
 
@@ -95,7 +95,7 @@ def blocks(base: Mapping[str, Any], path: Path, found: Found, methods: Sequence[
     if found.test_list is not None:
         data["test_list"] = found.test_list
     changed: dict[str, Any] = {"data": data, "search": None}
-    if any(needs(name, "preference_model") for name in methods):
+    if any(plugins.needs(name, "preference_model") for name in methods):
         data |= {key: value for key, value in base["data"].items() if key == "score_with"}
     else:
         changed["preference"] = None

@@ -17,7 +17,7 @@ from attune.config.schema import ConfigError, StrictModel, check, number_type, s
 from attune.config.settings import locations
 from attune.planning.costs import Row, size
 from attune.planning.data_problems import data, prompts
-from attune.planning.make import needs, needs_preference_model
+from attune.planning.make import needs_preference_model
 from attune.text import shown
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
@@ -83,7 +83,7 @@ def _orders(s: Settings) -> Iterator[str]:
             yield f"runs.{name}.after: {run.after!r} is none of {', '.join([DATA, PREFERENCE, *s.runs])}"
         elif run.after == BASE:
             yield f"runs.{name}.after: every training starts from the base model; write {DATA}"
-        elif needs(run.method, "preference_model") and PREFERENCE not in chain:
+        elif plugins.needs(run.method, "preference_model") and PREFERENCE not in chain:
             yield f"runs.{name}.after: {run.method} needs the preference model; write {PREFERENCE}, or a run after it"
         elif run.method is None and run.after != DATA:
             yield f"runs.{name}.after: nothing is trained, so write {DATA}"

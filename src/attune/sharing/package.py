@@ -25,8 +25,9 @@ from attune.diffusion.noise import noise_seed, per_row_noise
 from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import MODEL
 from attune.evaluation.summary import Summary
+from attune.licenses import base_license
 from attune.sharing import kohya
-from attune.sharing.card import Evidence, base_license, card
+from attune.sharing.card import Evidence, card
 from attune.sharing.models import NamedModel
 from attune.sharing.pipeline import generated, pipeline_of, read_unet
 from attune.sharing.sample import generate, image_rows, write_sheet

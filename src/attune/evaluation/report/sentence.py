@@ -59,9 +59,9 @@ def _result(summary: Summary, runs: list[str]) -> str:
 
 def _but_hacked(summary: Summary, runs: list[str], hacked: list[str]) -> str:
     """Where the largest gain is a hacked one: what it is, and which run is best without."""
-    method, named = summary.methods[runs[0]], _named(summary, summary.methods[runs[0]])
-    why = method.hacking.why if method.hacking else ""
-    gain = f"{runs[0]} gains most by {named} {_change(summary, runs[0])}, but is hacked: {why}."
+    found = summary.methods[runs[0]].hacking
+    gain = f"{runs[0]} gains most by {summary.headline}, {_change(summary, runs[0])}, but is hacked: "
+    gain += f"{found.why}." if found else ""
     honest = [name for name in runs if name not in hacked]
     if not honest:
         return gain + (" So are all other runs." if len(runs) > 1 else "")
@@ -97,6 +97,8 @@ def _agreeing(summary: Summary, method: MethodSummary) -> str:
     if agree == others:
         few = {1: "the other scorer agrees", 2: "both other scorers agree"}
         return f", and {few.get(others, f'all {others} other scorers agree')}"
+    if others == 1:
+        return ", and the other scorer does not agree"
     fell = [scorer for scorer in summary.scorers[1:] if method.vs_base[scorer].evidence == "worse"]
     text = f", and {agree or 'none'} of {others} other scorers agree{'' if agree > 1 else 's'}"
     return text + (f"; {' and '.join(fell)} fell" if fell else "")

@@ -35,7 +35,7 @@ def hacking_table(summary: Summary) -> Table:
     """One row per run: the verdict, what it was trained on, the gap, and the signs that moved."""
     rows = []
     for name, method in summary.tuned.items():
-        gap = f"{method.gap.gap:+.2f} ({method.gap.ci95[0]:+.2f} to {method.gap.ci95[1]:+.2f})" if method.gap else "-"
+        gap = _interval(method.gap.gap, method.gap.ci95) if method.gap else "-"
         moved = [
             f"{sign.replace('_', ' ')} {found.change:+.3g}" for sign, found in method.signs.items() if found.has_moved
         ]
@@ -44,6 +44,10 @@ def hacking_table(summary: Summary) -> Table:
         words = [f"{found.word}: {found.why}" if found else "-", trained, gap, ", ".join(moved) or "-"]
         rows.append((name, *words))
     return Table(("run", "reward hacking", "trained on", "gap, 95 % CI", "signs that moved"), tuple(rows), prose=True)
+
+
+def _interval(value: float, ci95: tuple[float, float]) -> str:
+    return f"{value:+.2f} ({ci95[0]:+.2f} to {ci95[1]:+.2f})" if math.isfinite(value) else "-"
 
 
 def people_table(summary: Summary) -> Table:
