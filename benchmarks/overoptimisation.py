@@ -27,7 +27,7 @@ from attune.config.profile import DATA, Run
 from attune.config.resolve import Settings, load
 from attune.diffusion.generate import generate_images
 from attune.diffusion.policy import Policy
-from attune.evaluation.diversity import diversity
+from attune.evaluation.diversity import pairwise_distance, vendi
 from attune.evaluation.statistics import bootstrap_mean_ci
 from attune.finetune import training_batches
 from attune.interfaces import Reward
@@ -50,7 +50,7 @@ def measure(policy: Policy, plan: GeneratePlan, prompts: list[str], scorers: Map
             row[name] = float(scores.mean())
             row[f"{name}_ci95"] = [float(x) for x in bootstrap_mean_ci(scores)]
         features = torch.cat([scorers["aesthetic"].features(rows).cpu() for rows, _ in batched(pixels, prompts)])
-    return row | {key: float(value) for key, value in diversity(features.numpy(), prompts).items()}
+    return row | {"pairwise_distance": pairwise_distance(features.numpy()), "vendi": vendi(features.numpy())}
 
 
 def batched(pixels: Tensor, prompts: list[str], size: int = 32) -> list[tuple[Tensor, list[str]]]:

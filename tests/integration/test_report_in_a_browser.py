@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ import pytest
 from attune.evaluation.report.page import to_html
 from attune.evaluation.summary import Summary
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium")
 COMMITTED = Path(__file__).parents[2] / "reports/tiny/summary.json"
 SERIOUS = ("serious", "critical")
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(not os.environ.get("ATTUNE_TEST_CHROMIUM"), reason="ATTUNE_TEST_CHROMIUM=1 runs it"),
+    pytest.mark.skipif(
+        CHROMIUM is None and os.environ.get("ATTUNE_TEST_CHROMIUM") != "1",
+        reason="no chromium here; ATTUNE_TEST_CHROMIUM=1 makes that a failure",
+    ),
 ]
 
 
@@ -25,7 +29,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
 

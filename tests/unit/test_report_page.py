@@ -98,7 +98,7 @@ def test_hostile_prompts_and_names_show_as_themselves(summary, tables, tmp_path)
         (
             {"dpo": (0.4, -0.4)},
             {},
-            r"dpo, the only run, beats base: .*, and none of 1 other scorers agrees; pickscore fell",
+            r"dpo, the only run, beats base: .*, and the other scorer does not agree; no evidence",
         ),
         (
             {"dpo": (0.0, 0.0)},
@@ -113,8 +113,8 @@ def test_hostile_prompts_and_names_show_as_themselves(summary, tables, tmp_path)
         (
             {"alignprop": (0.9, -0.4), "dpo": (0.3, 0.3)},
             {"alignprop": ["oracle"]},
-            r"alignprop gains most by oracle, which it was trained on, .*, but is hacked: oracle, which it was trained on, "
-            r"rose while pickscore fell\. The best of the others, dpo, beats base: \+0\.3",
+            r"alignprop gains most by oracle, \+0\.9.*, but is hacked: oracle, which it was trained on, rose while "
+            r"pickscore fell\. The best of the others, dpo, beats base: \+0\.[23]",
         ),
         ({"dpo": (0.4, 0.4), "ap": (0.3, -0.4)}, {"ap": ["oracle"]}, r"no evidence of reward hacking\. Hacked: ap\.$"),
         (
