@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from attune.costs import Cost
 from attune.evaluation.hacking import HARM
 from attune.evaluation.report.accuracy import Accuracy
 from attune.evaluation.report.axis import signed
@@ -24,6 +25,7 @@ from attune.evaluation.report.pictures import Pictures
 from attune.evaluation.report.sentence import first_sentence, lead
 from attune.evaluation.report.tables import decimals, p_text, percent
 from attune.evaluation.report.verdict import differing_versions
+from attune.evaluation.seeds import AcrossSeeds
 from attune.evaluation.summary import Summary
 from attune.text import cut
 
@@ -56,6 +58,8 @@ class Extras:
     data: Mapping[str, float] = field(default_factory=dict)  # counts of prepare
     steps: Mapping[str, int] = field(default_factory=dict)  # run -> optimizer steps
     commit: str = ""
+    costs: Mapping[str, Cost] = field(default_factory=dict)  # stage -> what it cost
+    seeds: AcrossSeeds | None = None
 
 
 def to_html(summary: Summary, extras: Extras | None = None) -> str:
