@@ -54,6 +54,12 @@ def signed(value: float, digits: int) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "\u2212")
 
 
+def enough(digits: int, *values: float) -> int:
+    """Decimals for numbers that belong together: `digits`, or more where all of them would be written as 0; 8 at most."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return digits if largest * 10**digits >= 1 or largest == 0 else min(8, 1 - math.floor(math.log10(largest)))
+
+
 def _decimals(value: float) -> int:
     """Decimals that a tick needs, 6 at most."""
     return next((n for n in range(6) if math.isclose(round(value, n), value, abs_tol=1e-9)), 6)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attune.evaluation.report.axis import Axis, Tick, axis_of, signed
+from attune.evaluation.report.axis import Axis, Tick, axis_of, enough, signed
 from attune.evaluation.report.tables import decimals
 from attune.evaluation.summary import MethodSummary, Summary
 
@@ -88,6 +88,7 @@ def by_gain(summary: Summary) -> list[str]:
 def _interval(summary: Summary, method: MethodSummary, scorer: str, axis: Axis, spread: float) -> Interval:
     entry, digits = method.vs_base[scorer], decimals(summary, scorer)
     low, high = entry.difference_ci95
+    digits = enough(digits, entry.difference, low, high)
     return Interval(
         scorer=scorer,
         colour=summary.scorers.index(scorer),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from attune.evaluation.report.axis import signed
+from attune.evaluation.report.axis import enough, signed
 from attune.evaluation.report.forest import bracketed, by_gain
 from attune.evaluation.report.tables import decimals
 from attune.evaluation.summary import MethodSummary, Summary
@@ -53,7 +53,7 @@ def _result(summary: Summary, runs: list[str]) -> str:
     if entry.evidence == "mixed":
         return f"{change}, but mean, ranks and win rate disagree"
     mde = entry.minimum_detectable_effect
-    found = f"; they would reveal {mde:.{digits}f} four times in five" if math.isfinite(mde) else ""
+    found = f"; they would reveal {mde:.{enough(digits, mde)}f} four times in five" if math.isfinite(mde) else ""
     return f"No run is shown to beat {base}: {change}{found}"
 
 
@@ -71,7 +71,8 @@ def _but_hacked(summary: Summary, runs: list[str], hacked: list[str]) -> str:
 
 
 def _change(summary: Summary, run: str) -> str:
-    entry, digits = summary.methods[run].vs_base[summary.headline], _digits(summary)
+    entry = summary.methods[run].vs_base[summary.headline]
+    digits = enough(_digits(summary), entry.difference, *entry.difference_ci95)
     return f"{signed(entry.difference, digits)} {bracketed(entry.difference_ci95, digits)}".strip()
 
 
