@@ -55,7 +55,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def enough(digits: int, *values: float) -> int:
-    """Decimals for numbers that belong together: `digits`, or more where all of them would be written as 0; 8 at most."""
+    """Decimals of numbers that belong together: `digits`, or up to 8 where all of them would be written as 0."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return digits if largest * 10**digits >= 1 or largest == 0 else min(8, 1 - math.floor(math.log10(largest)))
 
