@@ -15,8 +15,9 @@ from attune.evaluation.diagnostics import diagnostics
 from attune.evaluation.images import read_images
 from attune.evaluation.people import read_people
 from attune.evaluation.protocol import read_comparable, read_made_with
-from attune.evaluation.report import figures
+from attune.evaluation.report import figures, metrics
 from attune.evaluation.report.document import Picture
+from attune.evaluation.report.plots import write_plots
 from attune.evaluation.report.render import to_html, to_markdown
 from attune.evaluation.summarise import summarise
 from attune.evaluation.summary import Summary
@@ -69,6 +70,7 @@ def make_report(
         plots["difference"] = ("Score difference to base", figures.score_difference_plot(summary))
     plots |= _training_figures(runs, reports / "train")
     write_report(reports, summary, _save(plots, reports / "figures"))
+    write_plots(reports / "plots", summary, reports / "train")
     return summary
 
 
@@ -76,6 +78,7 @@ def write_report(directory: str | Path, summary: Summary, pictures: Sequence[Pic
     """Writes summary.json, report.md and report.html into `directory`, each atomically."""
     files = {
         "summary.json": summary.to_json(),
+        "metrics.json": metrics.to_json(summary),
         "report.md": to_markdown(summary, pictures),
         "report.html": to_html(summary, pictures),
     }
