@@ -107,6 +107,7 @@ class ReportPlan(StagePlan):
     runs: list[str]
     trained_on: Mapping[str, list[str]]
     selected_by: Mapping[str, list[str]]
+    settings: str  # identifies those of the stages before, without the seed: other seeds' summaries have to agree
 
 
 class SearchPlan(StagePlan):

@@ -28,6 +28,7 @@ from attune.data.splits import VERDICTS
 from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
+from attune.planning.seeds import settings_sha
 
 
 def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
@@ -36,7 +37,6 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
     plans: dict[Path, StrictModel] = {
         plan_file("prepare"): _prepare(settings, digests),
         plan_file("preference"): _preference(settings, digests),
-        plan_file("report"): _report(settings, digests),
         plan_file("session"): Session(
             profile=settings.profile,
             tracking=settings.tracking,
@@ -53,6 +53,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
         plans[plan_file("generate", name)] = _generate(name, settings, digests)
         plans[plan_file("evaluate", name)] = _evaluate(name, settings, digests)
         plans[plan_file("sweep", name)] = _search(run, settings, digests)
+    plans[plan_file("report")] = _report(settings, digests, settings_sha(plans))
     return plans
 
 
@@ -123,8 +124,7 @@ def selected_by(name: str, settings: Settings) -> list[str]:
         return []
     config = settings.methods[name]
     found = [] if run.after in (DATA, PREFERENCE, name) else selected_by(run.after, settings)
-    if config.validation and config.validation.patience:
-        found.append(config.validation.scorer)
+    found += [config.validation.scorer] if config.validation and config.validation.patience else []
     found += _searched_by(name, config, Paths(settings.profile))
     return list(dict.fromkeys(found))
 
@@ -213,7 +213,6 @@ def _preference(settings: Settings, digests: Digests) -> PreferencePlan:
 
 def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
     run = settings.runs[name]
-    modules = ["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]
     return GeneratePlan(
         profile=settings.profile,
         run=name,
@@ -221,7 +220,7 @@ def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
         model=settings.model,
         generate=settings.generate,
         files=digests.of([*_paths(settings.model), *_paths(run)]),
-        code=code_digests(modules),
+        code=code_digests(["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]),
     )
 
 
@@ -236,16 +235,18 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
     )
 
 
-def _report(settings: Settings, digests: Digests) -> ReportPlan:
+def _report(settings: Settings, digests: Digests, identity: str) -> ReportPlan:
     runs, paths = [BASE, *(name for name in settings.runs if name != BASE)], Paths(settings.profile)
-    answers = [paths.people(a, b) for a, b in permutations(runs, 2)]
+    read = [file for a, b in permutations(runs, 2) if (file := paths.people(a, b)).exists()]
+    read += [file for file in paths.seeds.glob("seed*.json") if file != paths.seed(settings.seed)]
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
         runs=runs,
         trained_on=by_run(trained_on, settings),
         selected_by=by_run(selected_by, settings),
-        files=digests.of(file for file in answers if file.exists()),
+        settings=identity,
+        files=digests.of(read),
         code=code_digests(["attune.stages.report"]),
     )
 
