@@ -1,7 +1,7 @@
-"""One profile run with several seeds: does a gain survive another seed, and how much of its spread is chance of prompts?
+"""One profile run with several seeds: does a gain survive another seed, and how much of its spread is due to prompts?
 
-`make seeds` leaves reports/<profile>/seeds/seed<k>.json, a summary per seed with what its run was made with. A seed is an
-experiment of its own: it draws the order of training data and all noise, and in the embedded world the prompts too.
+`make seeds` leaves reports/<profile>/seeds/seed<k>.json, a summary per seed with what its run was made with. A seed is
+an experiment of its own: it draws the order of training data and all noise, and in the embedded world the prompts too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attune.evaluation.summary import ComparisonEntry, Summary
 
 LEVEL = 0.975  # quantile of a two-sided interval of 95 %
 OF_A_SEED = ("seed", "prompt_set_sha")
-"""Fields of the protocol that may differ between seeds: which noise, and where a source draws its prompts, which ones."""
+"""Fields of the protocol that may differ between seeds: the noise, and the prompts where a source draws them."""
 
 
 @dataclass(frozen=True)

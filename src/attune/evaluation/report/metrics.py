@@ -1,7 +1,7 @@
 """The figures that `dvc metrics` and `dvc exp show` print: a few of each run, of as few letters as 120 columns need.
 
-DVC puts all figures of a file into one row. So the keys are hardly more than the run's name, an interval is one text, and
-a run's own mean is not there: it is the base's plus the gain.
+DVC puts all figures of a file into one row. So the keys are hardly more than the run's name, an interval is one text,
+and a run's own mean is not there: it is the base's plus the gain.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tables behind `dvc plots show`: a CSV per plot, drawn by the Vega templates in .dvc/plots.
 
-Every function gives a table with its columns, also of no rows: DVC leaves out the plot of an empty table in silence, and
-warns of a file that is not there.
+Every function gives a table with its columns, also of no rows: DVC leaves out the plot of an empty table in silence,
+and warns of a file that is not there.
 """
 
 from __future__ import annotations
