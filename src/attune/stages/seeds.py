@@ -1,7 +1,7 @@
 """Runs the whole pipeline for several seeds and compares them: `make seeds N=3` (docs/seeds.md).
 
-The first seed is the profile's own and is run in the checkout, each other one in a copy below .checkpoints/seeds. What is
-there and still current is not run again. Ctrl-C stops all; the same command goes on.
+The first seed is the profile's own and is run in the checkout, each other one in a copy below .checkpoints/seeds. What
+is there and still current is not run again. Ctrl-C stops all; the same command goes on.
 """
 
 from __future__ import annotations
@@ -99,12 +99,8 @@ def main() -> None:
 
 def planned(settings: Settings, n: int) -> list[Seed]:
     """The profile's seed and those after it."""
-    digests, root, paths = (
-        Digests(project_root() / CHECKPOINTS / "digests.json"),
-        project_root(),
-        Paths(settings.profile),
-    )
-    found = []
+    root, paths, found = project_root(), Paths(settings.profile), []
+    digests = Digests(root / CHECKPOINTS / "digests.json")
     for number in range(settings.seed, settings.seed + n):
         plans, copy = make(replace(settings, seed=number), digests), root / paths.seed_copy(number)
         home = root if number == settings.seed else copy
@@ -149,7 +145,7 @@ def noted_seconds() -> dict[str, float]:
 
 
 def run(todo: Sequence[Seed], seeds: Sequence[Seed], settings: Settings, jobs: int) -> None:
-    """Runs seeds, so many at a time, and keeps their summaries; ends the process where one failed or all were stopped."""
+    """Runs seeds, so many at a time, and keeps their summaries; exits where one failed or all were stopped."""
     runs, cache = Runs(), dvc_cache(project_root())
 
     def one(seed: Seed) -> bool:
@@ -194,14 +190,14 @@ def table(seeds: Sequence[int], paths: Paths) -> str:
 
     summaries = {seed: SeedRun.read(paths.seed(seed)).summary for seed in seeds}
     found, headline = across_seeds(summaries), next(iter(summaries.values())).headline
-    head = f"{'run':20}  {headline + ', gain':>16}  {'95 % over seeds':>20}  {'sd seeds':>9}  {'sd prompts':>10}  better in"
-    lines = [f"\n{len(seeds)} seeds: {', '.join(map(str, seeds))}", head]
+    columns = f"{'gain':>10}  {'95 % over seeds':>22}  {'sd seeds':>9}  {'sd prompts':>10}  better in"
+    lines = [f"\n{len(seeds)} seeds: {', '.join(map(str, seeds))}; {headline}", f"{'run':20}  {columns}"]
     for run_name, scorers in found.runs.items():
         spread = scorers[headline]
         low, high = spread.ci95
         interval = f"[{low:+.4g}, {high:+.4g}]"
         lines.append(
-            f"{run_name:20.20}  {spread.mean:+16.4g}  {interval:>20}  {spread.sd_seeds:9.2g}  {spread.sd_prompts:10.2g}"
+            f"{run_name:20.20}  {spread.mean:+10.4g}  {interval:>22}  {spread.sd_seeds:9.2g}  {spread.sd_prompts:10.2g}"
             f"  {spread.seeds_better} of {len(seeds)}"
         )
     return "\n".join(lines)
