@@ -27,30 +27,30 @@ JUNK = shutil.ignore_patterns("__pycache__")
 
 
 def copy_checkout(
-    root: Path, home: Path, values: Mapping[str, Any], runs: Mapping[str, Any] | None = None, cache: Path | None = None
+    root: Path, home: Path, values: Mapping[str, Any], given: Mapping[str, Any] | None = None, cache: Path | None = None
 ) -> None:
     """Makes a copy, or brings one up to date; what has been made in it stays, so DVC goes on from there.
 
     Args:
         root: the checkout. Its params.local.yaml counts; in the copy its values are those of the profile's file.
         home: the copy.
-        values: dotted key -> value, in the file of the active profile.
-        runs: instead of the runs in params.yaml.
+        values: dotted key -> value, in the file of the profile.
+        given: profile, runs or tracking instead of what params.yaml says.
         cache: DVC's cache; None: one of the copy's own.
     """
     home.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         _copy(root / name, home / name)
-    params = read_yaml(root / PARAMS)
+    params = {**read_yaml(root / PARAMS), **(given or {})}
     profile = params["profile"]
-    for name in _linked(root, profile):
-        _link(root / name, home / name)
+    for place in _linked(root, profile):
+        _link(root / place, home / place)
     file = PROFILES / f"{profile}.yaml"
     local = read_yaml(root / LOCAL) if (root / LOCAL).exists() else {}
     settings = merged(read_yaml(root / file), local.get(profile) or {})
     settings = reduce(lambda changed, item: set_path(changed, *item), values.items(), settings)
     write_yaml(anchored(settings, root), home / file)
-    write_yaml(anchored(params if runs is None else {**params, "runs": runs}, root), home / PARAMS)
+    write_yaml(anchored(params, root), home / PARAMS)
     _dvc_project(root, home, cache)
 
 

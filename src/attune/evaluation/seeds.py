@@ -122,14 +122,14 @@ def _spread(entries: Sequence[ComparisonEntry], prompts: int, same_prompts: bool
     within = float((errors**2).mean())
     between = float(values.var(ddof=1)) if n > 1 else math.nan
     half = float(stats.t.ppf(LEVEL, n - 1) * math.sqrt(between / n)) if n > 1 else math.nan
-    left = between if same_prompts else between - within
+    left = max(0.0, between if same_prompts else between - within) if n > 1 else math.nan
     return SeedSpread(
         per_seed=tuple(map(float, values)),
         per_seed_ci95=tuple(entry.difference_ci95 for entry in entries),
         mean=mean,
         ci95=(mean - half, mean + half),
         sd_prompts=math.sqrt(within),
-        sd_seeds=math.sqrt(left) if left > 0 else left * 0.0,  # 0 where prompts explain all; nan stays nan
+        sd_seeds=math.sqrt(left),
         seeds_better=int((values > 0).sum()),
     )
 
