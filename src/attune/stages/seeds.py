@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.copies import copy_checkout, dvc_cache, environment, start_repro
@@ -35,6 +37,7 @@ from attune.stages.plan import say
 from attune.stop import handling
 
 LAST_LINES = 3  # of a log, shown where a seed failed
+POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class Runs:
         self.stopped = True
         for process in self._running:
             if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGINT)
+                _interrupt(process)
 
     def repro(self, seed: Seed, tracked: bool) -> int | None:
         """The exit code of the seed's `dvc repro`; None if it was not begun because all are to stop."""
@@ -69,9 +71,27 @@ class Runs:
             return None
         process = start_repro(seed.home, seed.log, environment(tracked))
         self._running.append(process)
-        if self.stopped:  # while it was started
-            self.stop(signal.SIGINT, None)
-        return process.wait()
+        told: set[int] = set()  # stages that have been told to stop, or ran before that
+        while process.poll() is None:
+            stages = _children(process)
+            if self.stopped and stages - told:  # the one before had just ended when it was told, and DVC went on
+                _interrupt(process)
+            told = told | stages if self.stopped else stages
+            time.sleep(POLL)
+        return process.returncode
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+
+
+def _children(process: subprocess.Popen[bytes]) -> set[int]:
+    """Ids of the processes that DVC runs as stages."""
+    try:
+        return {child.pid for child in psutil.Process(process.pid).children()}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def main() -> None:
