@@ -50,9 +50,10 @@ def start(checkout: Path, *words: str) -> subprocess.Popen[str]:
 def test_seeds_are_stopped_and_gone_on_with_and_not_run_again(checkout):
     first = start(checkout, "--n", "2", "--jobs", "2")
     end = time.monotonic() + 300
-    while not (checkout / COPY / "data/short/prepared").exists():
-        assert time.monotonic() < end, (checkout / COPY).with_suffix(".log").read_text()
+    log = (checkout / COPY).with_suffix(".log")
+    while not (log.exists() and "Running stage 'align@base'" in log.read_text()):
         assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.2)
     children = psutil.Process(first.pid).children(recursive=True)
     assert len(children) >= 2
@@ -68,8 +69,9 @@ def test_seeds_are_stopped_and_gone_on_with_and_not_run_again(checkout):
     said = second.communicate(timeout=600)[0]
     assert second.returncode == 0, said
     assert "2 to run, 2 at a time" in said
-    log = (checkout / COPY).with_suffix(".log").read_text()
-    assert "Stage 'prepare' didn't change, skipping" in log, "what was done before the stop is not done again"
+    assert "Stage 'prepare' didn't change, skipping" in log.read_text(), (
+        "what was done before the stop is not done again"
+    )
     summaries = {k: SeedRun.read(checkout / REPORTS / f"seeds/seed{k}.json").summary for k in (0, 1)}
     assert [each.protocol.seed for each in summaries.values()] == [0, 1]
     assert across_seeds(summaries).runs["sft"]["oracle"].per_seed[0] != 0

@@ -157,10 +157,10 @@ def test_hostile_text_shows_as_itself_in_html(text):
     assert '"' not in escape_html(text)
 
 
-def test_write_report_leaves_three_files(summary, tmp_path):
+def test_write_report_leaves_its_files(summary, tmp_path):
     write_report(tmp_path / "reports", summary)
     written = {path.name for path in (tmp_path / "reports").iterdir()}
-    assert written == {"summary.json", "report.md", "report.html"}
+    assert written == {"summary.json", "metrics.json", "report.md", "report.html"}
     assert Summary.from_json((tmp_path / "reports" / "summary.json").read_text()) == summary
 
 

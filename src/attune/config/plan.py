@@ -107,7 +107,7 @@ class ReportPlan(StagePlan):
     runs: list[str]
     trained_on: Mapping[str, list[str]]
     selected_by: Mapping[str, list[str]]
-    settings: str  # identifies those of the stages before, without the seed: other seeds' summaries have to agree
+    settings: str | None  # identifies those of the stages before, but for the seed; None without other seeds' summaries
 
 
 class SearchPlan(StagePlan):

@@ -149,7 +149,7 @@ def _protocol(protocol: Protocol) -> dict[str, Any]:
     return {name: value for name, value in asdict(protocol).items() if name not in OF_A_SEED}
 
 
-def read_seeds(folder: Path, summary: Summary, settings: str) -> AcrossSeeds | None:
+def read_seeds(folder: Path, summary: Summary, settings: str | None) -> AcrossSeeds | None:
     """The summary at hand over those of other seeds; None if there are no other seeds.
 
     A seed counts if its run had the same settings and protocol; the others are told in `stale`, and so is a file that
@@ -158,7 +158,7 @@ def read_seeds(folder: Path, summary: Summary, settings: str) -> AcrossSeeds | N
     Args:
         folder: with seed<k>.json.
         summary: of the runs as they are now; it stands for its own seed.
-        settings: what identifies their settings.
+        settings: what identifies their settings (`ReportPlan.settings`).
     """
     own, found, stale = summary.protocol.seed, {}, []
     for file in seed_files(folder):

@@ -238,15 +238,15 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
 def _report(settings: Settings, digests: Digests, identity: str) -> ReportPlan:
     runs, paths = [BASE, *(name for name in settings.runs if name != BASE)], Paths(settings.profile)
     read = [file for a, b in permutations(runs, 2) if (file := paths.people(a, b)).exists()]
-    read += [file for file in paths.seeds.glob("seed*.json") if file != paths.seed(settings.seed)]
+    others = [file for file in paths.seeds.glob("seed*.json") if file != paths.seed(settings.seed)]
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
         runs=runs,
         trained_on=by_run(trained_on, settings),
         selected_by=by_run(selected_by, settings),
-        settings=identity,
-        files=digests.of(read),
+        settings=identity if others else None,
+        files=digests.of([*read, *others]),
         code=code_digests(["attune.stages.report"]),
     )
 

@@ -181,6 +181,8 @@ def run(todo: Sequence[Seed], seeds: Sequence[Seed], settings: Settings, jobs: i
             say("\n".join([f"seed {seed.number} failed, {seed.log}:", *(f"  {line}" for line in said)]))
         return code == 0
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background, which children would inherit
+        signal.signal(signal.SIGINT, runs.stop)
     with handling(runs.stop), ThreadPoolExecutor(jobs) as pool:
         done = sum(pool.map(one, todo))
     if runs.stopped:

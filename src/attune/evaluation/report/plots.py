@@ -7,6 +7,7 @@ and warns of a file that is not there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def accuracy(preference: Mapping[str, Mapping[str, Any]] | None) -> pd.DataFrame
     rows = [
         (model, t, value, low, high)
         for model, curve in (preference or {}).items()
-        for t, value, (low, high) in zip(curve["t"], curve["accuracy"], curve["ci95"], strict=True)
+        for t, value, (low, high) in zip(curve["t"], curve["accuracy"], _intervals(curve), strict=True)
     ]
     return _table(rows, ("model", "t", "accuracy", "low", "high"))
 
@@ -92,6 +93,11 @@ def write_plots(folder: Path, summary: Summary, train: Path) -> None:
     }
     for name, table in tables.items():
         write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
+
+
+def _intervals(curve: Mapping[str, Any]) -> Sequence[tuple[float, float]]:
+    """Nothing for a curve that an older version wrote."""
+    return curve.get("ci95") or [(math.nan, math.nan)] * len(curve["t"])
 
 
 def _there(train: Path, runs: Iterable[str], ending: str) -> list[str]:
