@@ -44,7 +44,15 @@ def start(checkout: Path, *words: str) -> subprocess.Popen[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(stages.PREFIXES)}
     env |= {"PYTHONPATH": "src", "DVC_SITE_CACHE_DIR": f"{checkout}.site", "ATTUNE_TRACKING": "off"}
     words = (sys.executable, "-m", "attune.stages.seeds", *words)
-    return subprocess.Popen(words, cwd=checkout, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words,
+        cwd=checkout,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a script
+    )
 
 
 def test_seeds_are_stopped_and_gone_on_with_and_not_run_again(checkout):
@@ -57,9 +65,9 @@ def test_seeds_are_stopped_and_gone_on_with_and_not_run_again(checkout):
         time.sleep(0.2)
     children = psutil.Process(first.pid).children(recursive=True)
     assert len(children) >= 2
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)
     said = first.communicate(timeout=120)[0]
-    assert first.returncode == 130, said
+    assert first.returncode == 143, said
     assert "0 of 2 done. `make seeds N=2` goes on" in said
     assert "Traceback" not in said
     assert psutil.wait_procs(children, timeout=10)[1] == []

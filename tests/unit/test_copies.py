@@ -10,8 +10,10 @@ import pytest
 
 import params
 import stages
+from attune.config.plan import plan_file
 from attune.config.resolve import load, read_yaml
 from attune.copies import copy_checkout, environment
+from attune.paths import Paths
 from attune.planning.local_files import Digests
 from attune.planning.make import make
 from attune.planning.seeds import settings_sha, work_sha
@@ -108,6 +110,22 @@ def test_what_identifies_a_seeds_run(tmp_path):
     edited = first | {dpo: first[dpo].model_copy(update={"code": {"attune.methods.dpo": "other"}})}
     assert settings_sha(edited) == settings_sha(first)
     assert work_sha(edited) != work_sha(first)
+
+
+def test_other_seeds_are_inputs_of_the_report(tmp_path):
+    """With the settings that they must have; the own seed's file is no input, as the report itself is newer."""
+    stages.write(tmp_path, RUNS)
+    with stages.inside(tmp_path):
+        settings, digests, folder = load(), Digests(tmp_path / "digests.json"), Paths("short").seeds
+        report = plan_file("report")
+        folder.mkdir(parents=True)
+        (folder / "seed0.json").write_text("own")
+        alone = make(settings, digests)[report]
+        (folder / "seed1.json").write_text("other")
+        plans = make(settings, digests)
+    assert (alone.files, alone.settings) == ({}, None)
+    assert list(plans[report].files) == ["reports/short/seeds/seed1.json"]
+    assert plans[report].settings == settings_sha(plans)
 
 
 def test_a_repro_of_its_own_knows_nothing_of_the_stage_that_starts_it(monkeypatch):

@@ -55,12 +55,12 @@ class Runs:
     """The `dvc repro` of several seeds, all of which stop at Ctrl-C or SIGTERM as one in a terminal does."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.stopped = 0  # the signal that asked for it
         self._running: list[subprocess.Popen[bytes]] = []
 
     def stop(self, signum: int, frame: FrameType | None) -> None:
         """Passes the wish to stop on: a training saves before it ends; asked again, it ends at once."""
-        self.stopped = True
+        self.stopped = signum
         for process in self._running:
             if process.poll() is None:
                 _interrupt(process)
@@ -187,7 +187,7 @@ def run(todo: Sequence[Seed], seeds: Sequence[Seed], settings: Settings, jobs: i
         done = sum(pool.map(one, todo))
     if runs.stopped:
         say(f"stopped; {done} of {len(todo)} done. `make seeds N={len(seeds)}` goes on where trainings have saved")
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + runs.stopped)
     if done < len(todo):
         sys.exit(f"{len(todo) - done} of {len(todo)} seeds failed; `make seeds N={len(seeds)}` goes on from there")
 
