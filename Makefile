@@ -44,7 +44,7 @@ seeds: $(READY)  ## the whole pipeline for N seeds, compared in the report: make
 	@$(ATTUNE) seeds $(if $(N),--n $(N)) $(WITH)
 
 compare: $(READY)  ## the experiments of DVC side by side: what differs between them
-	@dvc exp show --no-pager --only-changed --drop '.*/'
+	@dvc exp show --no-pager --only-changed --drop '.*/|Created' $(WITH)
 
 sample: $(READY)  ## images of any prompt: make sample RUN=dpo PROMPT="a red ring" [N=4] [AGAINST=base]
 	@$(ATTUNE) sample --run "$$RUN" --prompt "$$PROMPT" $(if $(N),--n $(N)) $(if $(AGAINST),--against "$$AGAINST") $(WITH)

@@ -94,7 +94,7 @@ def shown_in_a_terminal(home: Project) -> None:
         "status": terminal(home, "status"),
         "plots show": terminal(home, "plots", "show"),
         "plots diff": terminal(home, "plots", "diff"),
-        "make compare": terminal(home, "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/"),
+        "make compare": terminal(home, "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/|Created"),
     }
     for command, lines in shown.items():
         assert max(map(len, lines)) <= COLUMNS, command
