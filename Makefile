@@ -19,7 +19,7 @@ export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help init plan inspect label repro sample package push sweep sweep-apply test pipeline check settings ui champion replay embedded clean clean-checkpoints
+.PHONY: help init plan inspect label repro seeds compare sample package push sweep sweep-apply test pipeline check settings ui champion replay embedded clean clean-checkpoints
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -39,6 +39,12 @@ label: $(READY)  ## a page to choose between images: make label A=base [B=dpo] [
 
 repro: $(READY)  ## run the whole pipeline (what has changed of it) and print the result
 	@$(ATTUNE) repro
+
+seeds: $(READY)  ## the whole pipeline for N seeds, compared in the report: make seeds N=3 [WITH="--jobs 2"]
+	@$(ATTUNE) seeds $(if $(N),--n $(N)) $(WITH)
+
+compare: $(READY)  ## the experiments of DVC side by side: what differs between them
+	@dvc exp show --no-pager --only-changed --drop '.*/|Created' $(WITH)
 
 sample: $(READY)  ## images of any prompt: make sample RUN=dpo PROMPT="a red ring" [N=4] [AGAINST=base]
 	@$(ATTUNE) sample --run "$$RUN" --prompt "$$PROMPT" $(if $(N),--n $(N)) $(if $(AGAINST),--against "$$AGAINST") $(WITH)

@@ -1,44 +1,28 @@
-"""Runs the whole pipeline in a copy of the repository, with other settings: shared by seeds.py and spo_ablations.py."""
+"""Runs the whole pipeline in a copy of the repository, with other settings: shared by several benchmarks."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attune.config.edit import write_yaml
 from attune.config.resolve import PARAMS, PROFILES, read_yaml
 from attune.config.schema import set_path
+from attune.copies import copy_checkout, environment, start_repro
 from attune.paths import Paths
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("src", "params.yaml", "params", "dvc.yaml", ".dvcignore", ".gitignore", "models/embedded", "data/raw")
+copy_repository = partial(copy_checkout, ROOT)
+"""`copy_repository(home, values, given)`, see `attune.copies`."""
 
 
 def active_profile() -> tuple[str, dict[str, Any]]:
     """The name of the profile in params.yaml, and what its file says."""
     name = read_yaml(ROOT / PARAMS)["profile"]
     return name, read_yaml(ROOT / PROFILES / f"{name}.yaml")
-
-
-def copy_repository(home: Path, values: Mapping[str, Any], runs: Mapping[str, Any] | None = None) -> None:
-    """A copy of the code and the settings, in which some settings differ; params.local.yaml is not copied.
-
-    Args:
-        values: dotted key -> value, in the file of the active profile.
-        runs: instead of the runs in params.yaml.
-    """
-    for name in NEEDED:
-        target = home / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, target)
-    rewrite(home / PROFILES / f"{active_profile()[0]}.yaml", values)
-    rewrite(home / PARAMS, {} if runs is None else {"runs": runs})
 
 
 def rewrite(file: Path, changes: Mapping[str, Any]) -> None:
@@ -61,9 +45,9 @@ def repro_in_copy(
     A copy that has come to its end is left as it is.
 
     Args:
-        home: where the copy is made.
-        values: see `copy_repository`.
-        runs: see `copy_repository`.
+        home: where the copy is made, or brought up to date.
+        values: dotted key -> value, in the file of the active profile.
+        runs: instead of the runs in params.yaml.
         cache: a DVC cache that copies share, so that equal stages run once.
         tracked: whether runs are tracked in this repository's MLflow store.
 
@@ -73,15 +57,9 @@ def repro_in_copy(
     reports = home / Paths(active_profile()[0]).reports
     if (reports / "summary.json").exists():
         return reports
-    shutil.rmtree(home, ignore_errors=True)
-    copy_repository(home, values, runs)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    env |= {"DVC_NO_ANALYTICS": "1"}
-    env |= {"MLFLOW_TRACKING_URI": f"sqlite:///{ROOT / 'mlflow.db'}"} if tracked else {"ATTUNE_TRACKING": "off"}
-    commands = [["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "repro"]]
-    if cache is not None:
-        commands.insert(2, ["dvc", "cache", "dir", "--local", str(cache)])
-    with home.with_suffix(".log").open("w") as log:
-        for command in commands:
-            subprocess.run(command, cwd=home, env=env, stdout=log, stderr=log, check=True)
+    copy_repository(home, values, None if runs is None else {"runs": runs}, cache)
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{ROOT / 'mlflow.db'}"} if tracked else {}
+    process = start_repro(home, home.with_suffix(".log"), {**environment(tracked), "OMP_NUM_THREADS": "1", **store})
+    if code := process.wait():
+        raise subprocess.CalledProcessError(code, process.args)
     return reports

@@ -76,8 +76,7 @@ def stages() -> list[Stage]:
 
 
 def set_up(home: Path) -> None:
-    copy_repository(home, {})
-    rewrite(home / "params.yaml", {"profile": "short", "runs": RUNS, "tracking": None})
+    copy_repository(home, {}, {"profile": "short", "runs": RUNS, "tracking": None})
     changes = {f"methods.{run}.batches": n for run, n in LONGER.items() if run != "preference"}
     changes |= {"preference.batches": LONGER["preference"], "methods.dpo.accumulation": 2}
     changes |= {"methods.sft.validation": VALIDATION, "methods.kto.warmup": 3, "methods.kto.schedule": "linear"}

@@ -31,8 +31,8 @@ from attune.data.sources.world import draw_prompts
 from attune.world import oracle
 
 RUNS = {"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}
-IMAGES, LABELS = "data/pictures", "data/raw/labels"
-TABLE = {"source": "table", "path": f"{LABELS}/pairs.csv", "test_list": "data/raw/test.txt", "min_side": 32}
+IMAGES, LABELS = "data/pictures", "data/labelled/labels"
+TABLE = {"source": "table", "path": f"{LABELS}/pairs.csv", "test_list": "data/labelled/test.txt", "min_side": 32}
 
 
 def paint(folder: Path, prompts: list[str], seed: int) -> np.ndarray:
@@ -126,11 +126,12 @@ def main() -> None:
     words = parser.parse_args()
     began, home = time.monotonic(), Path(tempfile.mkdtemp(prefix="labels-"))
     unused = {"search": {}, "preference.ai_feedback": None}  # they ask for more data than there is
-    copy_repository(home, {"data": TABLE, "seed": words.seed, **unused}, RUNS)
+    copy_repository(home, {"data": TABLE, "seed": words.seed, **unused}, {"runs": RUNS})
     os.environ |= {"PYTHONPATH": str(home / "src"), "ATTUNE_TRACKING": "off"}
     rng = np.random.default_rng(words.seed)
     with chdir(home):
         tests = draw_prompts("test", 240, rng).prompt
+        Path(LABELS).parent.mkdir()
         Path(TABLE["test_list"]).write_text("\n".join(tests) + "\n")
         prompts = draw_prompts("train", words.pairs, rng).prompt.tolist()
         images = paint(Path(IMAGES), prompts, words.seed)

@@ -8,6 +8,7 @@ reports/tiny/report.html, taken by Chromium at 1280 x 800.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from attune.evaluation.seeds import AcrossSeeds, read_seeds
 from attune.evaluation.summary import Summary
 
 README, REPORTS, PICTURE = Path("README.md"), Path("reports/tiny"), Path("docs/report.png")
+PLAN = Path("plan/report.json")
 START, END = "<!-- table -->\n", "<!-- /table -->"
 NAMES = {"oracle": "oracle (ground truth)", "pickscore": "PickScore", "hpsv2": "HPSv2"}
 DIGITS = {"pickscore": 2}  # decimals of the base's mean; 3 of all others
@@ -24,7 +26,9 @@ DIGITS = {"pickscore": 2}  # decimals of the base's mean; 3 of all others
 def main() -> None:
     summary = Summary.from_json((REPORTS / "summary.json").read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8")
-    README.write_text(with_table(text, table(summary, read_seeds(REPORTS / "seeds", summary, None))), encoding="utf-8")
+    settings = json.loads(PLAN.read_text(encoding="utf-8"))["settings"]
+    seeds = read_seeds(REPORTS / "seeds", summary, settings)
+    README.write_text(with_table(text, table(summary, seeds)), encoding="utf-8")
     if chromium := shutil.which("chromium"):
         screenshot(REPORTS / "report.html", chromium)
 

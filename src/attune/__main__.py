@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "look at the data before training: reports/<profile>/data.html",
     "label": "a page to choose between images, to train on or to judge two models blindly",
     "repro": "run the whole pipeline, what has changed of it, and print the result",
+    "seeds": "run the whole pipeline for several seeds and compare them",
     "sample": "images of any prompt by any run, next to the base's",
     "package": "an adapter with its card, for diffusers, ComfyUI and A1111",
     "push": "upload a package to the Hugging Face Hub",

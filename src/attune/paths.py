@@ -62,6 +62,18 @@ class Paths:
         """What people chose between the images of two runs."""
         return self.reports / "people" / f"{a}-vs-{b}.csv"
 
+    @property
+    def seeds(self) -> Path:
+        return self.reports / "seeds"
+
+    def seed(self, seed: int) -> Path:
+        """The summary of the runs with one seed."""
+        return self.seeds / f"seed{seed}.json"
+
+    def seed_copy(self, seed: int) -> Path:
+        """The copy of the checkout in which the runs of another seed are made, below the project root."""
+        return CHECKPOINTS / "seeds" / self.profile / f"seed{seed}"
+
     def search(self, run: str) -> Path:
         return self.reports / "sweeps" / run
 

@@ -26,6 +26,7 @@ CODE = (
     ".dvcignore",
     ".gitignore",
     ".dvc/config",
+    ".dvc/plots",
     "src",
     "models/embedded",
     "data/raw/README.md",

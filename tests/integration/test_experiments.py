@@ -5,9 +5,15 @@ In a git clone of the project that the other pipeline tests use, which shares it
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +23,7 @@ from clones import ADAPTER, METHODS, PROFILE, Project, tracked_runs
 
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 
+COLUMNS = 120
 BETA = PROFILE["methods"]["dpo"]["beta"]
 
 
@@ -72,9 +79,61 @@ def test_one_value_is_tried_with_exp_run(home):
     assert set(ran.values()) == {"FINISHED"}
     data = experiments(home)["strong"]
     assert data["params"]["params/short.yaml"]["data"]["methods"]["dpo"]["beta"] == 2 * BETA
-    assert data["metrics"]["reports/short/summary.json"]["data"]["methods"]["dpo"]["scores"]
+    figures = data["metrics"]["reports/short/metrics.json"]["data"]
+    assert {"base", *METHODS, *(f"{method} 95%" for method in METHODS)} <= set(figures)
+    shown_in_a_terminal(home)
     home.run("git", "checkout", "--quiet", ".")
     home.dvc("checkout", "--force")
+
+
+def shown_in_a_terminal(home: Project) -> None:
+    """What DVC prints of an experiment that is in the workspace fits 120 columns, and no plot is missing."""
+    shown = {
+        "metrics show": terminal(home, "metrics", "show"),
+        "metrics diff": terminal(home, "metrics", "diff"),
+        "status": terminal(home, "status"),
+        "plots show": terminal(home, "plots", "show"),
+        "plots diff": terminal(home, "plots", "diff"),
+        "make compare": terminal(home, "exp", "show", "--no-pager", "--only-changed", "--drop", ".*/|Created"),
+    }
+    for command, lines in shown.items():
+        assert max(map(len, lines)) <= COLUMNS, command
+        assert not re.search("fail|error|warning", "\n".join(lines), re.IGNORECASE), command
+    assert shown["metrics show"][0].split()[:2] == ["Path", "base"]
+    assert sum("methods.dpo.beta" in line and "strong" not in line for line in shown["make compare"]) == 1
+    assert sum("[strong]" in line for line in shown["make compare"]) == 1
+    page = home.read("dvc_plots/index.html")
+    specs = [json.loads(found) for found in re.findall(r"var spec = (\{.*?\});\n", page)]
+    drawn = {spec["title"].split(",")[0] for spec in specs if spec}
+    assert len(specs) <= 6
+    assert drawn == {
+        "Loss of each training",
+        "Mean paired difference to the base",
+        "Preference model",
+    }, "and no held-out scores, as no training was validated"
+    assert {row["rev"] for spec in specs if spec for row in spec["data"]["values"]} == {"HEAD", "workspace"}
+    assert "<DVC_METRIC" not in page
+
+
+def terminal(project: Project, *words: str) -> list[str]:
+    """The lines that `dvc` prints in a terminal of COLUMNS columns, both streams, without colours and progress bars."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+    env = project.env() | {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "DVC_PAGER": "cat"}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dvc", *words], cwd=project.folder, env=env, stdin=child, stdout=child, stderr=child
+    )
+    os.close(child)
+    said = b""
+    try:
+        while read := os.read(parent, 65536):
+            said += read
+    except OSError:  # how Linux tells that the other end is closed
+        pass
+    os.close(parent)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    assert running.wait(timeout=120) == 0, text
+    return [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
 
 
 def test_a_typo_is_no_experiment(home):

@@ -47,10 +47,9 @@ def test_every_benchmark_is_imported_and_says_what_it_does(benchmark, name, monk
 
 def test_the_ablations_of_spo_are_settings_without_a_problem(benchmark, tmp_path, monkeypatch):
     copies, ablations, made = benchmark("copies"), benchmark("spo_ablations"), {}
-    monkeypatch.setattr(copies, "NEEDED", ("params.yaml", "params"))
 
     def copied(home, values, runs, **rest):
-        copies.copy_repository(home, values, runs)
+        copies.copy_repository(home, values, {"runs": runs})
         made[home.name] = load(home)
 
     monkeypatch.setattr(ablations, "repro_in_copy", copied)
@@ -68,9 +67,8 @@ def test_the_ablations_of_spo_are_settings_without_a_problem(benchmark, tmp_path
     assert made["plain3"].preference.batches == 0
 
 
-def test_a_seed_is_set_in_the_copy_alone(benchmark, tmp_path, monkeypatch):
+def test_a_seed_is_set_in_the_copy_alone(benchmark, tmp_path):
     copies = benchmark("copies")
-    monkeypatch.setattr(copies, "NEEDED", ("params.yaml", "params"))
     copies.copy_repository(tmp_path, {"seed": 5})
     assert load(tmp_path) == replace(load(ROOT), seed=5)
 

@@ -108,10 +108,10 @@ def test_numbers_stay_readable():
         assert escape_markdown(text) == text
 
 
-def test_write_report_leaves_three_files(summary, tmp_path):
+def test_write_report_leaves_its_files(summary, tmp_path):
     write_report(tmp_path / "reports", summary)
     written = {path.name for path in (tmp_path / "reports").iterdir()}
-    assert {"summary.json", "report.md", "report.html"} <= written
+    assert written == {"summary.json", "metrics.json", "report.md", "report.html"}
     assert Summary.from_json((tmp_path / "reports" / "summary.json").read_text()) == summary
 
 

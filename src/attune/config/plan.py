@@ -128,6 +128,7 @@ class ReportPlan(StagePlan):
     selected_by: Mapping[str, list[str]]
     origin: Origin
     facts: Mapping[str, RunFacts]
+    settings: str | None  # identifies those of the stages before, but for the seed; None without other seeds' summaries
 
 
 class SearchPlan(StagePlan):

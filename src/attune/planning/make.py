@@ -32,6 +32,7 @@ from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 from attune.planning.opinions import by_run, selected_by, trained_on
+from attune.planning.seeds import settings_sha
 
 
 def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
@@ -40,7 +41,6 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
     plans: dict[Path, StrictModel] = {
         plan_file("prepare"): _prepare(settings, digests),
         plan_file("preference"): _preference(settings, digests),
-        plan_file("report"): _report(settings, digests),
         plan_file("session"): Session(
             profile=settings.profile,
             tracking=settings.tracking,
@@ -57,6 +57,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
         plans[plan_file("generate", name)] = _generate(name, settings, digests)
         plans[plan_file("evaluate", name)] = _evaluate(name, settings, digests)
         plans[plan_file("sweep", name)] = _search(run, settings, digests)
+    plans[plan_file("report")] = _report(settings, digests, settings_sha(plans))
     return plans
 
 
@@ -153,7 +154,6 @@ def _preference(settings: Settings, digests: Digests) -> PreferencePlan:
 
 def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
     run = settings.runs[name]
-    modules = ["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]
     return GeneratePlan(
         profile=settings.profile,
         run=name,
@@ -161,7 +161,7 @@ def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
         model=settings.model,
         generate=settings.generate,
         files=digests.of([*_paths(settings.model), *_paths(run)]),
-        code=code_digests(modules),
+        code=code_digests(["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]),
     )
 
 
@@ -176,18 +176,20 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
     )
 
 
-def _report(settings: Settings, digests: Digests) -> ReportPlan:
+def _report(settings: Settings, digests: Digests, identity: str) -> ReportPlan:
     runs, paths = [BASE, *(name for name in settings.runs if name != BASE)], Paths(settings.profile)
-    answers = [paths.people(a, b) for a, b in permutations(runs, 2)]
+    read = [file for a, b in permutations(runs, 2) if (file := paths.people(a, b)).exists()]
+    others = [file for file in paths.seeds.glob("seed*.json") if file != paths.seed(settings.seed)]
     return ReportPlan(
         profile=settings.profile,
         seed=settings.seed,
         runs=runs,
         trained_on=by_run(trained_on, settings),
         selected_by=by_run(selected_by, settings),
+        settings=identity if others else None,
         origin=_origin(settings),
         facts={name: _facts(run_plan(name, settings, digests)) for name in settings.runs},
-        files=digests.of(file for file in answers if file.exists()),
+        files=digests.of([*read, *others]),
         code=code_digests(["attune.stages.report"]),
     )
 

@@ -28,6 +28,7 @@ def main() -> None:
             trained_on=plan.trained_on,
             selected_by=plan.selected_by,
             seed=plan.seed,
+            settings=plan.settings,
             about=about,
         )
         for name, method in summary.methods.items():

@@ -26,11 +26,12 @@ def main() -> None:
 
 
 def table(text: str) -> str:
-    """A line for each run: its mean by the headline scorer and the difference to the base with its 95 % interval.
+    """A line for each run: its mean by the headline scorer, its difference to the base, and whether it is hacked.
 
     Args:
         text: of summary.json.
     """
+    from attune.evaluation.report.metrics import hacking_word
     from attune.evaluation.summary import Summary
 
     summary = Summary.from_json(text)
@@ -41,7 +42,9 @@ def table(text: str) -> str:
         compared = ""
         if entry is not None:
             low, high = entry.difference_ci95
-            compared = f"{entry.difference:+.4g} [{low:+.4g}, {high:+.4g}]  {entry.evidence}"
+            word = hacking_word(method)
+            hacking = f"; hacking: {word}" if word else ""
+            compared = f"{entry.difference:+.4g} [{low:+.4g}, {high:+.4g}]  {entry.evidence}{hacking}"
         lines.append(f"{name:{LARGEST_NAME}.{LARGEST_NAME}}  {method.scores[headline].mean:10.4g}  {compared}".rstrip())
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from PIL import Image
 from attune.evaluation.images import read_images
 from attune.evaluation.people import read_people
 from attune.evaluation.protocol import read_comparable, read_made_with
+from attune.evaluation.report import metrics
 from attune.evaluation.report.accuracy import accuracy
 from attune.evaluation.report.concord import concord
 from attune.evaluation.report.curves import training
@@ -24,7 +25,9 @@ from attune.evaluation.report.forest import by_gain
 from attune.evaluation.report.grid import image_grid
 from attune.evaluation.report.page import Extras, to_html
 from attune.evaluation.report.pictures import pictures
+from attune.evaluation.report.plots import write_plots
 from attune.evaluation.report.render import to_markdown
+from attune.evaluation.seeds import read_seeds
 from attune.evaluation.signs import measure_signs
 from attune.evaluation.summarise import summarise
 from attune.evaluation.summary import Summary
@@ -42,6 +45,7 @@ def make_report(
     trained_on: Mapping[str, Sequence[str]],
     selected_by: Mapping[str, Sequence[str]],
     seed: int,
+    settings: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Compares runs under one protocol, and writes summary.json, report.md, report.html and figures/ into `reports`.
@@ -54,6 +58,7 @@ def make_report(
         trained_on: run -> scorers it optimised, itself or where it started.
         selected_by: run -> scorers that early stopping or a search chose it by.
         seed: of the bootstrap.
+        settings: identifies those of the stages before (`planning.seeds.settings_sha`); seeds of others are left out.
         about: fields of `page.Extras` that no file has.
 
     Raises:
@@ -77,7 +82,9 @@ def make_report(
     figures = reports / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     _sample_grid(summary, tables, generated).save(figures / "samples.png")
-    extras = replace(extras_of(summary, tables, reports, generated), **(about or {}))
+    seeds = read_seeds(reports / "seeds", summary, settings)
+    extras = replace(extras_of(summary, tables, reports, generated), seeds=seeds, **(about or {}))
+    write_plots(reports / "plots", summary, reports / "train")
     write_report(reports, summary, extras, [Picture("The same prompts and noise, every model", "figures/samples.png")])
     return summary
 
@@ -88,6 +95,7 @@ def write_report(
     """Writes summary.json, report.md and report.html into `directory`, each atomically."""
     files = {
         "summary.json": summary.to_json(),
+        "metrics.json": metrics.to_json(summary),
         "report.md": to_markdown(summary, pictures),
         "report.html": to_html(summary, extras),
     }
