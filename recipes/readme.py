@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 from attune.evaluation.seeds import AcrossSeeds, read_seeds
-
 from attune.evaluation.summary import Summary
 
 README, REPORTS, PICTURE = Path("README.md"), Path("reports/tiny"), Path("docs/report.png")
