@@ -34,7 +34,7 @@ LAYERS = (
     "diffusion.lora_scale | interfaces | pretrained",
     "config",
     "weights",
-    "hub | hub_upload",
+    "costs | hub | hub_upload",
     "files | paths | distributed | stop | text | versions",
 )
 # library -> the only places that may import it

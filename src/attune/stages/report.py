@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from attune.config.plan import ReportPlan
 from attune.paths import Paths
 from attune.stages.common import planned, stage
 from attune.stop import stoppable
 
+if TYPE_CHECKING:
+    from attune.evaluation.summary import Summary
+    from attune.tracking import Run
+
 
 def main() -> None:
     plan = planned(ReportPlan, "report")
     paths = Paths(plan.profile)
-    with stage("report", plan, {"seed": plan.seed, "runs": plan.runs}) as run:
+    settings = plan.model_dump(include={"seed", "runs", "trained_on", "selected_by"})
+    with stage("report", plan, settings) as run:
         from attune.evaluation.report.make import make_report
 
         summary = make_report(
@@ -26,6 +34,55 @@ def main() -> None:
             run.summary({f"{name}/{scorer}": location.mean for scorer, location in method.scores.items()})
         run.artifact(paths.reports / "report.md")
         run.artifact(paths.reports / "figures")
+        tell(run.pipeline, summary, paths.reports)
+
+
+def tell(pipeline: Run, summary: Summary, folder: Path) -> None:
+    """Puts the result on the tracking run of the whole pipeline: numbers, a description and the report itself."""
+    pipeline.summary(headline_metrics(summary))
+    pipeline.describe(*description(summary))
+    for name in ("report.html", "report.md"):
+        if (folder / name).exists():
+            pipeline.artifact(folder / name)
+
+
+def headline_metrics(summary: Summary) -> dict[str, float]:
+    """Every run's mean by the headline scorer and its difference to the base, each kind in one section of the UI."""
+    scorer = summary.headline
+    means = {f"{scorer}/{name}": method.scores[scorer].mean for name, method in summary.methods.items()}
+    gains = {
+        f"{scorer} above {summary.base}/{name}": method.vs_base[scorer].difference
+        for name, method in summary.tuned.items()
+        if scorer in method.vs_base
+    }
+    best = {"best": max(gains.values())} if gains else {}
+    return means | gains | best
+
+
+def description(summary: Summary) -> tuple[str, str]:
+    """The comparison in Markdown, and in a few words."""
+    scorer = summary.headline
+    rows = [f"| run | {scorer} | above {summary.base} | 95 % interval | |", "|---|---:|---:|---:|---|"]
+    for name, method in summary.methods.items():
+        mean, entry = f"{method.scores[scorer].mean:.4g}", method.vs_base.get(scorer)
+        if entry is None:
+            rows.append(f"| {name} | {mean} | | | |")
+            continue
+        low, high = entry.difference_ci95
+        rows.append(f"| {name} | {mean} | {entry.difference:+.4g} | {low:+.4g} to {high:+.4g} | {entry.evidence} |")
+    sentence = getattr(summary, "summary_sentence", "")  # a newer summary says its result in one
+    said = f"{sentence}\n\n" if isinstance(sentence, str) and sentence else ""
+    return f"{said}{chr(10).join(rows)}\n\nreport.html is among the artifacts.", in_short(summary)
+
+
+def in_short(summary: Summary) -> str:
+    """Which run is farthest above the base, and how far."""
+    scorer = summary.headline
+    entries = {name: method.vs_base[scorer] for name, method in summary.tuned.items() if scorer in method.vs_base}
+    if not entries:
+        return f"{summary.base} alone"
+    best = max(entries, key=lambda name: entries[name].difference)
+    return f"{best} {entries[best].difference:+.3g} {scorer}, {entries[best].evidence}"
 
 
 if __name__ == "__main__":
