@@ -54,6 +54,9 @@ class Reading:
     at: float  # s
     cpu_seconds: float
     denoised: int
+    device: str
+    peak_memory: int  # bytes
+    gpu: tuple[str, int] | None = None  # UUID of the one that is used, and the most bytes of tensors on it
     joules: Mapping[str, float] = field(default_factory=dict)  # GPU's UUID -> since its driver was loaded
 
 
@@ -137,25 +140,24 @@ def side_by_side(main: Cost, other: Cost) -> Cost:
 
 def between(first: Reading, last: Reading) -> Cost:
     """The cost of this process between two readings."""
-    torch: Any = sys.modules.get("torch")  # a process that has not imported it uses no GPU
-    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    gpu = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}" if on_gpu else ""
-    joules = last.joules[gpu] - first.joules[gpu] if gpu in first.joules.keys() & last.joules.keys() else None
+    card, memory = last.gpu or ("", None)
+    both = card in first.joules.keys() & last.joules.keys()
     return Cost(
         seconds=round(last.at - first.at, 2),
         cpu_seconds=round(last.cpu_seconds - first.cpu_seconds, 2),
-        device=torch.cuda.get_device_name() if on_gpu else _cpu(),
+        device=last.device,
         processes=1,
-        peak_memory=_peak_memory(),
+        peak_memory=last.peak_memory,
         denoiser_samples=(last.denoised - first.denoised) or None,
-        energy_wh=None if joules is None else round(joules / JOULES_PER_WATT_HOUR, 4),
-        peak_gpu_memory=torch.cuda.max_memory_allocated() if on_gpu else None,
+        energy_wh=round((last.joules[card] - first.joules[card]) / JOULES_PER_WATT_HOUR, 4) if both else None,
+        peak_gpu_memory=memory,
     )
 
 
 def read_counters() -> Reading:
     """This process's counters now."""
-    return Reading(time.monotonic(), sum(os.times()[:4]), _denoised[0], _joules())
+    name, gpu = _device()
+    return Reading(time.monotonic(), sum(os.times()[:4]), _denoised[0], name, _peak_memory(), gpu, _joules())
 
 
 def pause(elapsed: float) -> float:
@@ -177,6 +179,19 @@ def _joules() -> dict[str, float]:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             found[str(nvml.nvmlDeviceGetUUID(handle))] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
     return found
+
+
+def _device() -> tuple[str, tuple[str, int] | None]:
+    """The name of what computes; of a GPU also its UUID as NVML writes it, and the most bytes of tensors so far.
+
+    A process that has not imported torch uses no GPU; a thread may come upon a torch that is half imported.
+    """
+    torch: Any = sys.modules.get("torch")
+    with suppress(AttributeError):
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+            return torch.cuda.get_device_name(), (f"GPU-{uuid}", torch.cuda.max_memory_allocated())
+    return _cpu(), None
 
 
 def _cpu() -> str:
