@@ -103,7 +103,7 @@ def test_a_killed_training_goes_on_in_its_run(prepared):
         assert json.loads(Path(".checkpoints/seconds.json").read_text())["align@sft"] == pytest.approx(
             cost.seconds, 0.1
         )
-    assert run.data.metrics["cost/denoiser_samples"] == cost.denoiser_samples
+    assert run.data.metrics["stage_cost/denoiser_samples"] == cost.denoiser_samples
 
 
 def history(store: str, run_id: str, key: str) -> list:

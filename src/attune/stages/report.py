@@ -39,8 +39,13 @@ def main() -> None:
 
 def tell(pipeline: Run, summary: Summary, folder: Path) -> None:
     """Puts the result on the tracking run of the whole pipeline: numbers, a description and the report itself."""
+    from PIL import Image
+
     pipeline.summary(headline_metrics(summary))
     pipeline.describe(*description(summary))
+    for figure in sorted((folder / "figures").glob("*.png")):
+        with Image.open(figure) as picture:
+            pipeline.image(f"figures/{figure.stem}", picture, 0)
     for name in ("report.html", "report.md"):
         if (folder / name).exists():
             pipeline.artifact(folder / name)
@@ -82,7 +87,7 @@ def in_short(summary: Summary) -> str:
     if not entries:
         return f"{summary.base} alone"
     best = max(entries, key=lambda name: entries[name].difference)
-    return f"{best} {entries[best].difference:+.3g} {scorer}, {entries[best].evidence}"
+    return f"{best} {entries[best].difference:+.2g} {scorer}, {entries[best].evidence}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from attune.tracking.store import Store
 
 DESCRIPTION = "mlflow.note.content"  # of a run and of an experiment: Markdown
-DESCRIBED = "attune.described"  # tag of the experiment: the time in ms of the record that its description is from
+# The UI hides tags of these names. Of an experiment, the time in ms of the record that its description is from; of a
+# pipeline, the name that it began with.
+DESCRIBED, NAME = "mlflow.attune.described", "mlflow.attune.name"
 
 
 def find_or_create(store: Store, pipeline: Mapping[str, Any]) -> str:
@@ -44,7 +46,7 @@ def extend(store: Store, run_id: str) -> None:
 
 
 def describe(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
-    """Sets a run's description; a pipeline's headline also stands behind its name and in the experiment's description.
+    """Sets a run's description; a pipeline's headline also stands before its name and in the experiment's description.
 
     Those are what the UI's start page and its table of runs show without a click. A description that somebody has
     written for the experiment stays, and so does one of a later pipeline.
@@ -54,9 +56,10 @@ def describe(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     run = client.get_run(run_id)
     if run.data.tags.get("kind") != "pipeline":
         return
-    name = run.data.tags.get("attune.name", run.info.run_name)
-    client.set_tag(run_id, "attune.name", name)
-    client.set_tag(run_id, "mlflow.runName", f"{name}: {headline}")
+    name = run.data.tags.get(NAME, run.info.run_name)
+    if "dvc.exp" not in run.data.tags:  # an experiment keeps the name that DVC knows it by
+        client.set_tag(run_id, NAME, name)
+        client.set_tag(run_id, "mlflow.runName", f"{headline} ({name})")  # of which the table shows the beginning
     tags = client.get_experiment(store.experiment).tags
     is_ours = DESCRIBED in tags or not tags.get(DESCRIPTION)
     if is_ours and int(tags.get(DESCRIBED, 0)) <= record["time"]:

@@ -32,6 +32,6 @@ def sampler(policy: Policy, prompts: Sequence[str], sampling: Sampling, seed: in
 
     def show(step: int) -> None:
         now = images() if step else reference()
-        run.image("samples", image_grid({"reference": reference(), "policy": now}, prompts), step)
+        run.image("images/samples", image_grid({"reference": reference(), "policy": now}, prompts), step)
 
     return show

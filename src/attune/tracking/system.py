@@ -12,7 +12,8 @@ from typing import Any
 
 PREFIX = "system/"  # the UI shows what begins so in a tab of its own, over time
 SWITCH = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"  # MLflow's own, and false is the only value that counts here
-PAUSES = (1.0, 0.05, 60.0)  # s to the first point; later a share of the time so far, at most so many s
+FIRST_POINT = 0.2  # s after the start: CPU use is of the time between two points
+PAUSES = (1.0, 0.05, 60.0)  # s to the second point; later a share of the time so far, at most so many s
 LOG = logging.getLogger("attune.tracking")
 
 
@@ -49,6 +50,7 @@ class Monitor:
     def _run(self) -> None:
         first, share, longest = PAUSES
         began = time.monotonic()
+        self._over.wait(FIRST_POINT)
         while True:
             ending = self._over.is_set()
             with suppress(Exception):  # a collector whose device is gone
