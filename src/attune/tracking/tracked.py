@@ -98,6 +98,7 @@ class Run:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add a point at `step` to each curve; NaN and inf go to the curve `nonfinite`."""
+        self._step = step
         for view in self._views:
             view.log(metrics, step)
         self._log(metrics, step)
@@ -143,8 +144,8 @@ class Run:
 
     @_safe
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._step, points = _int64(step), _points(metrics)
-        self._append("log", step=self._step, metrics=points)
+        points = _points(metrics)
+        self._append("log", step=_int64(step), metrics=points)
         self._points += len(points)
         if self._points >= WAKE_POINTS and self._sender is not None:
             self._points = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Project:
-    """An open run of a project. One that goes on has its points once: wandb itself drops steps that it has."""
+    """An open run of a project. Its steps only grow, so one that goes on has its points once."""
 
     def __init__(self, project: str, root: Path, name: str, params: Mapping[str, str], part: str):
         import wandb
@@ -21,10 +21,14 @@ class Project:
         self._run = wandb.init(dir=str(folder), settings=settings, **about)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        if step >= self._run.step:
+            self._run.log(dict(metrics), step=step)
+        elif step == 0:  # no curve but a fact that is known at the end, as what a stage cost
+            self._run.summary.update(dict(metrics))
 
     def image(self, key: str, picture: Any, step: int) -> None:
-        self._run.log({key: self._wandb.Image(picture)}, step=step)
+        if step >= self._run.step:
+            self._run.log({key: self._wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
