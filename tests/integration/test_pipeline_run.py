@@ -1,4 +1,4 @@
-"""The run of a pipeline in a real store: how long it took, what it says, and that sending late or twice changes nothing."""
+"""The run of a pipeline in a real store: how long it took, what it says; sending late or twice changes nothing."""
 
 from __future__ import annotations
 
