@@ -88,6 +88,8 @@ def tracked_before(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
 def log_cost(run: tracking.Run, name: str, cost: Cost) -> None:
     """Logs what a stage cost as metrics of its run, and its seconds on the run of the pipeline."""
     numbers = {key: value for key, value in asdict(cost).items() if isinstance(value, int | float)}
+    gigabytes = {f"{key}_gb": value / 1e9 for key, value in numbers.items() if "memory" in key}
+    numbers = {key: value for key, value in numbers.items() if "memory" not in key} | gigabytes
     run.log({f"stage_cost/{key}": float(value) for key, value in numbers.items()}, 0)  # a bar, and no curve
     run.pipeline.summary({f"seconds/{name.replace('@', ' ')}": cost.seconds})
 
