@@ -166,12 +166,11 @@ def test_every_stage_says_what_it_cost_and_used(here):
         name = run.info.run_name
         cost = costs[name]
         assert run.data.metrics["stage_cost/seconds"] == pytest.approx(cost.seconds, abs=2)
-        assert (run.data.metrics.get("stage_cost/denoiser_samples"), cost.peak_memory > 0) == (
-            cost.denoiser_samples,
-            True,
-        )
+        assert run.data.metrics.get("stage_cost/denoiser_samples") == cost.denoiser_samples
+        assert cost.peak_memory > 0
         for key in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
-            assert len(points_of(here, run.info.run_id, f"system/{key}")) >= (1 if name == "align@base" else 2), name
+            points = points_of(here, run.info.run_id, f"system/{key}")
+            assert len(points) >= (1 if name in ("align@base", "train_preference") else 2), name
     assert {name: costs[name].denoiser_samples for name in ("generate@sft", "evaluate@sft", "align@base")} == {
         "generate@sft": 4 * 2 * 2 * 2,  # prompts, images of each, steps, with and without the prompt
         "evaluate@sft": None,
