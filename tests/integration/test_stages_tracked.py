@@ -160,7 +160,7 @@ def test_the_other_stages_log_what_they_made(here):
 
 
 def test_every_stage_says_what_it_cost_and_used(here):
-    """Metrics of the ledger, and MLflow's own names of the machine's use, two points of the shortest stage that computes."""
+    """The ledger as metrics, and the machine's use by MLflow's names: two points where something is computed."""
     costs = read_costs("short")
     for run in runs_in(here):
         name = run.info.run_name
