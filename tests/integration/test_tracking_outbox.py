@@ -28,6 +28,7 @@ from tracked import (
     train,
     uid_of,
     wait_for,
+    without_system,
 )
 
 pytestmark = pytest.mark.integration
