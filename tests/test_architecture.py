@@ -35,7 +35,7 @@ LAYERS = (
     "copies",
     "config",
     "weights | licenses",
-    "hub | hub_upload",
+    "costs | hub | hub_upload",
     "files | paths | distributed | stop | text | versions",
 )
 # library -> the only places that may import it

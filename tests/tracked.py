@@ -39,6 +39,11 @@ def points_of(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in MlflowClient(tracking_uri=uri).get_metric_history(run_id, key))
 
 
+def without_system(metrics: dict[str, float]) -> dict[str, float]:
+    """What a run logged itself, and not the machine's use or what the stage cost."""
+    return {key: value for key, value in metrics.items() if not key.startswith(("system/", "stage_cost/"))}
+
+
 def files_of(uri: str, run_id: str, folder: str | None = None) -> list[str]:
     from mlflow import MlflowClient
 

@@ -60,6 +60,10 @@ def finetune(
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
     table = paths.prepared / (IMAGES if (paths.prepared / IMAGES).exists() else "pairs.parquet")
     run.dataset(table, f"training {method.consumes}", n)
+    callbacks = _callbacks(plan, policy, run, config, on_score, samples)
+    goes_on = checkpoint is not None and checkpoint.file.exists()
+    if callbacks.sample_images is not None and policy.shard.is_main_process and not goes_on:
+        callbacks.sample_images(0)
     history, scores = train(
         method,
         policy,
@@ -67,7 +71,7 @@ def finetune(
         seed=seed,
         checkpoint=checkpoint,
         early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
-        callbacks=_callbacks(plan, policy, run, config, on_score, samples),
+        callbacks=callbacks,
     )
     if policy.shard.is_main_process:
         policy.save(folder, header_of(plan))

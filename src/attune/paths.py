@@ -8,6 +8,7 @@ from pathlib import Path
 
 CHECKPOINTS = Path(".checkpoints")  # below the project root; neither in git nor in DVC
 TIMES = CHECKPOINTS / "seconds.json"  # how long each stage took the last time
+COSTS = CHECKPOINTS / "costs"  # what each stage cost, by profile
 BEST_SETTINGS = "best_params.yaml"  # in the folder of a search
 TRACKED_RUNS = CHECKPOINTS / "runs"  # run ids mean something in one tracking store only
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from attune.diffusion.noise import noise_seed
 from attune.evaluation.protocol import Protocol, hash_prompts, read_scores
+from attune.evaluation.summary import Summary
 
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 
@@ -160,7 +161,9 @@ def test_git_is_left_with_small_files_only(project):
     assert changed == [], "no stage edits a tracked file"
     kept = project.folder / ".checkpoints"
     left = [
-        path.name for path in kept.iterdir() if path.name not in ("runs", "tracking", "digests.json", "seconds.json")
+        path.name
+        for path in kept.iterdir()
+        if path.name not in ("runs", "tracking", "costs", "digests.json", "seconds.json")
     ]
     assert left == [], "checkpoints are removed on success"
     assert list(kept.rglob("records.jsonl")) == [], "all that was tracked has been sent"
@@ -192,6 +195,32 @@ def test_mlflow_shows_one_parent_with_a_child_per_stage(project):
     assert not orphans
 
 
+def test_the_pipelines_run_says_how_it_went(project):
+    """Its duration, a metric per run and stage, the report, and a description that the UI shows on its first pages."""
+    parent, children = first_repro(project)
+    ends = [run.info.end_time for run in children.values()]
+    assert parent.info.end_time == max(ends)
+    assert parent.info.start_time <= min(run.info.start_time for run in children.values())
+    summary = Summary.from_json(project.read("reports/short/summary.json"))
+    scorer = summary.headline
+    for name, method in summary.methods.items():
+        assert parent.data.metrics[f"{scorer}/{name}"] == pytest.approx(method.scores[scorer].mean)
+    gains = {name: method.vs_base[scorer].difference for name, method in summary.tuned.items()}
+    for name, gain in gains.items():
+        assert parent.data.metrics[f"{scorer} above base/{name}"] == pytest.approx(gain)
+        assert f"| {name} | " in parent.data.tags["mlflow.note.content"]
+    assert parent.data.metrics["best"] == pytest.approx(max(gains.values()))
+    seconds = json.loads(project.read(".checkpoints/seconds.json"))
+    assert {key.removeprefix("seconds/").replace(" ", "@") for key in parent.data.metrics if "seconds/" in key} == set(
+        STAGES
+    )
+    assert set(seconds) >= set(STAGES)
+    best = max(gains, key=gains.get)
+    assert parent.info.run_name.startswith(f"{best} {gains[best]:+.2g} {scorer}, ")
+    left = [path.name for path in Path(parent.info.artifact_uri.removeprefix("file://")).iterdir()]
+    assert {"report.html", "report.md", "images"} <= set(left)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
     run = first_repro(project)[1][f"align@{method}"]
@@ -215,7 +244,7 @@ def test_every_module_a_stage_really_loaded_is_in_its_plan(project, stage):
     known = set(json.loads(project.read(f"plan/{name}.json"))["code"])
     files = (Path(line).relative_to("src") for line in (project.loaded / stage).read_text().splitlines())
     modules = {".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files}
-    view = {m for m in modules if m.startswith(("attune.tracking", "attune.config", "attune.text"))}
+    view = {m for m in modules if m.startswith(("attune.tracking", "attune.config", "attune.costs", "attune.text"))}
     if stage.startswith("align@"):  # sample images for the tracking UI, and the model card
         view |= {m for m in modules if m.startswith(("attune.evaluation", "attune.sharing"))}
     if stage == "align@base":  # the settings import it, and nothing is fetched where nothing is trained

@@ -10,13 +10,15 @@ import pandas as pd
 import pytest
 
 import stages
-from attune.config.plan import RunPlan, SearchPlan, read
+from attune import tracking
+from attune.config.plan import EvaluatePlan, PreparePlan, RunPlan, SearchPlan, read
 from attune.config.resolve import read_yaml
+from attune.costs import read_costs
 from attune.evaluation.protocol import read_scores, write_scores
 from attune.files import digest
 from attune.stages.sweep import sweep_plan
 from attune.tracking import registry
-from tracked import files_of, points_of, runs_in
+from tracked import files_of, points_of, runs_in, without_system
 
 pytestmark = pytest.mark.integration
 
@@ -89,6 +91,37 @@ def test_a_training_has_every_setting_and_each_step_once(here):
     assert [step for step, _ in points] == [0, 2, 3]
 
 
+def test_every_setting_of_every_stage_is_a_parameter_defaults_too(here):
+    """Of the method's Config, of the base model, of sampling, data and scorers: a parameter for each field."""
+    plans = {f"align@{run}": read(RunPlan, "align", run) for run in ("sft", "dpo")}
+    for name, plan in plans.items():
+        given = the_run(here, name).data.params
+        expected = {f"model.{field}" for field in type(plan.model).model_fields}
+        expected |= fields_of(plan.method.config)
+        assert expected <= set(given), name
+        values = tracking.table_columns({"methods": {plan.run: plan.method.config.model_dump(mode="json")}})
+        assert {key: given[key] for key in values} == values
+    sampling = {"steps", "eta", "guidance_scale", "batch_size"}
+    given = {
+        name: set(the_run(here, name).data.params) for name in ("prepare", "generate@sft", "evaluate@sft", "report")
+    }
+    assert {f"sampling.{key}" for key in sampling} <= given["prepare"]
+    source = read(PreparePlan, "prepare").source.config
+    assert {f"data.{key}" for key in type(source).model_fields} <= given["prepare"]
+    assert {f"generate.sampling.{key}" for key in sampling} <= given["generate@sft"]
+    for scorer, plugin in read(EvaluatePlan, "evaluate", "sft").scorers.items():
+        assert {f"scorers.{scorer}.{key}" for key in type(plugin.config).model_fields} <= given["evaluate@sft"]
+    assert {key.partition(".")[0] for key in given["report"]} == {"seed", "runs", "trained_on", "selected_by"}
+
+
+def fields_of(config, prefix: str = "") -> set[str]:
+    """A parameter's name for each field of a Config, and of the blocks in it that are set."""
+    found = {name: getattr(config, name) for name in type(config).model_fields}
+    blocks = {name: block for name, block in found.items() if hasattr(type(block), "model_fields")}
+    inner = [fields_of(block, f"{prefix}{name}.") for name, block in blocks.items()]
+    return {prefix + name for name in found if name not in blocks}.union(*inner)
+
+
 def test_a_training_has_its_data_its_model_and_its_samples(here):
     run = the_run(here, "align@sft")
     (given,) = run.inputs.dataset_inputs
@@ -98,8 +131,9 @@ def test_a_training_has_its_data_its_model_and_its_samples(here):
     assert {tag.value for tag in given.tags} == {"training"}
     assert "sft/pytorch_lora_weights.safetensors" in files_of(here, run.info.run_id, "sft")
     images = [name for name in files_of(here, run.info.run_id, "images") if name.endswith(".png")]
-    assert len(images) == 3  # five grids are wanted of three batches: one after each
-    assert {name.split("+step+")[1].split("+")[0] for name in images} == {"1", "2", "3"}
+    assert len(images) == 4  # five grids are wanted of three batches: one after each, and one before them
+    steps = {name.split("+step+")[1].split("+")[0] for name in images}
+    assert steps == {"0", "1", "2", "3"}, "the UI's slider opens at step 0"
 
 
 def test_evaluate_notes_its_means_on_the_row_of_the_training(here):
@@ -115,14 +149,33 @@ def test_evaluate_notes_its_means_on_the_row_of_the_training(here):
 
 def test_the_other_stages_log_what_they_made(here):
     counts = json.loads((REPORTS / "data.json").read_text())
-    assert the_run(here, "prepare").data.metrics == counts
-    assert the_run(here, "generate@sft").data.metrics == {"images": 8}
+    assert without_system(the_run(here, "prepare").data.metrics) == counts
+    assert without_system(the_run(here, "generate@sft").data.metrics) == {"images": 8}
     summary = json.loads((REPORTS / "summary.json").read_text())
     report = the_run(here, "report")
     means = {f"{run}/{s}": at["mean"] for run, m in summary["methods"].items() for s, at in m["scores"].items()}
-    assert report.data.metrics == pytest.approx(means)
+    assert without_system(report.data.metrics) == pytest.approx(means)
     assert "report.md" in files_of(here, report.info.run_id)
     assert {name for name in files_of(here, report.info.run_id, "figures")} >= {"figures/samples.png"}
+
+
+def test_every_stage_says_what_it_cost_and_used(here):
+    """The ledger as metrics, and the machine's use by MLflow's names: two points where something is computed."""
+    costs = read_costs("short")
+    for run in runs_in(here):
+        name = run.info.run_name
+        cost = costs[name]
+        assert run.data.metrics["stage_cost/seconds"] == pytest.approx(cost.seconds, abs=2)
+        assert run.data.metrics.get("stage_cost/denoiser_samples") == cost.denoiser_samples
+        assert cost.peak_memory > 0
+        for key in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
+            points = points_of(here, run.info.run_id, f"system/{key}")
+            assert len(points) >= (1 if name in ("align@base", "train_preference") else 2), name
+    assert {name: costs[name].denoiser_samples for name in ("generate@sft", "evaluate@sft", "align@base")} == {
+        "generate@sft": 4 * 2 * 2 * 2,  # prompts, images of each, steps, with and without the prompt
+        "evaluate@sft": None,
+        "align@base": None,
+    }
 
 
 def test_a_replay_of_nothing_is_no_error(here, caplog):

@@ -127,7 +127,7 @@ def test_previews_show_the_reference_beside_the_policy_as_it_is_now(new_policy):
         for weight in policy.parameters():
             weight += 0.2
     show(7)
-    assert [(key, step) for key, _, step in run.shown] == [("samples", 3), ("samples", 7)]
+    assert [(key, step) for key, _, step in run.shown] == [("images/samples", 3), ("images/samples", 7)]
 
     def images():
         return generate_images(policy, prompts, [0, 0, 0], sampling(guidance_scale=2.0), 5, None)

@@ -144,7 +144,8 @@ class Session(StrictModel):
     """What changes no result, so nothing depends on it."""
 
     profile: str
-    tracking: str | None
+    tracking: str | None  # MLflow's store
+    tools: Mapping[str, bool | str] = {}  # what else shows runs
     threads: int
     checkpoint_seconds: float
     samples: Sampling  # of the images that show a training's progress

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from attune.config.schema import Float, StrictModel
 from attune.config.settings import Location, Model, Sampling, Seed
@@ -28,6 +29,46 @@ ScorerName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_lengt
 
 STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 """Kinds of MLflow's stores. A folder (`file:`) is none: MLflow has given it up."""
+
+
+def _store(uri: str | None) -> str | None:
+    scheme = (uri or "").partition("://")[0].partition("+")[0]
+    if uri in (None, "default") or ("://" in uri and scheme in STORES):
+        return uri
+    raise ValueError(f"must be default, null, or begin with one of {', '.join(f'{name}://' for name in STORES)}")
+
+
+Store = Annotated[str | None, AfterValidator(_store)]
+
+
+class Tracking(StrictModel):
+    """Where runs are tracked, if in more than MLflow."""
+
+    mlflow: Store = Field("default", description="as `tracking` itself, where that is no block")
+    tensorboard: bool = Field(False, description="event files in .checkpoints/tensorboard, too")
+    wandb: str | None = Field(
+        None, min_length=1, max_length=128, description="a project of Weights & Biases, too; null: none"
+    )
+
+    @field_validator("tensorboard", "wandb")
+    @classmethod
+    def _installed(cls, value: bool | str | None, info: ValidationInfo) -> bool | str | None:
+        if value and find_spec(str(info.field_name)) is None:
+            raise ValueError(f"the package {info.field_name} is not installed: pip install {info.field_name}")
+        return value
+
+    @property
+    def tools(self) -> dict[str, bool | str]:
+        """What is wanted besides MLflow."""
+        return {name: value for name, value in (("tensorboard", self.tensorboard), ("wandb", self.wandb)) if value}
+
+
+def _kind(tracking: Any) -> str:
+    return "block" if isinstance(tracking, Mapping | Tracking) else "store"
+
+
+StoreOrBlock = Annotated[Annotated[Store, Tag("store")] | Annotated[Tracking, Tag("block")], Discriminator(_kind)]
+"""A mistake in the one is not told as one in the other, too."""
 
 
 class Run(StrictModel):
@@ -67,17 +108,15 @@ class Params(StrictModel):
 
     profile: str = Field(pattern=r"^[A-Za-z0-9][\w-]*$", max_length=100, description="file of params/, without .yaml")
     runs: Mapping[RunName, Run] = Field(min_length=1, description="the models that are made and compared, by name")
-    tracking: str | None = Field(
-        description="default: mlflow.db in the repository's root, or $MLFLOW_TRACKING_URI; an MLflow URI; null: none"
+    tracking: StoreOrBlock = Field(
+        description="default: mlflow.db in the repository's root, or $MLFLOW_TRACKING_URI; an MLflow URI; null: none; "
+        "or a block, for TensorBoard and Weights & Biases beside MLflow"
     )
 
-    @field_validator("tracking")
-    @classmethod
-    def _has_a_known_scheme(cls, tracking: str | None) -> str | None:
-        scheme = (tracking or "").partition("://")[0].partition("+")[0]
-        if tracking in (None, "default") or ("://" in tracking and scheme in STORES):
-            return tracking
-        raise ValueError(f"must be default, null, or begin with one of {', '.join(f'{name}://' for name in STORES)}")
+    @property
+    def tracked(self) -> Tracking:
+        """`tracking` as a block."""
+        return self.tracking if isinstance(self.tracking, Tracking) else Tracking(mlflow=self.tracking)
 
 
 class Profile(StrictModel):

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from attune.config import plugins
-from attune.config.profile import Generate, Params, Profile, Run
+from attune.config.profile import Generate, Params, Profile, Run, Tracking
 from attune.config.schema import SearchRange, StrictModel
 from attune.config.search import Config as SearchConfig
 from attune.config.settings import AIFeedback, Lora, MethodConfig, Model, PreferenceConfig, Sampling, Validation
@@ -48,6 +48,7 @@ def _page() -> Iterator[str]:
         "Editors complete and check the files by the JSON schemas in `docs/schema/`.\n"
     )
     yield from _section("params.yaml", Params)
+    yield from _section("tracking", Tracking)
     yield from _section("runs.<name>", Run)
     yield from _section("params/<profile>.yaml", Profile)
     yield from _section("model", Model)

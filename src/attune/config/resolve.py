@@ -40,6 +40,7 @@ class Settings:
     profile: str
     runs: Mapping[str, Run]
     tracking: str | None
+    tools: Mapping[str, bool | str]
     seed: int
     threads: int
     checkpoint_seconds: float
@@ -121,7 +122,8 @@ def resolve(params: Params, values: Mapping[str, Any], where: str = "") -> Setti
     settings = Settings(
         profile=params.profile,
         runs=params.runs,
-        tracking=params.tracking,
+        tracking=params.tracked.mlflow,
+        tools=params.tracked.tools,
         **{key: getattr(profile, key) for key in ("seed", "threads", "checkpoint_seconds", "allow_cpu")},
         **{key: getattr(profile, key) for key in ("model", "sampling", "generate")},
         source=source,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attune.config.settings import Lora
+from attune.costs import count_denoised
 from attune.diffusion.lora import add_lora, load_lora, lora_ranks, save_lora, target_modules, unload_lora
 from attune.diffusion.lora_files import locate, read_denoiser
 from attune.distributed import Shard
@@ -63,6 +64,7 @@ class Policy:
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        count_denoised(len(x_t))
         with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
             return self.backbone.predict_noise(self.module, x_t, t, cond)
 

@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[2]
-NO_EFFECT = ("attune.tracking", "attune.config", "attune.planning", "attune.sharing", "attune.text")
-"""What changes no result: tracking is a view, what config decides is in the plan itself, model cards and messages are
-for people."""
+NO_EFFECT = ("attune.tracking", "attune.config", "attune.costs", "attune.planning", "attune.sharing", "attune.text")
+"""What changes no result: tracking is a view, costs are measured beside the work, what config decides is in the plan
+itself, model cards and messages are for people."""
 
 
 def code_digests(start: Iterable[str], without: str = "") -> dict[str, str]:

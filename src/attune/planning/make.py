@@ -44,6 +44,7 @@ def make(settings: Settings, digests: Digests) -> dict[Path, StrictModel]:
         plan_file("session"): Session(
             profile=settings.profile,
             tracking=settings.tracking,
+            tools=settings.tools,
             threads=settings.threads,
             checkpoint_seconds=settings.checkpoint_seconds,
             samples=settings.generate.sampling,

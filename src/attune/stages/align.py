@@ -16,18 +16,19 @@ def main() -> None:
     if plan.method is not None:
         launch("attune.stages.align")
     paths = Paths(plan.profile)
-    settings = {"model": plan.model.model_dump(), "seed": plan.seed}
+    settings = plan.model_dump(include={"model", "seed", "released", "after"})
+    settings["scorers"] = {name: {"scorer": it.name, **it.settings} for name, it in plan.scorers.items()}
     tags = {"method": plan.run, "uses": plan.method.name if plan.method else "none"}
     if plan.method is not None:
         settings["methods"] = {plan.run: dict(plan.method.settings)}
     if plan.method is None:
-        with stage(f"align@{plan.run}", plan, settings, **tags):
+        with stage(f"align@{plan.run}", plan, settings, None, **tags):
             write(plan, [], {})
         return
     from attune.finetune import finetune, inputs_of
 
     kept = checkpoint_of(f"align@{plan.profile}-{plan.run}", plan, inputs_of(plan))
-    with kept as checkpoint, stage(f"align@{plan.run}", plan, settings, **tags) as run:
+    with kept as checkpoint, stage(f"align@{plan.run}", plan, settings, checkpoint, **tags) as run:
         history, facts = finetune(plan, run, paths.model(plan.run), checkpoint=checkpoint)
         if not is_main_process():
             return

@@ -7,15 +7,16 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from attune import tracking
 from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
-from attune.files import write_atomically
+from attune.costs import Cost, measured
+from attune.files import values_sha, write_atomically
 from attune.paths import TIMES, TRACKED_RUNS, project_root
 from attune.stop import stoppable
 
@@ -31,32 +32,66 @@ LESS_MEMORY = {
 }
 """What a stage's need of memory depends on."""
 
+TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
+
 P = TypeVar("P", bound=StagePlan)
 
 
 @contextmanager
-def stage(name: str, plan: StagePlan, settings: Mapping[str, Any], **tags: str) -> Iterator[tracking.Run]:
-    """Opens a stage: starts its tracking run, and notes how long it took.
+def stage(
+    name: str, plan: StagePlan, settings: Mapping[str, Any], checkpoint: Checkpoint | None = None, **tags: str
+) -> Iterator[tracking.Run]:
+    """Opens a stage: starts its tracking run, and measures what it costs.
 
     SIGTERM and Ctrl-C end it with a line; a training saves before that. So does a lack of memory, with what to lower.
 
     Args:
         name: say `align@spo`.
         settings: what is logged as the run's parameters, every default filled in.
+        checkpoint: of a training. One that goes on from it goes on in the same tracking run, at the same account.
         tags: what the run is to be found by, besides the profile.
     """
-    began = time.monotonic()
-    tags = {"profile": plan.profile, **tags}
+    session, resumed = read(Session, "session"), checkpoint is not None and checkpoint.file.exists()
+    work = values_sha(plan.model_dump(mode="json"))
+    where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
+    where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(checkpoint)}
     try:
-        with stoppable(name), tracking.run(name, settings, tags=tags, uri=read(Session, "session").tracking) as run:
+        with (
+            stoppable(name),
+            measured(plan.profile, name, work, resumed=resumed, rank=rank()) as cost,
+            tracking.run(name, settings, **where) as run,
+        ):
+            if checkpoint is not None and run.handle is not None:
+                write_atomically(checkpoint.folder / TRACKED_AS, json.dumps(run.handle).encode())
             yield run
+            log_cost(run, name, spent := cost())
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         said = (str(error).splitlines() or ["MemoryError"])[0]
         sys.exit(f"{name}: out of memory ({said}): lower {LESS_MEMORY.get(name.partition('@')[0], 'batch_size')}")
     if is_main_process():
-        note_seconds(name, time.monotonic() - began)
+        note_seconds(name, spent.seconds)
+
+
+def tracked_before(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """The tracking run of an earlier part of the training, as `Run.handle` gave it; None if there was none."""
+    if checkpoint is None:
+        return None
+    try:
+        known = json.loads((checkpoint.folder / TRACKED_AS).read_text())
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) else None
+
+
+def log_cost(run: tracking.Run, name: str, cost: Cost) -> None:
+    """Logs what a stage cost as metrics of its run, and its seconds on the run of the pipeline."""
+    numbers = {key: value for key, value in asdict(cost).items() if isinstance(value, int | float)}
+    gigabytes = {f"{key}_gb": value / 1e9 for key, value in numbers.items() if "memory" in key}
+    numbers = {key: value for key, value in numbers.items() if "memory" not in key} | gigabytes
+    run.log({f"stage_cost/{key}": float(value) for key, value in numbers.items()}, 0)  # a bar, and no curve
+    run.pipeline.summary({f"seconds/{name.replace('@', ' ')}": cost.seconds})
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -129,7 +164,12 @@ _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTU
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes; the only one, unless several train together."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
+
+
+def rank() -> int:
+    """Which of the processes that train together this one is; 0 for the only one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def remember_run(name: str, run_id: str | None) -> None:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from attune.config.plan import ReportPlan
+from attune.costs import read_costs
 from attune.paths import Paths
 from attune.stages.common import planned, stage
 from attune.stop import stoppable
+
+if TYPE_CHECKING:
+    from attune.evaluation.summary import Summary
+    from attune.tracking import Run
+
+STAGES_OF_A_RUN = ("align", "generate", "evaluate")
 
 
 def main() -> None:
     plan = planned(ReportPlan, "report")
     paths = Paths(plan.profile)
-    with stage("report", plan, {"seed": plan.seed, "runs": plan.runs}) as run:
+    settings = plan.model_dump(include={"seed", "runs", "trained_on", "selected_by"})
+    with stage("report", plan, settings) as run:
         from attune.evaluation.report.make import make_report
         from attune.versions import commit
+
+        costs = read_costs(plan.profile)
+        stages = ["prepare", "train_preference", *(f"{s}@{name}" for name in plan.runs for s in STAGES_OF_A_RUN)]
 
         about = {
             "profile": plan.profile,
             "origin": plan.origin.model_dump(),
             "facts": {name: facts.model_dump() for name, facts in plan.facts.items()},
             "commit": commit(),
+            "costs": {name: costs[name] for name in stages if name in costs},
         }
         summary = make_report(
             plan.runs,
@@ -36,6 +51,62 @@ def main() -> None:
         run.artifact(paths.reports / "report.html")
         run.artifact(paths.reports / "report.md")
         run.artifact(paths.reports / "figures")
+        tell(run.pipeline, summary, paths.reports)
+
+
+def tell(pipeline: Run, summary: Summary, folder: Path) -> None:
+    """Puts the result on the tracking run of the whole pipeline: numbers, a description and the report itself."""
+    from PIL import Image
+
+    pipeline.summary(headline_metrics(summary))
+    pipeline.describe(*description(summary))
+    for figure in sorted((folder / "figures").glob("*.png")):
+        with Image.open(figure) as picture:
+            pipeline.image(f"figures/{figure.stem}", picture, 0)
+    for name in ("report.html", "report.md"):
+        if (folder / name).exists():
+            pipeline.artifact(folder / name)
+
+
+def headline_metrics(summary: Summary) -> dict[str, float]:
+    """Every run's mean by the headline scorer and its difference to the base, each kind in one section of the UI."""
+    scorer = summary.headline
+    means = {f"{scorer}/{name}": method.scores[scorer].mean for name, method in summary.methods.items()}
+    gains = {
+        f"{scorer} above {summary.base}/{name}": method.vs_base[scorer].difference
+        for name, method in summary.tuned.items()
+        if scorer in method.vs_base
+    }
+    best = {"best": max(gains.values())} if gains else {}
+    return means | gains | best
+
+
+def description(summary: Summary) -> tuple[str, str]:
+    """The comparison in Markdown, and in a few words."""
+    from attune.evaluation.report.document import escape_markdown
+    from attune.evaluation.report.sentence import first_sentence
+
+    scorer = summary.headline
+    rows = [f"| run | {scorer} | above {summary.base} | 95 % interval | |", "|---|---:|---:|---:|---|"]
+    for name, method in summary.methods.items():
+        mean, entry = f"{method.scores[scorer].mean:.4g}", method.vs_base.get(scorer)
+        if entry is None:
+            rows.append(f"| {name} | {mean} | | | |")
+            continue
+        low, high = entry.difference_ci95
+        rows.append(f"| {name} | {mean} | {entry.difference:+.4g} | {low:+.4g} to {high:+.4g} | {entry.evidence} |")
+    said = escape_markdown(first_sentence(summary))
+    return f"{said}\n\n{chr(10).join(rows)}\n\nreport.html is among the artifacts.", in_short(summary)
+
+
+def in_short(summary: Summary) -> str:
+    """Which run is farthest above the base, and how far."""
+    scorer = summary.headline
+    entries = {name: method.vs_base[scorer] for name, method in summary.tuned.items() if scorer in method.vs_base}
+    if not entries:
+        return f"{summary.base} alone"
+    best = max(entries, key=lambda name: entries[name].difference)
+    return f"{best} {entries[best].difference:+.2g} {scorer}, {entries[best].evidence}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
             write_history(paths.training("preference"), [], {"accuracy_by_t": {}})
         return
     kept = checkpoint_of(f"train_preference-{plan.profile}", plan, [paths.prepared])
-    with kept as checkpoint, stage("train_preference", plan, settings) as run:
+    with kept as checkpoint, stage("train_preference", plan, settings, checkpoint) as run:
         history, accuracy = train_preference(plan, run, checkpoint)
         if not is_main_process():
             return

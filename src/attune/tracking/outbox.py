@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,8 @@ class Outbox:
         # offsets of the records of artifacts that are still to be sent
         self.pending_artifacts: list[int] = state.get("pending_artifacts", [])
         self.failed: dict[int, Exception] = {}  # pending artifacts that this process could not send
-        self._copies, self._torn = 0, False
+        self.reached: Mapping[str, int] = {}  # curve -> last step that the store has from earlier parts of the run
+        self._copies, self._torn, self._writing = 0, False, threading.Lock()
 
     @property
     def uid(self) -> str:
@@ -53,11 +55,13 @@ class Outbox:
         Raises: OSError, on a full disk. A line that was cut off damages no other: the next record begins a new line.
         """
         record = {"op": op, "time": now_ms(), **fields}
-        line = b"\n" * self._torn + json.dumps(record).encode() + b"\n"
-        self._torn = True
-        while line:
-            line = line[os.write(self._file, line) :]
-        self._torn = False
+        content = json.dumps(record).encode() + b"\n"
+        with self._writing:  # the thread of the system metrics writes, too
+            line = b"\n" * self._torn + content
+            self._torn = True
+            while line:
+                line = line[os.write(self._file, line) :]
+            self._torn = False
 
     def copy_in(self, path: Path) -> str:
         """Copies a file or folder into the outbox, as it may be gone when the store is back; path in the outbox."""

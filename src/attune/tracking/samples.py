@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def sampler(policy: Policy, prompts: Sequence[str], sampling: Sampling, seed: int, run: Run) -> Callable[[int], None]:
-    """A function of the optimizer step that generates the images and logs them as one grid."""
+    """A function of the optimizer step that generates the images and logs them as one grid.
+
+    At step 0 the policy is its reference, so the images are made once.
+    """
     from attune.diffusion.generate import generate_images
     from attune.evaluation.report.grid import image_grid
 
@@ -28,6 +31,7 @@ def sampler(policy: Policy, prompts: Sequence[str], sampling: Sampling, seed: in
             return images()
 
     def show(step: int) -> None:
-        run.image("samples", image_grid({"reference": reference(), "policy": images()}, prompts), step)
+        now = images() if step else reference()
+        run.image("images/samples", image_grid({"reference": reference(), "policy": now}, prompts), step)
 
     return show

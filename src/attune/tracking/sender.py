@@ -220,7 +220,9 @@ def replay(root: Path) -> dict[str, Exception | None]:
 
 def _reopen(store: Store, outbox: Outbox) -> None:
     """Finds or creates the outbox's run. Where the store has lost the run, all records are sent again."""
-    outbox.set_run_id(stores.open_run(store, outbox.opening()))
+    opening = outbox.opening()
+    outbox.set_run_id(stores.open_run(store, opening))
+    outbox.reached = stores.reached(store, opening, outbox.known_run_id)
 
 
 def _send_one(store: Store, outbox: Outbox, files: bool) -> Exception | None:
@@ -244,7 +246,10 @@ def _batches(outbox: Outbox) -> Iterator[tuple[list[Mapping[str, Any]], int]]:
     logs: list[Mapping[str, Any]] = []
     points, end = 0, outbox.offset
     for record, offset in outbox.records():
-        is_log = record.get("op") == "log"
+        is_log = record.get("op") == "log" and "run" not in record
+        if is_log and outbox.reached:
+            new = {k: v for k, v in record["metrics"].items() if record["step"] > outbox.reached.get(k, -(2**63))}
+            record = {**record, "metrics": new}
         if logs and (not is_log or points + len(record["metrics"]) > stores.POINTS):
             yield logs, end
             logs, points = [], 0

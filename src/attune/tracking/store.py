@@ -21,10 +21,12 @@ from filelock import FileLock
 from attune.files import sqlite_url
 from attune.text import redact
 from attune.tracking import outbox as outboxes
+from attune.tracking import pipeline as pipelines
 from attune.tracking.database import artifact_location, prepare_database
 from attune.tracking.labels import HOST, is_alive
 
 EXPERIMENT, PARAM_CHARS, POINTS, PARAMS = "attune", 500, 1000, 100  # the last two: MLflow's limits per call
+PARTS = 100  # of a run: uids in its tag, each of 38 characters of MLflow's 8000
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat models
 # A shared view of the UI, `?viewStateShareKey=attune`: trainings and trials in one table by what was set and scored.
 SHOWN = ["tags.`method`", "tags.`trial.state`", "tags.`round`", "params.`beta`", "params.`lr`"]
@@ -134,7 +136,7 @@ def mark_killed(store: Store) -> None:
     """Sets KILLED on runs left RUNNING by processes of this host that are gone, except those with an outbox."""
     for found in store.client.search_runs([store.experiment], f"status = 'RUNNING' AND tags.host = '{HOST}'"):
         tags = found.data.tags
-        if outboxes.is_waiting(store.root, tags.get("attune.uid", "-")):
+        if any(outboxes.is_waiting(store.root, uid) for uid in tags.get("attune.uid", "").split()):
             continue
         if is_alive(int(tags["pid"]), float(tags["pid.created"])):
             continue
@@ -154,10 +156,10 @@ def open_run(store: Store, opening: Mapping[str, Any]) -> str:
 
 
 def deliver(store: Store, run_id: str, record: Mapping[str, Any], folder: Path) -> None:
-    """Sends one record of a run. A record without a known `op` was cut off by a full disk, and is skipped."""
-    client = store.client
+    """Sends one record of a run, or of the one that it names. Without a known `op` it was cut off, and is skipped."""
+    client, run_id = store.client, _whose(store, record.get("run", run_id))
     match record.get("op"):
-        case "log":
+        case "log" | "note":
             send_points(store, run_id, [record])
         case "params":
             _send_params(store, run_id, record["params"])
@@ -165,15 +167,20 @@ def deliver(store: Store, run_id: str, record: Mapping[str, Any], folder: Path) 
             for key, value in record["tags"].items():
                 client.set_tag(run_id, key, value)
         case "parent":
-            client.set_tag(run_id, "mlflow.parentRunId", _parent(store, record["parent"]))
-        case "note":
-            send_points(store, resolve(store, record["run"]), [record])
+            client.set_tag(run_id, "mlflow.parentRunId", _whose(store, record["parent"]))
+        case "description":
+            pipelines.describe(store, run_id, record)
         case "artifact":
             client.log_artifact(run_id, str(folder / record["file"]), record.get("to"))
         case "dataset":
             client.log_inputs(run_id, datasets=[_dataset(record)])
         case "end":
             _end(store, run_id, record["status"], record.get("at", record["time"]), record.get("kind"))
+
+
+def _whose(store: Store, run: str | Mapping[str, Any]) -> str:
+    """The store's id of a run, given as in `resolve`, or as a pipeline, which is created if it is not there."""
+    return resolve(store, run) if isinstance(run, str) else pipelines.find_or_create(store, run)
 
 
 def send_points(store: Store, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -232,7 +239,7 @@ def is_reachable(store: Store) -> bool:
 def _find(store: Store, uid: str) -> str | None:
     from mlflow.entities import ViewType
 
-    where = f"tags.`attune.uid` = '{uid}'"
+    where = f"tags.`attune.uid` LIKE '%{uid}%'"  # a run that went on has the uids of all its parts
     found = store.client.search_runs([store.experiment], where, run_view_type=ViewType.ALL, max_results=1)
     return found[0].info.run_id if found else None
 
@@ -242,13 +249,27 @@ def _resumed(store: Store, opening: Mapping[str, Any]) -> str | None:
     try:
         run_id = resolve(store, opening["resume"])
         store.client.update_run(run_id, status="RUNNING")
+        uids = store.client.get_run(run_id).data.tags.get("attune.uid", "").split()
     except Exception as error:
         if is_refusal(error):
             return None
         raise
     for key in ("host", "pid", "pid.created"):
         store.client.set_tag(run_id, key, opening["tags"][key])
+    parts = dict.fromkeys([*uids, opening["uid"]])
+    store.client.set_tag(run_id, "attune.uid", " ".join([*parts][-PARTS:]))
     return run_id
+
+
+def reached(store: Store, opening: Mapping[str, Any], run_id: str) -> dict[str, int]:
+    """Curve -> last step that the store has of a run that goes on; {} of one that adds each point that it logs.
+
+    A training that goes on from its checkpoint logs again what it had logged before, and repeats the steps after the
+    checkpoint. The points of a curve come in the order of their steps, so those up to the last one are there.
+    """
+    if not (opening.get("resume") and opening.get("once")):
+        return {}
+    return {point.key: point.step for point in store.client.get_run(run_id).data._metric_objs}  # as MLflow itself does
 
 
 def _send_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
@@ -256,20 +277,6 @@ def _send_params(store: Store, run_id: str, params: Mapping[str, str]) -> None:
 
     for some in _chunks([Param(key, text[:PARAM_CHARS]) for key, text in params.items()], PARAMS):
         store.client.log_batch(run_id, params=some, synchronous=True)
-
-
-def _parent(store: Store, parent: str | Mapping[str, Any]) -> str:
-    """A sweep's run, or the run that groups the stages of one repro or experiment, created if it is not there."""
-    if isinstance(parent, str):
-        return resolve(store, parent)
-    with FileLock(store.root / ".mlflow-init.lock", timeout=120):  # or two stages would create one each
-        where = f"tags.`pipeline.id` = '{parent['id']}'"
-        found = store.client.search_runs([store.experiment], where, max_results=1)
-        if not found:
-            about = {"start_time": parent.get("start"), "tags": parent["tags"], "run_name": parent["name"]}
-            found = [store.client.create_run(store.experiment, **about)]  # starts before the stage that asks for it
-            store.client.set_terminated(found[0].info.run_id)  # no process knows which stage is the last one
-    return found[0].info.run_id
 
 
 def _dataset(record: Mapping[str, Any]) -> Any:
@@ -283,6 +290,7 @@ def _end(store: Store, run_id: str, status: str, at: int | None, kind: str | Non
     if kind == "trial" and status != "FINISHED":
         store.client.set_tag(run_id, "trial.state", STATES[status])
     store.client.set_terminated(run_id, status, end_time=at)
+    pipelines.extend(store, run_id)
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -156,7 +156,7 @@ def groups(minibatches: Iterable[Any], size: int, pending: list[Any], last: bool
 def resume(train_step: TrainStep, checkpoint: Checkpoint | None, callbacks: Callbacks) -> Progress:
     """Where the checkpoint left off, weights and optimizer put back; the beginning if there is none.
 
-    What was recorded until then is logged again, because the run that logged it first is another one.
+    What was recorded until then is logged again: the run that logged it first may be one that is gone.
 
     Raises:
         RuntimeError: the processes have found different checkpoints.
