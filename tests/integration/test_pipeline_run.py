@@ -8,7 +8,7 @@ import pytest
 
 import stages
 from attune import tracking
-from attune.stages.report import description, headline_metrics
+from attune.evaluation.report.short import description, headline_metrics
 from attune.tracking import pipeline as pipelines
 from attune.tracking import store as stores
 from tracked import files_of, runs_in
