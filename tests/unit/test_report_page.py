@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from attune.costs import Cost
 from attune.evaluation.report.accuracy import accuracy
 from attune.evaluation.report.axis import Axis, axis_of
 from attune.evaluation.report.concord import concord
@@ -21,6 +22,7 @@ from attune.evaluation.report.glossary import GLOSSARY
 from attune.evaluation.report.page import Extras, to_html
 from attune.evaluation.report.pictures import pictures
 from attune.evaluation.report.sentence import first_sentence
+from attune.evaluation.seeds import across_seeds
 from attune.evaluation.summarise import summarise
 from scores import HOSTILE, protocol_for, table
 
@@ -246,3 +248,18 @@ def test_the_strip_is_chosen_by_its_rule(tmp_path):
 def test_every_term_of_the_page_is_explained(summary):
     html = to_html(replace(summary, best=None))
     assert all(f"<dt>{term}</dt>" in html for term in GLOSSARY)
+
+
+def test_seeds_and_costs_are_shown(summary):
+    cost = Cost(75.0, 140.0, "a <b>GPU", 2, 3_400_000_000, 1200, None)
+    seeds = across_seeds(
+        {0: summary, 1: replace(summary, protocol=replace(summary.protocol, seed=1))}, ["seed2 is stale"]
+    )
+    extras = Extras(costs={"align@spo": cost, "evaluate@spo": replace(cost, energy_wh=1.5, denoiser_samples=None)})
+    page = " ".join(" ".join(read(to_html(summary, replace(extras, seeds=seeds))).text).split())
+    assert "Across seeds" in page
+    assert "2 of 2" in page  # spo is above base with both
+    assert "seed2 is stale" in page
+    assert "align@spo 75 s 2 min 1,200 3.4 GB" in page
+    assert "2 x a <b>GPU" in page
+    assert "1.5 Wh" in page

@@ -23,6 +23,14 @@ GLOSSARY = {
         "that is good."
     ),
     "denoiser calls": "How often the network that removes noise was evaluated, counted in images.",
+    "deviation by prompts": (
+        "How much the difference would vary if the same models were judged by other prompts: the standard error within "
+        "a seed."
+    ),
+    "deviation by seeds": (
+        "How much the difference varies because another seed trains another model: the deviation between seeds, without "
+        "the part that prompts explain."
+    ),
     "difference": "The score of a run minus that of the base on the same prompt, averaged over prompts.",
     "gap": (
         "Gain on the scorers that a run was trained on minus gain on the held-out ones, in base spreads. Near "
