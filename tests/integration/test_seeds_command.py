@@ -63,6 +63,10 @@ def test_seeds_are_stopped_and_gone_on_with_and_not_run_again(checkout):
         assert first.poll() is None, first.stdout.read()
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.2)
+    beside = start(checkout, "--n", "2")
+    said = beside.communicate(timeout=120)[0]
+    assert beside.returncode == 1
+    assert said.strip().endswith("another `make seeds` of profile short is running here: wait for it, or stop it first")
     children = psutil.Process(first.pid).children(recursive=True)
     assert len(children) >= 2
     first.send_signal(signal.SIGTERM)

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+from filelock import FileLock, Timeout
 
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
@@ -103,14 +104,25 @@ def main() -> None:
         settings = load()
     except ConfigError as error:
         sys.exit(str(error))
-    paths, seeds = Paths(settings.profile), planned(settings, given.n)
+    lock = FileLock(project_root() / Paths(settings.profile).seed_copy(settings.seed).with_name("running.lock"))
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.acquire(timeout=0):
+            compare(settings, given.n, given.jobs)
+    except Timeout:
+        sys.exit(f"another `make seeds` of profile {settings.profile} is running here: wait for it, or stop it first")
+
+
+def compare(settings: Settings, n: int, jobs: int) -> None:
+    """Runs the seeds that are not current, makes the report again, and prints what all of them say together."""
+    paths, seeds = Paths(settings.profile), planned(settings, n)
     todo = [seed for seed in seeds if not is_current(seed, paths)]
     for seed in seeds:
         if seed not in todo:
             say(f"seed {seed.number}: {paths.seed(seed.number)} is current")
     if todo:
-        say(needed(settings, len(todo), min(given.jobs, len(todo))))
-        run(todo, seeds, settings, given.jobs)
+        say(needed(settings, len(todo), min(jobs, len(todo))))
+        run(todo, seeds, settings, jobs)
         again = subprocess.call([sys.executable, "-m", "dvc", "repro"], env=environment())
         if again:
             sys.exit(f"the seeds are done, but the report was not made again (`dvc repro` ended with {again})")
@@ -177,7 +189,8 @@ def run(todo: Sequence[Seed], seeds: Sequence[Seed], settings: Settings, jobs: i
             place = f"{seeds.index(seed) + 1} of {len(seeds)}"
             say(f"seed {seed.number} ({place}): {keep(seed, settings, time.monotonic() - began)}")
         elif not runs.stopped:
-            said = seed.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+            written = seed.log.read_text(errors="replace").replace("\r", "\n")  # a progress bar writes over itself
+            said = [line.strip() for line in written.splitlines() if line.strip()][-LAST_LINES:]
             say("\n".join([f"seed {seed.number} failed, {seed.log}:", *(f"  {line}" for line in said)]))
         return code == 0
 

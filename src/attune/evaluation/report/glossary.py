@@ -28,8 +28,8 @@ GLOSSARY = {
         "a seed."
     ),
     "deviation by seeds": (
-        "How much the difference varies because another seed trains another model: the deviation between seeds, without "
-        "the part that prompts explain."
+        "How much the difference varies because another seed trains another model: the deviation between seeds, "
+        "without the part that prompts explain."
     ),
     "difference": "The score of a run minus that of the base on the same prompt, averaged over prompts.",
     "gap": (
