@@ -369,3 +369,22 @@ def test_what_the_hub_does_not_have_is_named_by_its_key(settings, monkeypatch):
     lines = list(_missing_on_the_hub(found))
     assert [line.split(": ")[0] for line in lines] == ["params/tiny.yaml:methods.dpo.start", "runs.theirs.from"]
     assert len(asked) == len(set(asked)) == 4
+
+
+def test_a_packages_templates_are_code(tmp_path, monkeypatch):
+    """The page of the report is made again after an edit of its template or its style."""
+    monkeypatch.setattr(code, "SRC", tmp_path)
+    folder = tmp_path / "attune/report"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    found = set()
+    for text in ("a", "b"):
+        for name in ("page.html.j2", "page.css"):
+            (folder / name).write_text(text)
+            code.digest.cache_clear()
+            code.file_of.cache_clear()
+            found.add(code.digest("attune.report"))
+    code.digest.cache_clear()
+    code.file_of.cache_clear()
+    assert len(found) == 4
+    assert "attune.evaluation.report" in code.closure(["attune.stages.report"])

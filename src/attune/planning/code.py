@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[2]
+TEMPLATES = (".j2", ".css")
 NO_EFFECT = ("attune.tracking", "attune.config", "attune.costs", "attune.planning", "attune.sharing", "attune.text")
 """What changes no result: tracking is a view, costs are measured beside the work, what config decides is in the plan
 itself, model cards and messages are for people."""
@@ -64,12 +65,25 @@ def imports(module: str) -> tuple[str, ...]:
 
 @cache
 def digest(module: str) -> str:
-    """First 12 hex digits of the SHA-256 of the module's code without comments, docstrings and layout."""
+    """First 12 hex digits of the SHA-256 of the module's code without comments, docstrings and layout.
+
+    A package's templates and style sheets, which its modules fill in, count as code of the package.
+    """
     tree = _tree(module)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [child for child in node.body if not _is_docstring(child)] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    found = hashlib.sha256(ast.dump(tree).encode())
+    for file in _templates(module):
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _templates(module: str) -> list[Path]:
+    file = file_of(module)
+    if file is None or file.name != "__init__.py":
+        return []
+    return sorted(path for path in file.parent.iterdir() if path.suffix in TEMPLATES)
 
 
 def _tree(module: str) -> ast.Module:
