@@ -66,8 +66,11 @@ def test_make_passes_a_prompt_on_as_it_is(text, tmp_path):
 
 def test_a_run_ends_with_a_line_for_each_model():
     text = table((ROOT / "reports/tiny/summary.json").read_text())
-    lines = text.strip().splitlines()
+    assert text.startswith("\ndpo, the best of 3 runs, beats base: oracle rises from 0.609 to 0.754")
+    lines = text.partition("\n\n")[2].strip().splitlines()
     assert lines[0].split()[:2] == ["run", "oracle"]
     assert [line.split()[0] for line in lines[1:]] == ["base", "sft", "dpo", "spo"]
-    assert re.search(r"^dpo +0\.75\d* +\+0\.1\d* \[\+0\.\d+, \+0\.\d+\] +better$", text, flags=re.MULTILINE)
-    assert max(map(len, lines)) < 100
+    assert re.search(
+        r"^dpo +0\.75\d* +\+0\.1\d* \[\+0\.\d+, \+0\.\d+\] +better; hacking: none$", text, flags=re.MULTILINE
+    )
+    assert max(map(len, text.splitlines())) < 100

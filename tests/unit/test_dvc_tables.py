@@ -7,12 +7,12 @@ import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from attune.evaluation.hacking import Hacking
 from attune.evaluation.report import metrics, plots
 from attune.evaluation.summary import Summary
 from attune.stages.repro import table as final_table
@@ -26,9 +26,7 @@ def judged(summary: Summary, **words: str) -> Summary:
     """A summary in which runs are judged as to reward hacking."""
     methods = dict(summary.methods)
     for name, word in words.items():
-        method = replace(methods[name])
-        object.__setattr__(method, "hacking", SimpleNamespace(word=word))
-        methods[name] = method
+        methods[name] = replace(methods[name], hacking=Hacking(word, "as it happens"))
     return replace(summary, methods=methods)
 
 

@@ -130,7 +130,7 @@ def test_a_lack_of_memory_is_told_from_other_errors(error, lacking):
 
 def test_a_stage_without_memory_says_what_to_lower(monkeypatch):
     class Quiet:
-        tracking = None
+        tracking, tools = None, {}
 
     monkeypatch.setattr(common, "read", lambda kind, stage: Quiet)
 

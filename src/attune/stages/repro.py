@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 
 from attune.config.resolve import load
 from attune.config.schema import ConfigError
 from attune.paths import Paths
+from attune.text import printable
 
 LARGEST_NAME = 20  # characters of a run's name in the table
+WIDTH = 99  # characters of a line
 
 
 def main() -> None:
@@ -26,17 +29,19 @@ def main() -> None:
 
 
 def table(text: str) -> str:
-    """A line for each run: its mean by the headline scorer, its difference to the base, and whether it is hacked.
+    """The report's first sentence, then a line for each run: mean, difference to the base, and whether it is hacked.
 
     Args:
         text: of summary.json.
     """
     from attune.evaluation.report.metrics import hacking_word
+    from attune.evaluation.report.sentence import first_sentence
     from attune.evaluation.summary import Summary
 
     summary = Summary.from_json(text)
     headline = summary.headline
-    lines = [f"\n{'run':{LARGEST_NAME}}  {headline:>10}  to {summary.base}, 95 % interval"]
+    lines = ["", *textwrap.wrap(printable(first_sentence(summary)), WIDTH), ""]
+    lines += [f"{'run':{LARGEST_NAME}}  {headline:>10}  to {summary.base}, 95 % interval"]
     for name, method in summary.methods.items():
         entry = method.vs_base.get(headline)
         compared = ""
