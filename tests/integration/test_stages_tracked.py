@@ -168,6 +168,8 @@ def test_every_stage_says_what_it_cost_and_used(here):
         assert run.data.metrics["stage_cost/seconds"] == pytest.approx(cost.seconds, abs=2)
         assert run.data.metrics.get("stage_cost/denoiser_samples") == cost.denoiser_samples
         assert cost.peak_memory > 0
+        first = run.data._metric_objs[0].key  # the UI's page of comparison opens on it
+        assert not first.startswith("system/"), name
         for key in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
             points = points_of(here, run.info.run_id, f"system/{key}")
             assert len(points) >= (1 if name in ("align@base", "train_preference") else 2), name

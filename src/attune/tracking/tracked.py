@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
@@ -61,6 +62,8 @@ class Run:
         self._began = outboxes.now_ms()  # of the first part
         self._first: str | None = None  # what the first part of a run that goes on was known by
         self._warned: set[str] = set()
+        self._has_own = False  # whether a metric of its own has been logged
+        self._waiting: deque[tuple[int, dict[str, float]]] = deque()  # steps and points of the system's
 
     @property
     def run_id(self) -> str | None:
@@ -86,7 +89,7 @@ class Run:
     def pipeline(self) -> Run:
         """The run that groups the stages of one `dvc repro`, written to through this one; does nothing without it."""
         other = copy.copy(self) if isinstance(self._parent, Mapping) else Run()
-        other._target, other._views, other._step = self._parent, [], 0
+        other._target, other._views, other._step, other._waiting = self._parent, [], 0, deque()
         return other
 
     @property
@@ -146,6 +149,8 @@ class Run:
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         points = _points(metrics)
         self._append("log", step=_int64(step), metrics=points)
+        self._has_own = True
+        self._log_waiting()
         self._points += len(points)
         if self._points >= WAKE_POINTS and self._sender is not None:
             self._points = 0
@@ -153,8 +158,18 @@ class Run:
 
     @_safe
     def _log_system(self, metrics: Mapping[str, float]) -> None:
-        """Adds to the curves of the tab System metrics; their steps are seconds since the run began."""
-        self._append("log", step=(outboxes.now_ms() - self._began) // 1000, metrics=_points(metrics))
+        """Adds to the curves of the tab System metrics; their steps are seconds since the run began.
+
+        They wait for the run's first own metric, as the UI's page of comparison opens on the metric that came first.
+        """
+        self._waiting.append(((outboxes.now_ms() - self._began) // 1000, _points(metrics)))
+        if self._has_own:
+            self._log_waiting()
+
+    def _log_waiting(self) -> None:
+        while self._waiting:
+            step, points = self._waiting.popleft()
+            self._append("log", step=step, metrics=points)
 
     @_safe
     def _image(self, key: str, image: Any, step: int) -> None:
@@ -213,6 +228,7 @@ class Run:
 
     @_safe
     def _finish(self, kind: str, status: str, state: str | None) -> None:
+        self._log_waiting()
         if kind == "trial" and state:
             self._out.append("tags", tags={"trial.state": state})
         self._out.append("end", status=status, kind=kind)
