@@ -97,13 +97,19 @@ def measured(profile: str, stage: str, plan: str, *, resumed: bool, rank: int = 
         note()
 
 
-def read_costs(profile: str) -> dict[str, Cost]:
-    """Stage (`align@spo`) -> what it cost the last time it ran here; empty where nothing has run."""
+def read_costs(profile: str, works: Mapping[str, str] | None = None) -> dict[str, Cost]:
+    """Stage (`align@spo`) -> what it cost the last time it ran here; empty where nothing has run.
+
+    Args:
+        works: stage -> what identifies the work (`measured`): of other stages, and of other work, nothing is told.
+    """
     found: dict[str, Cost] = {}
     folder = project_root() / COSTS / profile
     for file in sorted(folder.glob("*.json")):
         stage, _, rank = file.stem.partition(".")
         if rank or not (content := _content(file)):
+            continue
+        if works is not None and works.get(stage) != content["plan"]:
             continue
         others = [_parts(other, content["plan"]) for other in sorted(folder.glob(f"{stage}.*.json"))]
         each = [reduce(one_after_another, parts) for parts in (_parts(file, content["plan"]), *others) if parts]

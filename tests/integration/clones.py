@@ -100,9 +100,10 @@ class Project:
         return YAML(typ="safe").load(self.folder / "dvc.lock")["stages"]
 
     def hashes(self) -> dict[str, str]:
-        """Path of every output -> its hash, as DVC recorded it."""
+        """Path of every output -> its hash, as DVC recorded it; but for the page, which also tells what stages cost."""
         stages = {name: stage for name, stage in self.lock().items() if name != "plan"}
-        return {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+        found = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+        return {path: md5 for path, md5 in found.items() if not path.endswith("report.html")}
 
     @contextmanager
     def changed(self, name: str, text: str) -> Iterator[None]:

@@ -246,7 +246,7 @@ def test_every_module_a_stage_really_loaded_is_in_its_plan(project, stage):
     modules = {".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files}
     view = {m for m in modules if m.startswith(("attune.tracking", "attune.config", "attune.costs", "attune.text"))}
     if stage.startswith("align@"):  # sample images for the tracking UI, and the model card
-        view |= {m for m in modules if m.startswith(("attune.evaluation", "attune.sharing"))}
+        view |= {m for m in modules if m.startswith(("attune.evaluation", "attune.sharing", "attune.licenses"))}
     if stage == "align@base":  # the settings import it, and nothing is fetched where nothing is trained
         view.add("attune.hub")
     assert modules - view <= known

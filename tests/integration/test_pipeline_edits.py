@@ -17,7 +17,6 @@ from ruamel.yaml import YAML
 pytestmark = [pytest.mark.integration, pytest.mark.pipeline]
 
 PROFILES = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
-OF_ALL_RUNS = [f"{stage}@{run}" for stage in ("align", "generate", "evaluate") for run in RUNS]
 
 
 def after(run: str) -> set[str]:
@@ -63,7 +62,7 @@ def test_the_loss_of_dpo_concerns_dpo_alone(project):
         assert ran[0] == "align@dpo"
         assert set(ran) <= after("dpo")
         assert "report" in ran
-    assert project.repro() == [], "back again: restored from DVC's cache, not trained again"
+    assert project.repro() == ["report"], "back again: restored from DVC's cache, not trained again"
     assert project.hashes() == before
 
 
@@ -78,7 +77,7 @@ def test_a_setting_of_spo_concerns_spo_alone(project):
     changed = {path for path in now if now[path] != before[path]}
     assert "models/short/spo" in changed
     assert not [path for path in changed if any(f"/{run}" in path for run in RUNS if run != "spo")]
-    assert project.repro() == []
+    assert project.repro() == ["report"]
     assert project.hashes() == before
 
 
@@ -131,21 +130,18 @@ def test_a_pair_added_to_a_folder_elsewhere_is_noticed(project):
     values["data"] = block | {"test_list": str(own / "test.txt")}
     values["generate"]["prompts"] = 2
     del values["search"]
-    before = project.read("params/short.yaml")
-    try:
-        with (project.folder / "params/short.yaml").open("w") as file:
-            YAML().dump(values, file)
-        first = project.repro()
-        assert {"prepare", "train_preference", *OF_ALL_RUNS, "report"} >= set(first) > {"prepare"}
+    text = io.StringIO()
+    YAML().dump(values, text)
+    runs = project.params("runs", {"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}, "params.yaml")
+    with project.changed("params/short.yaml", text.getvalue()), project.changed("params.yaml", runs):
+        assert {"prepare", "align@dpo", "report"} <= set(project.repro())
         assert project.repro() == []
         for side in ("chosen", "rejected"):
             shutil.copy(images[5 if side == "chosen" else 6], own / side / "4.png")
         ran = project.repro()
-        assert ran[:2] == ["prepare", "train_preference"]
-        assert {f"align@{run}" for run in METHODS} <= set(ran)
+        assert ran[0] == "prepare"
+        assert {"align@dpo", "generate@dpo"} <= set(ran)
         assert "generate@base" not in ran, "its prompts have not changed"
-    finally:
-        (project.folder / "params/short.yaml").write_text(before)
     project.repro()
 
 

@@ -56,6 +56,8 @@ def test_parts_of_one_plan_are_added_up_and_others_forgotten(here):
     work("align@spo", "p", 10)
     work("align@spo", "p", 5, resumed=True)
     assert read_costs("tiny")["align@spo"].denoiser_samples == 15
+    assert read_costs("tiny", {"align@spo": "another plan"}) == {}
+    assert read_costs("tiny", {}) == {}
     work("align@spo", "another", 3, resumed=True)
     assert read_costs("tiny")["align@spo"].denoiser_samples == 3
     work("align@spo", "another", 3)

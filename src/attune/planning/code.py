@@ -14,9 +14,10 @@ from pathlib import Path
 
 SRC = Path(__file__).parents[2]
 TEMPLATES = (".j2", ".css")
-NO_EFFECT = ("attune.tracking", "attune.config", "attune.costs", "attune.planning", "attune.sharing", "attune.text")
+NAMES = ("config", "costs", "licenses", "planning", "sharing", "text", "tracking")
+NO_EFFECT = tuple(f"attune.{name}" for name in NAMES)
 """What changes no result: tracking is a view, costs are measured beside the work, what config decides is in the plan
-itself, model cards and messages are for people."""
+itself, model cards, licences and messages are for people."""
 
 
 def code_digests(start: Iterable[str], without: str = "") -> dict[str, str]:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attune.config.plan import ReportPlan
-from attune.costs import read_costs
+from attune.config.plan import (
+    EvaluatePlan,
+    GeneratePlan,
+    PreferencePlan,
+    PreparePlan,
+    ReportPlan,
+    RunPlan,
+    StagePlan,
+    read,
+)
+from attune.costs import Cost, read_costs
 from attune.paths import Paths
-from attune.stages.common import planned, stage
+from attune.stages.common import planned, stage, work_of
 from attune.stop import stoppable
 
 if TYPE_CHECKING:
     from attune.evaluation.summary import Summary
     from attune.tracking import Run
 
-STAGES_OF_A_RUN = ("align", "generate", "evaluate")
+OF_A_RUN: dict[str, type[StagePlan]] = {"align": RunPlan, "generate": GeneratePlan, "evaluate": EvaluatePlan}
 
 
 def main() -> None:
@@ -26,15 +35,12 @@ def main() -> None:
         from attune.evaluation.report.make import make_report
         from attune.versions import commit
 
-        costs = read_costs(plan.profile)
-        stages = ["prepare", "train_preference", *(f"{s}@{name}" for name in plan.runs for s in STAGES_OF_A_RUN)]
-
         about = {
             "profile": plan.profile,
             "origin": plan.origin.model_dump(),
             "facts": {name: facts.model_dump() for name, facts in plan.facts.items()},
             "commit": commit(),
-            "costs": {name: costs[name] for name in stages if name in costs},
+            "costs": costs_of(plan),
         }
         summary = make_report(
             plan.runs,
@@ -52,6 +58,17 @@ def main() -> None:
         run.artifact(paths.reports / "report.md")
         run.artifact(paths.reports / "figures")
         tell(run.pipeline, summary, paths.reports)
+
+
+def costs_of(plan: ReportPlan) -> dict[str, Cost]:
+    """Stage -> what it cost here, in the order of the pipeline; of work that is not today's plan nothing is known."""
+    plans: dict[str, StagePlan] = {
+        "prepare": read(PreparePlan, "prepare"),
+        "train_preference": read(PreferencePlan, "preference"),
+        **{f"{stage}@{run}": read(kind, stage, run) for run in plan.runs for stage, kind in OF_A_RUN.items()},
+    }
+    found = read_costs(plan.profile, {stage: work_of(each) for stage, each in plans.items()})
+    return {stage: found[stage] for stage in plans if stage in found}
 
 
 def tell(pipeline: Run, summary: Summary, folder: Path) -> None:
