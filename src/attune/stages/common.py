@@ -52,7 +52,7 @@ def stage(
         tags: what the run is to be found by, besides the profile.
     """
     session, resumed = read(Session, "session"), checkpoint is not None and checkpoint.file.exists()
-    work = work_of(plan)
+    work = values_sha(plan.model_dump(mode="json"))
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
     where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(checkpoint)}
     try:
@@ -98,11 +98,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was lacking, of the GPU or of the machine; torch has no class of its own for the latter."""
     texts = ("can't allocate memory", "out of memory", "can't start new thread", "realloc of size")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
-
-
-def work_of(plan: StagePlan) -> str:
-    """What identifies the work of a plan, where its cost is noted."""
-    return values_sha(plan.model_dump(mode="json"))
 
 
 def checkpoint_of(name: str, plan: StagePlan, inputs: Sequence[Path]) -> AbstractContextManager[Checkpoint]:

@@ -16,8 +16,9 @@ from attune.config.plan import (
     read,
 )
 from attune.costs import Cost, read_costs
+from attune.files import values_sha
 from attune.paths import Paths
-from attune.stages.common import planned, stage, work_of
+from attune.stages.common import planned, stage
 from attune.stop import stoppable
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def costs_of(plan: ReportPlan) -> dict[str, Cost]:
         "train_preference": read(PreferencePlan, "preference"),
         **{f"{stage}@{run}": read(kind, stage, run) for run in plan.runs for stage, kind in OF_A_RUN.items()},
     }
-    found = read_costs(plan.profile, {stage: work_of(each) for stage, each in plans.items()})
+    works = {stage: values_sha(each.model_dump(mode="json")) for stage, each in plans.items()}  # as `stage` notes them
+    found = read_costs(plan.profile, works)
     return {stage: found[stage] for stage in plans if stage in found}
 
 
