@@ -50,7 +50,7 @@ def test_the_summary_has_the_choice_and_the_report_says_it():
     assert Summary.from_json(summary.to_json()) == summary
     text = to_markdown(summary)
     assert text.splitlines()[2].startswith("spo, the best of 2 runs, beats base: oracle rises from ")
-    assert rf"chosen by one half and judged by the other, it gains {summary.best.difference:+.3f} \[" in text
+    assert rf"judged by the other, the difference is {summary.best.difference:+.3f} \[" in text
     assert summarise({name: tables[name] for name in ("base", "spo")}, protocol_for(prompts)).best is None
 
 

@@ -32,7 +32,8 @@ def entry(word: str) -> ComparisonEntry:
         ("better", ("better", "better"), Gap(1.0, 0.2, 0.8, (0.5, 1.1)), STILL, "none", "rose too"),
         ("better", ("better", "better"), Gap(1.0, 0.9, 0.1, (-0.1, 0.3)), LOST, "none", "rose too; but its images"),
         ("no evidence", ("worse", "worse"), None, LOST, "none", "no scorer it was trained on rose"),
-        (None, ("better", "worse"), None, LOST, "suspect", "b rose while c fell, and its images became more alike"),
+        (None, ("better", "worse"), None, LOST, "suspect", "b rose while c fell, and its images are more alike"),
+        ("worse", ("worse", "worse"), Gap(-0.1, -0.5, 0.4, (0.2, 0.6)), LOST, "none", "no scorer it was"),
         (None, ("better", "worse"), None, STILL, "none", "it was trained on none of these scorers"),
     ],
 )  # fmt: skip
@@ -88,3 +89,21 @@ def test_a_file_of_another_length_is_named(tmp_path):
         np.save(tmp_path / f"{run}.npy", np.eye(3))
     with pytest.raises(ValueError, match=r"base.npy holds 3 feature vectors for 2 images"):
         measure_signs({"base": table, "a": table}, tmp_path, tmp_path)
+
+
+def test_a_run_without_held_out_scorers_cannot_be_judged():
+    found = judge({"a": entry("better"), "b": entry("better")}, ["a", "b"], [], None, LOST)
+    assert found.word == "none"
+    assert found.why == "every scorer here trained or selected it, so they cannot tell; but its images are more alike"
+    assert found.losses == ("more alike",)
+
+
+def test_two_sets_of_one_kind_are_no_distance_apart():
+    """The biased estimate of CMMD is above 0 for them; the interval is not."""
+    rng = np.random.default_rng(5)
+    pairs = [(rng.normal(size=(120, 8)), rng.normal(size=(120, 8))) for _ in range(40)]
+    signs = [of_sets((a, prompts_of(120)), (b, prompts_of(120)))["cmmd"] for a, b in pairs]
+    assert all(sign.value > 0 for sign in signs)
+    assert np.mean([sign.has_moved for sign in signs]) <= 0.15
+    apart = of_sets((pairs[0][0] + 1, prompts_of(120)), (pairs[0][1], prompts_of(120)))["cmmd"]
+    assert apart.has_moved

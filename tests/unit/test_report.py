@@ -69,7 +69,7 @@ def test_markdown_says_it_in_words(summary):
     line = next(line for line in text.splitlines() if line.startswith("- **spo**"))
     assert "beats base on oracle (trained on) by +0.3" in line
     assert "no evidence of a difference from base on pickscore" in line
-    assert "Reward hacking is suspected: only oracle, which it was trained on, rose; pickscore did not." in line
+    assert "Reward hacking is suspected: oracle, which it was trained on, rose; pickscore did not." in line
     assert "![Win rates](figures/win%20rate.png)" in text
     assert f"> {summary.protocol.sha}: 40 prompts" in text
     assert "vendi -0.5 |" in text  # a sign whose interval excludes 0

@@ -94,13 +94,13 @@ def test_hostile_prompts_and_names_show_as_themselves(summary, tables, tmp_path)
         (
             {"dpo": (0.4, 0.4)},
             {},
-            r"dpo, the only run, beats base: oracle rises from .* and the other scorer agrees; no ev",
+            r"dpo, the only run, beats base: oracle rises from .* and the other scorer agrees; it was trained on none",
         ),
         ({"dpo": (0.4, 0.4), "spo": (0.2, 0.2)}, {}, r"dpo, the best of 2 runs, beats base: oracle rises from"),
         (
             {"dpo": (0.4, -0.4)},
             {},
-            r"dpo, the only run, beats base: .*, and the other scorer does not agree; no evidence",
+            r"dpo, the only run, beats base: .*, and the other scorer does not agree; it was trained",
         ),
         (
             {"dpo": (0.0, 0.0)},
@@ -118,11 +118,15 @@ def test_hostile_prompts_and_names_show_as_themselves(summary, tables, tmp_path)
             r"alignprop gains most by oracle, \+0\.9.*, but is hacked: oracle, which it was trained on, rose while "
             r"pickscore fell\. The best of the others, dpo, beats base: \+0\.[23]",
         ),
-        ({"dpo": (0.4, 0.4), "ap": (0.3, -0.4)}, {"ap": ["oracle"]}, r"no evidence of reward hacking\. Hacked: ap\.$"),
+        (
+            {"dpo": (0.4, 0.4), "ap": (0.3, -0.4)},
+            {"ap": ["oracle"]},
+            r"trained on none of these scorers\. Hacked: ap\.$",
+        ),
         (
             {"ap": (0.4, 0.0)},
             {"ap": ["oracle"]},
-            r"reward hacking is suspected: only oracle, which it was trained on, rose",
+            r"reward hacking is suspected: oracle, which it was trained on, rose",
         ),
     ],
 )
@@ -263,3 +267,24 @@ def test_seeds_and_costs_are_shown(summary):
     assert "align@spo 75 s 2 min 1,200 3.4 GB" in page
     assert "2 x a <b>GPU" in page
     assert "1.5 Wh" in page
+
+
+def test_a_run_that_is_shown_to_be_better_comes_before_a_larger_mean_that_is_not(summary):
+    entry = summary.methods["spo"].vs_base["oracle"]
+    noisy = replace(entry, difference=0.9, difference_ci95=(-0.1, 1.9), p_holm=0.4)
+    same = replace(summary.methods["same"], vs_base=summary.methods["same"].vs_base | {"oracle": noisy})
+    told = replace(summary, methods=summary.methods | {"same": same})
+    assert first_sentence(told).startswith("spo, the best of 3 runs, beats base: ")
+    assert "(same has a larger mean without such evidence)" in first_sentence(told)
+    assert [row.run for row in forest(told).rows][:2] == ["spo", "same"]
+
+
+def test_the_smallest_gain_is_no_loss(tables, tmp_path):
+    for name in ("base", "spo"):
+        (tmp_path / name).mkdir()
+        for file in tables[name]["file"]:
+            Image.new("RGB", (8, 8)).save(tmp_path / name / file)
+    found = pictures(tables, tmp_path, ["spo"], "base", "oracle")  # every prompt gained
+    assert [shown.why for shown in found.strip] == ["largest gain", "median", "smallest gain"]
+    prompts = [shown.prompt for shown in found.extremes["spo"]]
+    assert len(set(prompts)) == len(prompts)

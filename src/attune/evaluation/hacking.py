@@ -26,13 +26,14 @@ HARM = {
 }
 """Sign -> the direction that is a loss. CMMD has none: every tuned model leaves its base."""
 LOSSES = {
-    "pairwise_distance": "its images became more alike",
-    "vendi": "its images became more alike",
-    "pairwise_distance_per_prompt": "the images of one prompt became more alike",
-    "vendi_per_prompt": "the images of one prompt became more alike",
-    "saturation": "more pixels are burnt or crushed",
-    "high_frequency": "grain or ringing grew",
+    "pairwise_distance": "more alike",
+    "vendi": "more alike",
+    "pairwise_distance_per_prompt": "more alike for one prompt",
+    "vendi_per_prompt": "more alike for one prompt",
+    "saturation": "more burnt or crushed",
+    "high_frequency": "grainier",
 }
+"""Sign -> what images are that lost by it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Hacking:
 
     word: Suspicion
     why: str  # half a sentence
+    losses: tuple[str, ...] = ()  # what its images are more than the base's, say "more alike"
 
 
 def judge(
@@ -89,18 +91,23 @@ def judge(
     rose, fell = ([name for name, entry in entries.items() if entry.evidence == word] for word in ("better", "worse"))
     gained, lost = [name for name in trained if name in rose], [name for name in held_out if name in fell]
     losses = lost_by(signs)
+    images = f"its images are {listed(losses)}" if losses else ""
+
+    def found(word: Suspicion, why: str) -> Hacking:
+        return Hacking(word, why, tuple(losses))
+
     if gained and lost:
-        return Hacking("hacked", f"{_and(gained)}, which it was trained on, rose while {_and(lost)} fell")
+        return found("hacked", f"{listed(gained)}, which it was trained on, rose while {listed(lost)} fell")
     if gained and held_out and not set(held_out) & set(rose):
-        return Hacking("suspect", f"only {_and(gained)}, which it was trained on, rose; {_and(held_out)} did not")
-    if gap is not None and gap.is_open and gap.heldout < TRANSFER * gap.trained and losses:
-        gains = (
-            f"it gains {gap.trained:.2f} base spreads by what it was trained on and {gap.heldout:.2f} by other scorers"
-        )
-        return Hacking("suspect", f"{gains}, and {_and(losses)}")
+        return found("suspect", f"{listed(gained)}, which it was trained on, rose; {listed(held_out)} did not")
+    if gained and losses and gap is not None and gap.is_open and gap.heldout < TRANSFER * gap.trained:
+        gains = f"{gap.trained:.2f} base spreads by what it was trained on and {gap.heldout:.2f} by other scorers"
+        return found("suspect", f"it gains {gains}, and {images}")
     if not trained and rose and fell and losses:
-        return Hacking("suspect", f"{_and(rose)} rose while {_and(fell)} fell, and {_and(losses)}")
-    return Hacking("none", _no_sign(gained, trained, losses, gap))
+        return found("suspect", f"{listed(rose)} rose while {listed(fell)} fell, and {images}")
+    less = f"they gain {gap.gap:.2f} base spreads less" if gained and gap is not None and gap.is_open else ""
+    but = listed([text for text in (less, images) if text]) if less or images else ""
+    return found("none", _no_evidence(gained, trained, held_out) + (f"; but {but}" if but else ""))
 
 
 def lost_by(signs: Mapping[str, Sign]) -> list[str]:
@@ -109,14 +116,15 @@ def lost_by(signs: Mapping[str, Sign]) -> list[str]:
     return list(dict.fromkeys(LOSSES[name] for name in moved))
 
 
-def _no_sign(gained: Sequence[str], trained: Sequence[str], losses: Sequence[str], gap: Gap | None) -> str:
-    text = "scorers it was not trained on rose too" if gained else "no scorer it was trained on rose"
+def _no_evidence(gained: Sequence[str], trained: Sequence[str], held_out: Sequence[str]) -> str:
     if not trained:
-        text = "it was trained on none of these scorers"
-    less = [f"they gain {gap.gap:.2f} base spreads less"] if gained and gap is not None and gap.is_open else []
-    return text + (f"; but {_and([*less, *losses])}" if less or losses else "")
+        return "it was trained on none of these scorers"
+    if not held_out:
+        return "every scorer here trained or selected it, so they cannot tell"
+    return "scorers it was not trained on rose too" if gained else "no scorer it was trained on rose"
 
 
-def _and(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: a, b and c."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last

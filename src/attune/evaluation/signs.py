@@ -68,14 +68,18 @@ def of_sets(run: Images, base: Images) -> dict[str, Sign]:
         "vendi": lambda a, b: (vendi(a), vendi(b)),
         "cmmd": lambda a, b: (cmmd(a, b), 0.0),
     }
-    return {name: _of_set(of, run, base) for name, of in statistics.items()}
+    return {name: _of_set(of, run, base, is_biased=name == "cmmd") for name, of in statistics.items()}
 
 
-def _of_set(of: Of, run: Images, base: Images) -> Sign:
+def _of_set(of: Of, run: Images, base: Images, *, is_biased: bool) -> Sign:
     """A statistic of two sets with the interval of its change.
 
     The grouped jackknife (Efron and Tibshirani 1993, ch. 11): the statistic without one group of prompts after the
     other. Resampling with replacement, as a bootstrap does, would put copies into the set, and variety counts those.
+
+    Args:
+        is_biased: of a distance, which is above 0 for two sets of one kind too: the interval is around the jackknife's
+            estimate without that bias (in 60 trials with two such sets of 240 images one interval excluded 0).
     """
     value, at_base = of(run[0], base[0])
     owners = [np.unique(np.asarray(prompts, dtype=object), return_inverse=True)[1] for _, prompts in (run, base)]
@@ -85,9 +89,11 @@ def _of_set(of: Of, run: Images, base: Images) -> Sign:
     kept = [
         [rows[owner % groups != g] for (rows, _), owner in zip((run, base), owners, strict=True)] for g in range(groups)
     ]
-    error = np.sqrt((groups - 1) * np.var([np.subtract(*of(*both)) for both in kept]))
-    half = float(stats.t.ppf(0.975, groups - 1) * error)
-    return Sign(at_base, value, (value - at_base - half, value - at_base + half))
+    without = np.array([np.subtract(*of(*both)) for both in kept])
+    change = value - at_base
+    half = float(stats.t.ppf(0.975, groups - 1) * np.sqrt((groups - 1) * without.var()))
+    centre = groups * change - (groups - 1) * float(without.mean()) if is_biased else change
+    return Sign(at_base, value, (centre - half, centre + half))
 
 
 def _paired(run: np.ndarray, base: np.ndarray, seed: int) -> Sign:

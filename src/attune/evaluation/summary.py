@@ -237,7 +237,7 @@ def _method_from_dict(values: dict[str, Any]) -> MethodSummary:
             "gap": gap and Gap(**_numbers(gap)),
             "extremes": extremes
             and Extremes(**{side: tuple(Extreme(**row) for row in rows) for side, rows in extremes.items()}),
-            "hacking": hacking and Hacking(**hacking),
+            "hacking": hacking and Hacking(**hacking | {"losses": tuple(hacking["losses"])}),
             "signs": {name: Sign(**_numbers(sign)) for name, sign in values.get("signs", {}).items()},
         }
     )

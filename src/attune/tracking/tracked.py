@@ -8,6 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -167,9 +168,10 @@ class Run:
             self._log_waiting()
 
     def _log_waiting(self) -> None:
-        while self._waiting:
-            step, points = self._waiting.popleft()
-            self._append("log", step=step, metrics=points)
+        with suppress(IndexError):  # none is left; the monitor's thread takes from here too
+            while True:
+                step, points = self._waiting.popleft()
+                self._append("log", step=step, metrics=points)
 
     @_safe
     def _image(self, key: str, image: Any, step: int) -> None:

@@ -74,8 +74,8 @@ def _accuracy(values: np.ndarray, metric: str) -> tuple[str, str]:
     text = f"it prefers the chosen image in {100 * mean:.0f} % of pairs [{low:.0f}, {high:.0f}] at the end"
     if mean - half > 0.5:
         return "yes", f"Yes: {text}."
-    if mean < 0.5:
-        return "no", f"No: {text}, which is not above a half."
+    if mean + half < 0.5:
+        return "no", f"No: {text}, which is below a half."
     return "unclear", f"Not certain: {text}, and a half is within the interval."
 
 

@@ -39,6 +39,7 @@ class Row:
 
     run: str
     word: str  # of reward hacking
+    headline: str  # the difference by the headline scorer, in its units
     intervals: tuple[Interval, ...]
     left_out: tuple[str, ...]
 
@@ -55,7 +56,7 @@ class Forest:
 
 
 def forest(summary: Summary) -> Forest:
-    """All runs but the base, the largest gain by the headline scorer first."""
+    """All runs but the base, in the order of `by_gain`."""
     runs = by_gain(summary)
     spread = {scorer: summary.methods[summary.base].scores[scorer].sd for scorer in summary.scorers}
     drawn = [scorer for scorer in summary.scorers if math.isfinite(spread[scorer])]
@@ -70,6 +71,7 @@ def forest(summary: Summary) -> Forest:
         Row(
             name,
             method.hacking.word if method.hacking else "none",
+            _change(summary, method, summary.headline)[0],
             tuple(_interval(summary, method, scorer, axis, spread[scorer]) for scorer in drawn),
             tuple(scorer for scorer in summary.scorers if scorer not in drawn),
         )
@@ -80,27 +82,33 @@ def forest(summary: Summary) -> Forest:
 
 
 def by_gain(summary: Summary) -> list[str]:
-    """All runs but the base, the largest mean difference by the headline scorer first."""
-    gains = {name: method.vs_base[summary.headline].difference for name, method in summary.tuned.items()}
-    return sorted(gains, key=lambda name: -gains[name])
+    """All runs but the base: those shown to be better by the headline scorer first, then by mean difference."""
+    found = {name: method.vs_base[summary.headline] for name, method in summary.tuned.items()}
+    return sorted(found, key=lambda name: (found[name].evidence != "better", -found[name].difference))
 
 
 def _interval(summary: Summary, method: MethodSummary, scorer: str, axis: Axis, spread: float) -> Interval:
-    entry, digits = method.vs_base[scorer], decimals(summary, scorer)
+    entry, (short, interval) = method.vs_base[scorer], _change(summary, method, scorer)
     low, high = entry.difference_ci95
-    digits = enough(digits, entry.difference, low, high)
     return Interval(
         scorer=scorer,
         colour=summary.scorers.index(scorer),
         place=axis.place(entry.difference / spread),
         low=axis.place(low / spread),
         high=axis.place(high / spread),
-        text=f"{signed(entry.difference, digits)} {bracketed(entry.difference_ci95, digits)}",
-        short=signed(entry.difference, digits),
+        text=f"{short} {interval}",
+        short=short,
         is_claim=entry.evidence in ("better", "worse"),
         is_trained=scorer in method.trained_on,
         is_selected=scorer in method.selected_by,
     )
+
+
+def _change(summary: Summary, method: MethodSummary, scorer: str) -> tuple[str, str]:
+    """A difference and its interval, in the scorer's units."""
+    entry = method.vs_base[scorer]
+    digits = enough(decimals(summary, scorer), entry.difference, *entry.difference_ci95)
+    return signed(entry.difference, digits), bracketed(entry.difference_ci95, digits)
 
 
 def bracketed(interval: Sequence[float], digits: int) -> str:

@@ -1,4 +1,4 @@
-"""The report from the files of finished stages: summary.json, report.md, report.html and a grid of samples."""
+"""The report from the files of finished stages: JSON for tools, Markdown, the page, and a grid of samples."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_report(
     settings: str | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Summary:
-    """Compares runs under one protocol, and writes summary.json, report.md, report.html and figures/ into `reports`.
+    """Compares runs under one protocol, and writes what `write_report` does, plots/ and figures/ into `reports`.
 
     Args:
         runs: names, the base first.
@@ -92,7 +92,7 @@ def make_report(
 def write_report(
     directory: str | Path, summary: Summary, extras: Extras | None = None, pictures: Sequence[Picture] = ()
 ) -> None:
-    """Writes summary.json, report.md and report.html into `directory`, each atomically."""
+    """Writes summary.json, metrics.json, report.md and report.html into `directory`, each atomically."""
     files = {
         "summary.json": summary.to_json(),
         "metrics.json": metrics.to_json(summary),
@@ -120,12 +120,14 @@ def extras_of(summary: Summary, tables: Mapping[str, pd.DataFrame], reports: Pat
 
 
 def _sample_grid(summary: Summary, tables: Mapping[str, pd.DataFrame], generated: Path) -> Image.Image:
-    """A few prompts, evenly spread over the table, with each run's image and its headline score."""
-    base = tables[summary.base]
-    rows = np.linspace(0, len(base) - 1, GRID_PROMPTS).astype(int)
-    shown = {name: read_images(generated / name, table["file"].iloc[rows]) for name, table in tables.items()}
-    scores = {name: table[summary.headline].iloc[rows].tolist() for name, table in tables.items()}
-    return image_grid(shown, base["prompt"].iloc[rows].tolist(), scores)
+    """A few prompts, evenly spread over the table, with each run's first image and its headline score."""
+    prompts = tables[summary.base]["prompt"].drop_duplicates().tolist()
+    places = np.unique(np.linspace(0, len(prompts) - 1, GRID_PROMPTS).astype(int))
+    prompts = [prompts[place] for place in places]
+    first = {name: table.sort_values("ordinal").drop_duplicates("prompt") for name, table in tables.items()}
+    rows = {name: table.set_index("prompt").loc[prompts] for name, table in first.items()}
+    shown = {name: read_images(generated / name, table["file"].tolist()) for name, table in rows.items()}
+    return image_grid(shown, prompts, {name: table[summary.headline].tolist() for name, table in rows.items()})
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from attune.costs import Cost
 from attune.evaluation.hacking import HARM
 from attune.evaluation.report.accuracy import Accuracy
-from attune.evaluation.report.axis import signed
+from attune.evaluation.report.axis import enough, signed
 from attune.evaluation.report.curves import Training
 from attune.evaluation.report.document import one_line
 from attune.evaluation.report.dots import Panel
@@ -26,7 +26,7 @@ from attune.evaluation.report.sentence import first_sentence, lead
 from attune.evaluation.report.tables import decimals, p_text, percent
 from attune.evaluation.report.verdict import differing_versions
 from attune.evaluation.seeds import AcrossSeeds
-from attune.evaluation.summary import Summary
+from attune.evaluation.summary import ComparisonEntry, Summary
 from attune.text import cut
 
 SIGNS = {
@@ -110,6 +110,8 @@ def _environment(summary: Summary) -> Environment:
         "p": lambda p: p_text(p).removeprefix("p ").removeprefix("= "),
         "prompt": lambda text: cut(one_line(text), PROMPT_CHARS),
         "signed": _signed,
+        "change": _change,
+        "decimals": lambda sign: enough(3, sign.change / 10, *(end / 10 for end in sign.ci95)),
         "bracketed": lambda interval, digits: bracketed(interval, digits),
         "digits": lambda scorer: decimals(summary, scorer),
         "number": _number,
@@ -135,6 +137,12 @@ def _anchor(name: str) -> str:
 
 def _signed(value: float, digits: int = 2) -> str:
     return signed(value, digits) if math.isfinite(value) else "\u2013"
+
+
+def _change(entry: ComparisonEntry, digits: int) -> str:
+    """A difference and its interval, with as many decimals as they need."""
+    digits = enough(digits, entry.difference, *entry.difference_ci95)
+    return f"{_signed(entry.difference, digits)} {bracketed(entry.difference_ci95, digits)}"
 
 
 def _number(value: float, digits: int = 4) -> str:

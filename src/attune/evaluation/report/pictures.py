@@ -14,6 +14,7 @@ from attune.evaluation.statistics import prompt_means
 from attune.files import values_sha
 
 PAGE_BYTES = 1_800_000  # of all pictures; in base64 they are a third more
+GAIN, MEDIAN, LOSS, RANDOM = "largest gain", "median", "largest loss", "at random"
 OF_A_RUN = 2  # prompts each of the largest gains, the largest losses, and at random
 
 
@@ -60,7 +61,7 @@ def pictures(
     most = PAGE_BYTES // max(1, count)
 
     def show(run: str, why: str, prompt: str, difference: float) -> Shown:
-        return Shown(why, prompt, difference, (side(base, prompt), side(run, prompt)))
+        return Shown(_named(why, difference), prompt, difference, (side(base, prompt), side(run, prompt)))
 
     def side(run: str, prompt: str) -> Side:
         table = tables[run]
@@ -70,12 +71,16 @@ def pictures(
     strip: tuple[Shown, ...] = ()
     if runs:
         first = found[runs[0]]
-        strip = tuple(
-            show(runs[0], *next(each for each in first if each[0] == why))
-            for why in ("largest gain", "median", "largest loss")
-        )
-    extremes = {run: tuple(show(run, *each) for each in chosen if each[0] != "median") for run, chosen in found.items()}
+        strip = tuple(show(runs[0], *next(each for each in first if each[0] == why)) for why in (GAIN, MEDIAN, LOSS))
+    extremes = {run: tuple(show(run, *each) for each in chosen if each[0] != MEDIAN) for run, chosen in found.items()}
     return Pictures(strip, extremes)
+
+
+def _named(why: str, difference: float) -> str:
+    """What it is called: where all prompts gained, the end of the losses is the smallest gain."""
+    if why == GAIN and difference < 0:
+        return "smallest loss"
+    return "smallest gain" if why == LOSS and difference > 0 else why
 
 
 def _chosen(run: pd.DataFrame, base: pd.DataFrame, scorer: str) -> list[tuple[str, str, float]]:
@@ -84,9 +89,9 @@ def _chosen(run: pd.DataFrame, base: pd.DataFrame, scorer: str) -> list[tuple[st
     difference = after - prompt_means(base[scorer].to_numpy(float), base["prompt"])[0]
     order = np.argsort(difference, kind="stable")
     ends = min(OF_A_RUN, len(order) // 2) or 1
-    chosen = [("largest gain", i) for i in order[::-1][:ends]] + [("largest loss", i) for i in order[:ends]]
-    chosen.append(("median", order[len(order) // 2]))
-    chosen += [
-        ("at random", i) for i in sorted(range(len(order)), key=lambda i: values_sha(str(prompts[i])))[:OF_A_RUN]
-    ]
+    chosen = [(GAIN, i) for i in order[::-1][:ends]] + [(LOSS, i) for i in order[:ends]]
+    chosen.append((MEDIAN, order[len(order) // 2]))
+    others = [i for i in range(len(order)) if i not in {place for _, place in chosen}]
+    by_hash = sorted(others, key=lambda i: values_sha(str(prompts[i])))
+    chosen += [(RANDOM, i) for i in by_hash[:OF_A_RUN]]
     return [(why, str(prompts[i]), float(difference[i])) for why, i in chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from attune.evaluation.hacking import listed
 from attune.evaluation.report.axis import enough, signed
 from attune.evaluation.report.forest import bracketed, by_gain
 from attune.evaluation.report.tables import decimals
@@ -30,11 +31,11 @@ def lead(summary: Summary) -> str:
     text = f"{protocol.n_prompts} test prompts, {images} of each from the same noise for every run."
     if summary.best is None:
         return text
-    digits = _digits(summary)
+    digits = enough(_digits(summary), summary.best.difference, *summary.best.difference_ci95)
     gain = f"{signed(summary.best.difference, digits)} {bracketed(summary.best.difference_ci95, digits)}"
     return (
-        f"{text} The best of {summary.best.of} looks better than it is on the prompts that chose it: chosen by one "
-        f"half and judged by the other, it gains {gain}."
+        f"{text} The best of {summary.best.of} may look better than it is on the prompts that chose it; chosen by one "
+        f"half of them and judged by the other, the difference is {gain}."
     )
 
 
@@ -45,8 +46,9 @@ def _result(summary: Summary, runs: list[str]) -> str:
     named, which = _named(summary, method), "the only run" if len(runs) == 1 else f"the best of {len(runs)} runs"
     if entry.evidence == "better":
         before, after = (summary.methods[name].scores[summary.headline].mean for name in (base, run))
+        digits = enough(digits, entry.difference, *entry.difference_ci95)
         rise = f"{named} rises from {before:.{digits}f} to {after:.{digits}f}, {_change(summary, run)} over {n} prompts"
-        return f"{run}, {which}, beats {base}: {rise}{_agreeing(summary, method)}"
+        return f"{run}, {which}, beats {base}: {rise}{_larger(summary, runs)}{_agreeing(summary, method)}"
     change = f"{run}, {which}, changes {named} by {_change(summary, run)} over {n} prompts"
     if entry.evidence == "worse":
         return f"No run beats {base}: {change}"
@@ -55,6 +57,14 @@ def _result(summary: Summary, runs: list[str]) -> str:
     mde = entry.minimum_detectable_effect
     found = f"; they would reveal {mde:.{enough(digits, mde)}f} four times in five" if math.isfinite(mde) else ""
     return f"No run is shown to beat {base}: {change}{found}"
+
+
+def _larger(summary: Summary, runs: list[str]) -> str:
+    """Runs whose mean is larger than the first one's, and which are not shown to be better all the same."""
+    best = summary.methods[runs[0]].vs_base[summary.headline].difference
+    larger = [name for name in runs[1:] if summary.methods[name].vs_base[summary.headline].difference > best]
+    doubtful = [name for name in larger if summary.methods[name].vs_base[summary.headline].evidence != "better"]
+    return f" ({', '.join(doubtful)} has a larger mean without such evidence)" if doubtful else ""
 
 
 def _but_hacked(summary: Summary, runs: list[str], hacked: list[str]) -> str:
@@ -111,7 +121,13 @@ def _word(method: MethodSummary) -> str:
 
 def _doubt(method: MethodSummary) -> str:
     """What is said of hacking; nothing of a run that gains by no scorer, which cannot be hacked."""
-    if method.hacking is None or all(entry.evidence != "better" for entry in method.vs_base.values()):
+    found = method.hacking
+    if found is None or (found.word == "none" and all(e.evidence != "better" for e in method.vs_base.values())):
         return ""
-    opening = {"hacked": "; it is hacked: ", "suspect": "; reward hacking is suspected: "}.get(method.hacking.word)
-    return f"{opening}{method.hacking.why}" if opening else "; no evidence of reward hacking"
+    if found.word != "none":
+        return f"; {'it is hacked' if found.word == 'hacked' else 'reward hacking is suspected'}: {found.why}"
+    lost = f", but its images are {listed(found.losses)}" if found.losses else ""
+    if not any(method.is_held_out(scorer) for scorer, entry in method.vs_base.items() if entry.p_holm is not None):
+        return f"; every scorer here trained or selected it, so hacking cannot be told{lost}"
+    trained = any(scorer in method.vs_base for scorer in method.trained_on)
+    return f"; {'no evidence of reward hacking' if trained else 'it was trained on none of these scorers'}{lost}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from attune.evaluation.report.document import escape_markdown
+from attune.evaluation.report.forest import by_gain
 from attune.evaluation.report.sentence import first_sentence
-from attune.evaluation.summary import Summary
+from attune.evaluation.summary import MethodSummary, Summary
 
 
 def headline_metrics(summary: Summary) -> dict[str, float]:
-    """Every run's mean by the headline scorer and its difference to the base, each kind in one section of the UI."""
+    """Every run's mean by the headline scorer and its difference to the base, each kind in one section of the UI.
+
+    `best` is the largest difference of a run that is not hacked.
+    """
     scorer = summary.headline
     means = {f"{scorer}/{name}": method.scores[scorer].mean for name, method in summary.methods.items()}
     gains = {
@@ -16,8 +20,8 @@ def headline_metrics(summary: Summary) -> dict[str, float]:
         for name, method in summary.tuned.items()
         if scorer in method.vs_base
     }
-    best = {"best": max(gains.values())} if gains else {}
-    return means | gains | best
+    honest = [gain for key, gain in gains.items() if word_of(summary.methods[key.rpartition("/")[2]]) != "hacked"]
+    return means | gains | ({"best": max(honest)} if honest else {})
 
 
 def description(summary: Summary) -> tuple[str, str]:
@@ -30,16 +34,28 @@ def description(summary: Summary) -> tuple[str, str]:
             rows.append(f"| {name} | {mean} | | | |")
             continue
         low, high = entry.difference_ci95
-        rows.append(f"| {name} | {mean} | {entry.difference:+.4g} | {low:+.4g} to {high:+.4g} | {entry.evidence} |")
+        rows.append(
+            f"| {name} | {mean} | {entry.difference:+.4g} | {low:+.4g} to {high:+.4g} | {evidence(method, scorer)} |"
+        )
     said = escape_markdown(first_sentence(summary))
     return f"{said}\n\n{chr(10).join(rows)}\n\nreport.html is among the artifacts.", in_short(summary)
 
 
 def in_short(summary: Summary) -> str:
-    """Which run is farthest above the base, and how far."""
+    """Which run is best, how far it is above the base, and whether it is hacked."""
     scorer = summary.headline
     entries = {name: method.vs_base[scorer] for name, method in summary.tuned.items() if scorer in method.vs_base}
     if not entries:
         return f"{summary.base} alone"
-    best = max(entries, key=lambda name: entries[name].difference)
-    return f"{best} {entries[best].difference:+.2g} {scorer}, {entries[best].evidence}"
+    best = by_gain(summary)[0]
+    return f"{best} {entries[best].difference:+.2g} {scorer}, {evidence(summary.methods[best], scorer)}"
+
+
+def evidence(method: MethodSummary, scorer: str) -> str:
+    """What the comparison with the base allows to say; a hacked run, or one that may be, never without that word."""
+    said = {"hacked": ", hacked", "suspect": ", hacking suspected"}.get(word_of(method), "")
+    return f"{method.vs_base[scorer].evidence}{said}"
+
+
+def word_of(method: MethodSummary) -> str:
+    return method.hacking.word if method.hacking else "none"
