@@ -29,7 +29,7 @@ def loss(curves: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         curves: run -> a row per optimizer step with step and loss, among others.
     """
     rows = []
-    for run, curve in curves.items():
+    for run, curve in ((run, curve) for run, curve in curves.items() if "loss" in curve):
         for part in np.array_split(np.arange(len(curve)), min(POINTS, len(curve))) if len(curve) else ():
             stretch = curve.iloc[part]
             rows.append((run, int(stretch["step"].iloc[-1]), float(stretch["loss"].mean())))
