@@ -160,7 +160,7 @@ def test_the_other_stages_log_what_they_made(here):
 
 
 def test_every_stage_says_what_it_cost_and_used(here):
-    """The ledger as metrics, and the machine's use by MLflow's names: two points where something is computed."""
+    """The ledger as metrics, and the machine's use by MLflow's names: two points where it takes seconds."""
     costs = read_costs("short")
     for run in runs_in(here):
         name = run.info.run_name
@@ -172,7 +172,7 @@ def test_every_stage_says_what_it_cost_and_used(here):
         assert not first.startswith("system/"), name
         for key in ("cpu_utilization_percentage", "system_memory_usage_megabytes"):
             points = points_of(here, run.info.run_id, f"system/{key}")
-            assert len(points) >= (1 if name in ("align@base", "train_preference") else 2), name
+            assert len(points) >= (2 if cost.seconds > 2 else 1), name  # a point has whole seconds
     assert {name: costs[name].denoiser_samples for name in ("generate@sft", "evaluate@sft", "align@base")} == {
         "generate@sft": 4 * 2 * 2 * 2,  # prompts, images of each, steps, with and without the prompt
         "evaluate@sft": None,
