@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from attune.evaluation.hacking import Hacking, Sign
+from attune.evaluation.hacking import Hacking, Sign, Suspicion
 from attune.evaluation.people import PeopleComparison
 from attune.evaluation.protocol import Protocol
 
@@ -114,6 +114,11 @@ class MethodSummary:
     extremes: Extremes | None = None
     signs: Mapping[str, Sign] = field(default_factory=dict)
     hacking: Hacking | None = None
+
+    @property
+    def suspicion(self) -> Suspicion:
+        """The verdict on reward hacking; of a run that was not judged, none."""
+        return self.hacking.word if self.hacking else "none"
 
     def is_held_out(self, scorer: str) -> bool:
         """Whether a scorer is independent evidence: neither trained on nor selected by."""

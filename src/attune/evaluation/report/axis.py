@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
@@ -58,6 +58,19 @@ def enough(digits: int, *values: float) -> int:
     """Decimals of numbers that belong together: `digits`, or up to 8 where all of them would be written as 0."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     return digits if largest * 10**digits >= 1 or largest == 0 else min(8, 1 - math.floor(math.log10(largest)))
+
+
+def bracketed(interval: Sequence[float], digits: int) -> str:
+    """An interval in square brackets."""
+    return (
+        f"[{signed(interval[0], digits)}, {signed(interval[1], digits)}]" if all(map(math.isfinite, interval)) else ""
+    )
+
+
+def change(difference: float, ci95: Sequence[float], digits: int) -> tuple[str, str]:
+    """A difference and its interval, with `digits` decimals or as many as they need."""
+    digits = enough(digits, difference, *ci95)
+    return signed(difference, digits), bracketed(ci95, digits)
 
 
 def _decimals(value: float) -> int:

@@ -7,10 +7,9 @@ the order of their gain by the headline scorer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attune.evaluation.report.axis import Axis, Tick, axis_of, enough, signed
+from attune.evaluation.report.axis import Axis, Tick, axis_of, change
 from attune.evaluation.report.tables import decimals
 from attune.evaluation.summary import MethodSummary, Summary
 
@@ -70,7 +69,7 @@ def forest(summary: Summary) -> Forest:
     rows = tuple(
         Row(
             name,
-            method.hacking.word if method.hacking else "none",
+            method.suspicion,
             _change(summary, method, summary.headline)[0],
             tuple(_interval(summary, method, scorer, axis, spread[scorer]) for scorer in drawn),
             tuple(scorer for scorer in summary.scorers if scorer not in drawn),
@@ -107,12 +106,4 @@ def _interval(summary: Summary, method: MethodSummary, scorer: str, axis: Axis, 
 def _change(summary: Summary, method: MethodSummary, scorer: str) -> tuple[str, str]:
     """A difference and its interval, in the scorer's units."""
     entry = method.vs_base[scorer]
-    digits = enough(decimals(summary, scorer), entry.difference, *entry.difference_ci95)
-    return signed(entry.difference, digits), bracketed(entry.difference_ci95, digits)
-
-
-def bracketed(interval: Sequence[float], digits: int) -> str:
-    """An interval in square brackets."""
-    return (
-        f"[{signed(interval[0], digits)}, {signed(interval[1], digits)}]" if all(map(math.isfinite, interval)) else ""
-    )
+    return change(entry.difference, entry.difference_ci95, decimals(summary, scorer))

@@ -15,11 +15,11 @@ from markupsafe import Markup, escape
 from attune.costs import Cost
 from attune.evaluation.hacking import HARM
 from attune.evaluation.report.accuracy import Accuracy
-from attune.evaluation.report.axis import enough, signed
+from attune.evaluation.report.axis import bracketed, change, enough, signed
 from attune.evaluation.report.curves import Training
 from attune.evaluation.report.document import one_line
 from attune.evaluation.report.dots import Panel
-from attune.evaluation.report.forest import bracketed, by_gain, forest
+from attune.evaluation.report.forest import by_gain, forest
 from attune.evaluation.report.glossary import GLOSSARY
 from attune.evaluation.report.pictures import Pictures
 from attune.evaluation.report.sentence import first_sentence, lead
@@ -112,7 +112,7 @@ def _environment(summary: Summary) -> Environment:
         "signed": _signed,
         "change": _change,
         "decimals": lambda sign: enough(3, sign.change / 10, *(end / 10 for end in sign.ci95)),
-        "bracketed": lambda interval, digits: bracketed(interval, digits),
+        "bracketed": bracketed,
         "digits": lambda scorer: decimals(summary, scorer),
         "number": _number,
         "anchor": _anchor,
@@ -141,8 +141,7 @@ def _signed(value: float, digits: int = 2) -> str:
 
 def _change(entry: ComparisonEntry, digits: int) -> str:
     """A difference and its interval, with as many decimals as they need."""
-    digits = enough(digits, entry.difference, *entry.difference_ci95)
-    return f"{_signed(entry.difference, digits)} {bracketed(entry.difference_ci95, digits)}"
+    return " ".join(change(entry.difference, entry.difference_ci95, digits))
 
 
 def _number(value: float, digits: int = 4) -> str:

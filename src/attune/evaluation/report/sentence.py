@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from attune.evaluation.hacking import listed
-from attune.evaluation.report.axis import enough, signed
-from attune.evaluation.report.forest import bracketed, by_gain
+from attune.evaluation.report.axis import change, enough
+from attune.evaluation.report.forest import by_gain
 from attune.evaluation.report.tables import decimals
 from attune.evaluation.summary import MethodSummary, Summary
 
@@ -16,7 +16,7 @@ def first_sentence(summary: Summary) -> str:
     runs = by_gain(summary)
     if not runs:
         return f"Only {summary.base} was scored: there is nothing to compare it with."
-    hacked = [name for name in runs if _word(summary.methods[name]) == "hacked"]
+    hacked = [name for name in runs if summary.methods[name].suspicion == "hacked"]
     if runs[0] in hacked and summary.methods[runs[0]].vs_base[summary.headline].evidence == "better":
         return _but_hacked(summary, runs, hacked)
     also = [name for name in hacked if name != runs[0]]
@@ -31,8 +31,7 @@ def lead(summary: Summary) -> str:
     text = f"{protocol.n_prompts} test prompts, {images} of each from the same noise for every run."
     if summary.best is None:
         return text
-    digits = enough(_digits(summary), summary.best.difference, *summary.best.difference_ci95)
-    gain = f"{signed(summary.best.difference, digits)} {bracketed(summary.best.difference_ci95, digits)}"
+    gain = " ".join(change(summary.best.difference, summary.best.difference_ci95, _digits(summary)))
     return (
         f"{text} The best of {summary.best.of} may look better than it is on the prompts that chose it; chosen by one "
         f"half of them and judged by the other, the difference is {gain}."
@@ -49,14 +48,14 @@ def _result(summary: Summary, runs: list[str]) -> str:
         digits = enough(digits, entry.difference, *entry.difference_ci95)
         rise = f"{named} rises from {before:.{digits}f} to {after:.{digits}f}, {_change(summary, run)} over {n} prompts"
         return f"{run}, {which}, beats {base}: {rise}{_larger(summary, runs)}{_agreeing(summary, method)}"
-    change = f"{run}, {which}, changes {named} by {_change(summary, run)} over {n} prompts"
+    moved = f"{run}, {which}, changes {named} by {_change(summary, run)} over {n} prompts"
     if entry.evidence == "worse":
-        return f"No run beats {base}: {change}"
+        return f"No run beats {base}: {moved}"
     if entry.evidence == "mixed":
-        return f"{change}, but mean, ranks and win rate disagree"
+        return f"{moved}, but mean, ranks and win rate disagree"
     mde = entry.minimum_detectable_effect
     found = f"; they would reveal {mde:.{enough(digits, mde)}f} four times in five" if math.isfinite(mde) else ""
-    return f"No run is shown to beat {base}: {change}{found}"
+    return f"No run is shown to beat {base}: {moved}{found}"
 
 
 def _larger(summary: Summary, runs: list[str]) -> str:
@@ -82,8 +81,7 @@ def _but_hacked(summary: Summary, runs: list[str], hacked: list[str]) -> str:
 
 def _change(summary: Summary, run: str) -> str:
     entry = summary.methods[run].vs_base[summary.headline]
-    digits = enough(_digits(summary), entry.difference, *entry.difference_ci95)
-    return f"{signed(entry.difference, digits)} {bracketed(entry.difference_ci95, digits)}".strip()
+    return " ".join(change(entry.difference, entry.difference_ci95, _digits(summary))).strip()
 
 
 def _digits(summary: Summary) -> int:
@@ -113,10 +111,6 @@ def _agreeing(summary: Summary, method: MethodSummary) -> str:
     fell = [scorer for scorer in summary.scorers[1:] if method.vs_base[scorer].evidence == "worse"]
     text = f", and {agree or 'none'} of {others} other scorers agree{'' if agree > 1 else 's'}"
     return text + (f"; {' and '.join(fell)} fell" if fell else "")
-
-
-def _word(method: MethodSummary) -> str:
-    return method.hacking.word if method.hacking else "none"
 
 
 def _doubt(method: MethodSummary) -> str:

@@ -20,7 +20,7 @@ def headline_metrics(summary: Summary) -> dict[str, float]:
         for name, method in summary.tuned.items()
         if scorer in method.vs_base
     }
-    honest = [gain for key, gain in gains.items() if word_of(summary.methods[key.rpartition("/")[2]]) != "hacked"]
+    honest = [gain for key, gain in gains.items() if summary.methods[key.rpartition("/")[2]].suspicion != "hacked"]
     return means | gains | ({"best": max(honest)} if honest else {})
 
 
@@ -53,9 +53,5 @@ def in_short(summary: Summary) -> str:
 
 def evidence(method: MethodSummary, scorer: str) -> str:
     """What the comparison with the base allows to say; a hacked run, or one that may be, never without that word."""
-    said = {"hacked": ", hacked", "suspect": ", hacking suspected"}.get(word_of(method), "")
+    said = {"hacked": ", hacked", "suspect": ", hacking suspected"}.get(method.suspicion, "")
     return f"{method.vs_base[scorer].evidence}{said}"
-
-
-def word_of(method: MethodSummary) -> str:
-    return method.hacking.word if method.hacking else "none"
