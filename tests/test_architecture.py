@@ -32,10 +32,11 @@ LAYERS = (
     "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
     "diffusion.lora_files",
     "diffusion.lora_scale | interfaces | pretrained",
+    "last_output",
     "copies",
     "config",
     "weights | licenses",
-    "costs | hub | hub_upload",
+    "costs | hub | hub_upload | shards",
     "files | paths | distributed | stop | text | versions",
 )
 # library -> the only places that may import it
@@ -63,6 +64,7 @@ ENVIRONMENT = (
     "stages.common",
     "config.plan",
     "build",
+    "last_output",
     "copies",
     "paths",
     "tracking",

@@ -51,7 +51,7 @@ def load_backbone(model: Model) -> Backbone:
 
 def load_policy(model: Model) -> Policy:
     """The base model as a policy, without trainable weights yet."""
-    return _policy(load_backbone(model))
+    return as_policy(load_backbone(model))
 
 
 def load_learner(config: MethodConfig, model: Model, seed: int, start: str | None = None) -> Policy:
@@ -66,7 +66,7 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
             policy.add_adapter(config.lora.rank, seed, config.lora.targets)
     else:  # weights that are trained are kept in float32, and computed with in the model's dtype
         dtype = None if model.dtype == "float32" else getattr(torch, model.dtype)
-        policy = _policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
+        policy = as_policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
         if start is None:
             policy.unfreeze()
     if start is not None:
@@ -77,7 +77,8 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
     return policy
 
 
-def _policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:
+def as_policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:
+    """A base model as a policy; `autocast` is what a float32 denoiser computes in."""
     from attune.diffusion.policy import Policy  # imports diffusers, which takes seconds, and scoring does without
 
     return Policy(backbone, backbone.encode_prompts([""]), autocast)

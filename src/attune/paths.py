@@ -52,6 +52,10 @@ class Paths:
     def scores(self, run: str) -> Path:
         return self.reports / "scores" / f"{run}.parquet"
 
+    def kept_scores(self, run: str) -> Path:
+        """Scores of images by each scorer, below the project root, so that none is asked twice."""
+        return CHECKPOINTS / "scores" / self.profile / run
+
     def features(self, run: str) -> Path:
         return self.reports / "features" / f"{run}.npy"
 

@@ -72,7 +72,7 @@ def test_a_table_becomes_prepared_data(project):
     assert (bad["source"], bad["file"], bad["row"], bad["reason"]) == ("table", "t.csv", "5", "undecodable")
     assert bad["detail"].startswith("expected a whole JPEG, PNG, WEBP, BMP, GIF, TIFF, found b'lost'")
     data = PreparedData.read(PREPARED, "train")
-    assert data.latents.shape == (18, 4, 8, 8)
+    assert data.latents.shape == (19, 4, 8, 8)  # of the bad pair one image is good
     assert torch.isfinite(data.pair_batch(range(3)).latents_1).all()
     module = plugins.load("rewards", "pickscore")
     scorer = module.load(module.Config(path="models/embedded/pickscore", license="Apache-2.0"), torch.device("cpu"))

@@ -13,10 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+import preparing
 import scores
 import stages
 from attune.data.ingest.rules import Rules
-from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.evaluation.hacking import Sign
 from attune.evaluation.protocol import Protocol
@@ -84,7 +84,7 @@ def write(tmp_path, backbone):
     def run(rows, scorers=None, **rules):
         rules = Rules(**({"max_bad_share": 1.0} | rules))
         with Quarantine(tmp_path / "quarantine.csv", "test") as quarantine:
-            counts = write_prepared(tmp_path / "prepared", rows, backbone, scorers or {}, quarantine, rules)
+            counts = preparing.prepare(tmp_path / "prepared", rows, backbone, scorers, quarantine, rules)
         with (tmp_path / "quarantine.csv").open(newline="") as file:
             return counts, {row["row"]: row for row in csv.DictReader(file)}
 

@@ -5,12 +5,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import params
+import preparing
 import tiny
 from attune.config.plugins import plugin_config
 from attune.config.resolve import load
@@ -103,16 +103,6 @@ def test_a_tie_of_people_is_decided_by_the_scorer_and_a_tie_of_the_scorer_is_dro
     assert data.with_pairs(hard).pairs.label_0.tolist() == [1.0, 0.0] * 8
 
 
-def write_prepared(folder, data, pairs):
-    """The files that the prepare stage leaves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "latents.npy", data.latents.numpy())
-    for name, value in data.cond.tensors.items():
-        np.save(folder / f"prompt.{name}.npy", value.numpy())
-    pd.DataFrame({"prompt": data.prompts, "split": "train"}).to_parquet(folder / "prompts.parquet")
-    pairs.drop(columns=["prompt_row", "weight"]).assign(split="train").to_parquet(folder / "pairs.parquet")
-
-
 def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path, monkeypatch):
     """A sure scorer that contradicts people everywhere is as good as people who say the opposite.
 
@@ -131,7 +121,7 @@ def test_the_align_stage_applies_the_scorers_opinion(data, tiny_folder, tmp_path
     for name, (pairs, options) in runs.items():
         profile = short | {"methods": {"dpo": BLOCK | {"lora": {"rank": 2}} | options}}
         folder = params.write(tmp_path / name, given | {"runs": runs_given}, profile)
-        write_prepared(folder / "data" / "short" / "prepared", data, pairs)
+        preparing.write_split(folder / "data" / "short" / "prepared", data, pairs, "train")
         (folder / "models").mkdir()
         (folder / "models" / "embedded").symlink_to(ROOT / "models" / "embedded")
         settings = load(folder)

@@ -4,13 +4,13 @@ import gc
 import math
 import os
 import stat
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import preparing
 import tiny
 from attune.build import load_learner
 from attune.config.plan import StagePlan
@@ -89,7 +89,7 @@ def test_an_epochs_order_comes_from_another_generator_than_any_batchs():
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_batches_are_the_rows_of_the_trainings_own_seed(new_policy, data, tmp_path, seed):
-    write_split(tmp_path, data, data.pairs, "train")
+    preparing.write_split(tmp_path, data, data.pairs, "train")
     trained = method("sft", new_policy(), batch_size=5)
     n, batches = training_batches(trained, tmp_path, torch.device("cpu"), seed)
     assert n == len(data.pairs) == 24
@@ -244,14 +244,6 @@ def test_a_label_is_moved_towards_the_scorers_opinion(gap, feedback, label):
 # ---------------------------------------------------------------- the preference model's accuracy
 
 
-def write_split(folder: Path, data, pairs, split="validation"):
-    np.save(folder / "latents.npy", data.latents.numpy())
-    for name, value in data.cond.tensors.items():
-        np.save(folder / f"prompt.{name}.npy", value.numpy())
-    pd.DataFrame({"prompt": data.prompts, "split": split}).to_parquet(folder / "prompts.parquet")
-    pairs.drop(columns=["prompt_row", "weight"]).assign(split=split).to_parquet(folder / "pairs.parquet")
-
-
 @pytest.fixture
 def objective(new_policy, clip_folder):
     config = PreferenceConfig(clip=clip_folder, lr=1e-4, batches=1, batch_size=5)
@@ -260,7 +252,7 @@ def objective(new_policy, clip_folder):
 
 def test_equal_scores_are_not_right(objective, data, tmp_path):
     """Both images of every pair are one: whatever people said, the model does not tell them apart."""
-    write_split(tmp_path, data, data.pairs.assign(image_1=data.pairs.image_0))
+    preparing.write_split(tmp_path, data, data.pairs.assign(image_1=data.pairs.image_0), "validation")
     curves = accuracy_by_t(objective, tmp_path, seed=0)
     assert {name: curve["accuracy"] for name, curve in curves.items()} == {
         name: [0.0] * len(TIMESTEPS) for name in ("spm", "untimed")
@@ -273,7 +265,7 @@ def test_accuracy_goes_by_the_utility_where_it_is_known(objective, data, tmp_pat
     found = []
     for i, pairs in enumerate((people, utility)):
         (tmp_path / str(i)).mkdir()
-        write_split(tmp_path / str(i), data, pairs)
+        preparing.write_split(tmp_path / str(i), data, pairs, "validation")
         found.append(accuracy_by_t(objective, tmp_path / str(i), seed=0)["spm"]["accuracy"])
     assert np.add(*found) == pytest.approx(np.ones(len(TIMESTEPS)))
     assert all(0 < share < 1 for share in found[0])
@@ -281,7 +273,7 @@ def test_accuracy_goes_by_the_utility_where_it_is_known(objective, data, tmp_pat
 
 def test_the_model_that_training_started_from_does_not_know_the_time(objective, data, tmp_path):
     """At the start both are one model; once the modulation has moved, only the trained one has changed."""
-    write_split(tmp_path, data, data.pairs)
+    preparing.write_split(tmp_path, data, data.pairs, "validation")
     before = accuracy_by_t(objective, tmp_path, seed=0)
     assert before["spm"]["accuracy"] == before["untimed"]["accuracy"]
     assert before["spm"]["t"] == [0, 251, 501, 701, 951]

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import preparing
 from attune.config import plugins
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
 from attune.data.ingest.rules import Rules
-from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine
 from attune.data.rows import BadRow, Pair, Quota, SourceError
 from attune.data.splits import hashed_split
@@ -312,7 +312,7 @@ def test_every_malformation_in_one_file_is_named_and_the_run_goes_on(tmp_path, n
     with Quarantine(tmp_path / "quarantine.csv", "pickapic") as quarantine:
         source = module.read(config, 0, None, Quota())
         rules = Rules(min_side=8, max_bad_share=0.75)
-        counts = write_prepared(tmp_path / "prepared", source, backbone, {}, quarantine, rules)
+        counts = preparing.prepare(tmp_path / "prepared", source, backbone, {}, quarantine, rules)
     with (tmp_path / "quarantine.csv").open(newline="") as file:
         noted = list(csv.DictReader(file))
     reasons = {
@@ -323,7 +323,7 @@ def test_every_malformation_in_one_file_is_named_and_the_run_goes_on(tmp_path, n
         "label_sum": [6],
         "label_value": [7],
         "empty_prompt": [8, 9],
-        "too_small": [10],
+        "too_narrow": [10],
         "duplicate_pair": [14],
     }
     assert {int(row["row"]): row["reason"] for row in noted} == {

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import params
+from attune import build
 from attune.config.plan import EvaluatePlan, Plugin
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError, Float
@@ -20,6 +21,7 @@ from attune.evaluation.protocol import Protocol, hash_prompts, read_made_with, r
 from attune.evaluation.report.page import to_html
 from attune.evaluation.signs import measure_signs
 from attune.evaluation.summarise import summarise
+from attune.files import values_sha
 from attune.rewards import aesthetic, clipscore, hpsv2, imagereward, pickscore
 from attune.stages.evaluate import evaluate
 from attune.world.grammar import all_scenes
@@ -204,7 +206,8 @@ def generated(tmp_path, monkeypatch):
     def plan(*names: str, **changes: dict) -> EvaluatePlan:
         settings = {name: blocks[name] | changes.get(name, {}) for name in (*names, *changes)}
         scorers = {name: Plugin(kind="rewards", name=name, settings=block) for name, block in settings.items()}
-        return EvaluatePlan(profile="tiny", run="base", scorers=scorers)
+        parts = {name: values_sha(block) for name, block in settings.items()}
+        return EvaluatePlan(profile="tiny", run="base", scorers=scorers, parts=parts)
 
     return plan
 
@@ -224,6 +227,24 @@ def test_batches_give_the_scores_of_one_call(generated):
     with torch.no_grad():
         whole = scorer(pixels, frame.prompt.tolist()).double().numpy()
     np.testing.assert_allclose(stored.pickscore, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_scorer_that_is_new_is_asked(generated, monkeypatch):
+    """Images, weights and settings that were scored before are not scored again, whoever is asked beside them."""
+    first = evaluate(generated("oracle", "pickscore"))
+    asked, load = [], build.load_scorer
+    monkeypatch.setattr(build, "load_scorer", lambda scorer: asked.append(scorer.name) or load(scorer))
+    second = evaluate(generated("oracle", "pickscore", "aesthetic"))
+    assert asked == ["aesthetic"]
+    pd.testing.assert_frame_equal(second[first.columns], first, check_exact=True)
+    black = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    black.save("data/tiny/generated/base/34_1.png")  # the last of 70 images: the third batch
+    third = evaluate(generated("oracle", pickscore={"expected_range": [-50, 50]}))
+    assert asked == ["aesthetic", "oracle", "pickscore"]
+    assert (third.oracle[:69] == second.oracle[:69]).all()
+    assert third.oracle[69] != second.oracle[69]
+    kept = list(Path(".checkpoints/scores/tiny/base").iterdir())
+    assert len(kept) == 6  # three batches by two scorers; what nobody asks for any more is gone
 
 
 def test_features_come_from_the_first_scorer_that_offers_them(generated):

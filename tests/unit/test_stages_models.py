@@ -16,6 +16,7 @@ import stages
 from attune.build import load_policy, load_scorer
 from attune.config import plugins
 from attune.config.plan import GeneratePlan, PreferencePlan, PreparePlan, RunPlan, read
+from attune.data import manifest
 from attune.data.rows import Pair, Prompt, Quota
 from attune.data.store import PreparedData
 from attune.diffusion.generate import generate_images
@@ -111,8 +112,10 @@ def test_the_store_holds_the_sources_prompts_and_their_encodings(here, source):
     table = pd.read_parquet(PREPARED / "prompts.parquet")
     assert list(zip(table.prompt, table.split, strict=True)) == wanted
     assert pd.read_parquet(PREPARED / "test_prompts.parquet").prompt.tolist() == [p for p, s in wanted if s == "test"]
+    encoded = manifest.read(PREPARED)["prompts"]
     for name, value in policy.backbone.encode_prompts([p for p, _ in wanted]).tensors.items():
-        np.testing.assert_allclose(np.load(PREPARED / f"prompt.{name}.npy"), value.numpy(), atol=1e-5)
+        stored = manifest.rows_of(PREPARED, encoded, name).tensor()
+        torch.testing.assert_close(stored, value, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -19,6 +19,7 @@ from attune.config.plan import EvaluatePlan, Plugin, read
 from attune.evaluation.protocol import read_scores
 from attune.evaluation.scoring import score_images
 from attune.evaluation.summary import Summary
+from attune.shards import Shards
 
 RUNS = {
     "base": {"after": "data"},
@@ -84,7 +85,7 @@ def test_parts_of_the_oracle_are_columns_and_features_are_a_clips(here):
     np.testing.assert_allclose(features[3:4], own, atol=1e-5)
 
 
-def test_features_are_those_of_the_first_scorer_that_has_any(here):
+def test_features_are_those_of_the_first_scorer_that_has_any(here, tmp_path):
     """Of two CLIPs; the oracle, before them, has none."""
     oracle = Plugin(kind="rewards", name="oracle", settings={})
     block = {"model": "ViT-tiny/4@32", "hidden_act": "gelu"}
@@ -97,7 +98,9 @@ def test_features_are_those_of_the_first_scorer_that_has_any(here):
     assert np.abs(own[0] - own[1]).max() > 0.1
     for order in (0, 1), (1, 0):
         named = {"o": oracle} | {f"clip {i}": clips[i] for i in order}
-        _, found = score_images(folder, {name: partial(load_scorer, clip) for name, clip in named.items()})
+        loaders = {name: partial(load_scorer, clip) for name, clip in named.items()}
+        shards = Shards(tmp_path / "-".join(named))
+        _, found, _ = score_images(folder, loaders, {name: name for name in named}, shards)
         np.testing.assert_allclose(found, own[order[0]], atol=1e-5)
 
 

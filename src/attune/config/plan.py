@@ -44,6 +44,7 @@ class StagePlan(StrictModel):
     profile: str
     files: Mapping[str, str] = {}  # local files and folders that are no outputs of other stages -> digest
     code: Mapping[str, str] = {}  # module -> digest
+    parts: Mapping[str, str] = {}  # parts of the work that are kept for themselves -> what identifies each
 
 
 class PreparePlan(StagePlan):

@@ -13,8 +13,11 @@ from attune.config.settings import SourceConfig
 if TYPE_CHECKING:
     import numpy as np
 
-ImageRef: TypeAlias = "bytes | Path | np.ndarray | BadImage | None"
-"""An encoded image, the file of one, pixels as uint8 (H, W, 3), why there is none, or None where it is not there."""
+    from attune.data.ingest.reader import DecodedImage
+
+ImageRef: TypeAlias = "bytes | Path | np.ndarray | DecodedImage | BadImage | None"
+"""An encoded image, the file of one, pixels as uint8 (H, W, 3), an image that has been read, why there is none, or None
+where it is not there."""
 
 ImageGenerator: TypeAlias = "Callable[[Sequence[str], Sequence[int], str], np.ndarray]"
 """(prompts, ordinals, name of the progress bar) -> images of the base model, uint8 (n, H, W, 3)."""

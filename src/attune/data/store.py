@@ -5,10 +5,12 @@ data/<profile>/prepared/
     pairs.parquet       prompt, image_0, image_1 (rows of the latents), label_0, split, and what the source adds;
                         `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with
     images.parquet      of sources of single images: prompt, image (row of the latents), liked, split, and scores
-    latents.npy         (n, C, h, w), scaled
-    prompt.<name>.npy   (P, ...) for each conditioning tensor, a row per row of prompts.parquet
+    manifest.json       the files below, in the order of their rows
+    latents/            latents (n, C, h, w), scaled
+    prompts/            each conditioning tensor (P, ...), a row per row of prompts.parquet
+    scores/             by scorer; `prepare` does not ask it again for what is there
 
-Arrays are mapped, not read: a batch costs its own rows, however large the data.
+The files are mapped, not read: a batch costs its own rows, however large the data.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from attune.data.arrays import read_array
+from attune.data import manifest
 from attune.data.batches import ImageBatch, PairBatch, PromptBatch
+from attune.data.mapped import MappedRows
 from attune.data.splits import VERDICTS, check_splits
 from attune.interfaces import Conditioning
 
@@ -37,9 +40,9 @@ class PreparedData:
     """One split: prompts with their encoding, and pairs that point into latents; batches go to `device`."""
 
     prompts: Sequence[str]
-    cond: Conditioning  # a row per prompt
+    cond: Conditioning  # a row per prompt; its tensors may be `MappedRows`
     pairs: pd.DataFrame
-    latents: Tensor
+    latents: Tensor | MappedRows
     device: torch.device | str = "cpu"
     images: pd.DataFrame | None = None  # single images; None of a source of pairs
 
@@ -51,8 +54,7 @@ class PreparedData:
             FileNotFoundError: the prepare stage has not run.
             ValueError: what it wrote is damaged.
         """
-        if not (folder / "latents.npy").exists():
-            raise FileNotFoundError(f"{folder} holds no prepared data; run the prepare stage first")
+        files = manifest.read(folder)
         table = pd.read_parquet(folder / "prompts.parquet")
         pairs = pd.read_parquet(folder / "pairs.parquet")
         odd = pairs[~pairs.label_0.between(0, 1)]  # NaN is not between them either
@@ -63,8 +65,12 @@ class PreparedData:
         rows = np.flatnonzero(table.split == split)
         here = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)
         prompts = table.prompt[here].tolist()
-        files = {path.stem.removeprefix("prompt."): path for path in sorted(folder.glob("prompt.*.npy"))}
-        cond = Conditioning({name: read_array(path)[here] for name, path in files.items()})
+        encoded = {
+            name: manifest.rows_of(folder, files["prompts"], name)
+            for name in manifest.names_in(folder, files["prompts"])
+        }
+        # mapped rows stand for a tensor here: all that is done with it is to take rows
+        cond = Conditioning({name: cast(Tensor, rows[here]) for name, rows in encoded.items()})
         place = {prompt: row for row, prompt in enumerate(prompts)}
         pairs = pairs.assign(prompt_row=pairs.prompt.map(place).astype("int64"))
         images = None
@@ -72,7 +78,8 @@ class PreparedData:
             images = pd.read_parquet(folder / IMAGES)
             images = images[images.split == split].reset_index(drop=True)
             images = images.assign(prompt_row=images.prompt.map(place).astype("int64"))
-        data = PreparedData(prompts, cond, pairs, read_array(folder / "latents.npy"), device, images)
+        latents = manifest.rows_of(folder, files["latents"], "latents")
+        data = PreparedData(prompts, cond, pairs, latents, device, images)
         return data.with_pairs(pairs, keep_ties)
 
     def with_pairs(self, pairs: pd.DataFrame, keep_ties: bool = False) -> PreparedData:

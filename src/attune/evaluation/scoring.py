@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+import torch
+from torch import Tensor
 
-from attune.evaluation.images import read_images
+from attune.distributed import Shard
+from attune.evaluation.images import image_bytes, read_images
 from attune.evaluation.protocol import Protocol, write_scores
 from attune.files import write_atomically
+from attune.shards import ALONE, Content, Shards, compute_missing, in_order, own_threads, shard_name
 from attune.versions import versions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from attune.interfaces import Reward
 
 MADE_WITH = "made_with.json"  # beside images: versions and device
+FEATURES = "features"  # their name in a shard, which no scorer can have beside `features.part`
 BATCH_SIZE = 32  # images; 1024 px ones take 0.4 GB as float32
 
 
@@ -41,23 +45,33 @@ def evaluation_protocol(folder: Path, scorers: Iterable[tuple[str, str, str]]) -
 
 
 def evaluate_folder(
-    folder: Path, scorers: Mapping[str, Callable[[], Reward]], protocol: Protocol, reports: Path
-) -> pd.DataFrame:
+    folder: Path,
+    scorers: Mapping[str, Callable[[], Reward]],
+    protocol: Protocol,
+    reports: Path,
+    ids: Mapping[str, str],
+    shards: Shards,
+    shard: Shard = ALONE,
+) -> pd.DataFrame | None:
     """Scores a folder of images and writes scores/<name>.parquet and features/<name>.npy into `reports`.
 
     Args:
         folder: images with their index.parquet; its name is the method's.
         scorers: name -> what loads it.
         protocol: of these scorers, see `evaluation_protocol`.
+        ids: name -> what identifies the scorer: settings, weights, code, libraries.
+        shards: where scores are kept; those of nothing that is here any more are removed.
 
     Returns:
-        The score table that was written.
+        The score table that was written; None in all processes but the main one.
 
     Raises:
         UnexpectedMean: a scorer's mean lies outside the interval it announces.
         ValueError: scores are missing or not finite.
     """
-    frame, features = score_images(folder, scorers)
+    frame, features, used = score_images(folder, scorers, ids, shards, shard)
+    if not shard.is_main_process:
+        return None
     generated = json.loads((folder / MADE_WITH).read_text())
     made_with = {f"generate.{name}": found for name, found in generated.items()}
     made_with |= {f"evaluate.{name}": found for name, found in versions_and_device().items()}
@@ -65,76 +79,90 @@ def evaluate_folder(
     buffer = io.BytesIO()
     np.save(buffer, features)
     write_atomically(reports / "features" / f"{folder.name}.npy", buffer.getvalue())
+    for path in set(shards.folder.glob("*")) - {shards.path(name) for name in used}:
+        path.unlink()
     return frame
 
 
 def versions_and_device() -> dict[str, str]:
     """What computes here: the libraries, and the GPU if there is one."""
-    import torch
-
     without_cuda = "mps" if torch.backends.mps.is_available() else "cpu"
     return {**versions(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else without_cuda}
 
 
-def score_images(folder: Path, scorers: Mapping[str, Callable[[], Reward]]) -> tuple[pd.DataFrame, np.ndarray]:
-    """Scores the images of a folder.
+def score_images(
+    folder: Path,
+    scorers: Mapping[str, Callable[[], Reward]],
+    ids: Mapping[str, str],
+    shards: Shards,
+    shard: Shard = ALONE,
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Scores the images of a folder, by all processes, batch by batch; a batch's scores by a scorer are a shard.
 
-    Scorers are loaded one after the other, and images a batch at a time: memory holds one scorer and one batch.
+    Scorers are loaded one after the other, and one that has been asked everything before is not loaded.
 
     Args:
         folder: images with their index.parquet (columns prompt, ordinal, file).
         scorers: name -> what loads it.
 
     Returns:
-        The index with a column `name` per scorer and `name.part` per part of it; and features (N, D) of the first
-        scorer that offers them, from which diversity and drift are measured, or (N, 0) if none does.
+        The index with a column `name` per scorer and `name.part` per part of it; features (N, D) of the first scorer
+        that offers them, from which diversity and drift are measured, or (N, 0) if none does; and the shards' names.
 
     Raises:
         UnexpectedMean: a scorer's mean lies outside the interval it announces.
     """
-    from attune.interfaces import FeatureExtractor
-
-    frame = pd.read_parquet(folder / "index.parquet")
-    features = None
+    frame, features, used = pd.read_parquet(folder / "index.parquet"), None, list[str]()
+    batches = list(read_batches(folder, frame, own_threads(shard.world_size)))
     for name, load in scorers.items():
-        scorer = load()
-        wanted = features is None and isinstance(scorer, FeatureExtractor)
-        columns, found = _score(name, scorer, folder, frame, wanted)
-        features = found if wanted else features
-        check_mean(name, columns[name].mean(), scorer.expected_range)
+        load = cache(load)  # once, and not for the next scorer's pass
+        tasks = {
+            shard_name(ids[name], features is None, rows.prompt.tolist(), digests): partial(
+                score_batch, name, load, folder, rows, features is None
+            )
+            for rows, digests in batches
+        }
+        compute_missing(tasks, shards, shard, f"{folder.name}: {name}")
+        found = [shards.read(task) for task in tasks]
+        used += tasks
+        columns = {key: torch.cat([tensors[key] for tensors, _ in found]).numpy() for key in found[0][0]}
+        features = columns.pop(FEATURES, features)
+        check_mean(name, columns[name].mean(), found[0][1]["expected_range"])
         frame = frame.assign(**columns)
-    return frame, np.empty((len(frame), 0), np.float32) if features is None else features
+    return frame, np.empty((len(frame), 0), np.float32) if features is None else features, used
 
 
-def _score(
-    name: str, scorer: Reward, folder: Path, frame: pd.DataFrame, with_features: bool
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """One pass of a scorer over the images: its columns `name` and `name.part`, and features (N, D) if wanted."""
-    import torch
+def read_batches(folder: Path, frame: pd.DataFrame, threads: int) -> Iterator[tuple[pd.DataFrame, list[str]]]:
+    """Batches of rows, with what identifies their images."""
 
+    def identity(file: str) -> str:
+        return hashlib.blake2b(image_bytes(folder, file), digest_size=16).hexdigest()
+
+    digests = list(in_order(identity, frame["file"], threads))
+    for start in range(0, len(frame), BATCH_SIZE):
+        yield frame.iloc[start : start + BATCH_SIZE], digests[start : start + BATCH_SIZE]
+
+
+def score_batch(
+    name: str, load: Callable[[], Reward], folder: Path, rows: pd.DataFrame, with_features: bool
+) -> Content:
+    """Columns `name` and `name.part` of a batch, features if wanted and offered; and the interval of the mean."""
     from attune.interfaces import ExplainedReward, FeatureExtractor
 
-    parts: dict[str, list[Any]] = {}
-    features = []
-    for start in tqdm(range(0, len(frame), BATCH_SIZE), desc=f"{folder.name}: {name}", unit="batch"):
-        rows = frame.iloc[start : start + BATCH_SIZE]
-        pixels, prompts = read_pixels(folder, rows["file"]), rows["prompt"].tolist()
-        with torch.no_grad():
-            found = {name: scorer(pixels, prompts).cpu().double().numpy()}
-        if isinstance(scorer, ExplainedReward):
-            found |= {f"{name}.{part}": values for part, values in scorer.parts(pixels, prompts).items()}
-        for column, values in found.items():
-            parts.setdefault(column, []).append(values)
-        if with_features and isinstance(scorer, FeatureExtractor):
-            features.append(scorer.features(pixels).numpy())
-    columns = {column: np.concatenate(values) for column, values in parts.items()}
-    return columns, np.concatenate(features) if with_features else None
+    scorer, prompts, pixels = load(), rows["prompt"].tolist(), read_pixels(folder, rows["file"])
+    with torch.no_grad():
+        columns = {name: scorer(pixels, prompts).cpu().double()}
+    if isinstance(scorer, ExplainedReward):
+        parts = scorer.parts(pixels, prompts)
+        columns |= {f"{name}.{part}": torch.from_numpy(np.asarray(values)) for part, values in parts.items()}
+    if with_features and isinstance(scorer, FeatureExtractor):
+        columns[FEATURES] = scorer.features(pixels).cpu()
+    expected = scorer.expected_range
+    return columns, {"expected_range": None if expected is None else list(expected)}
 
 
 def read_pixels(folder: Path, files: Sequence[str]) -> Tensor:
     """Images as scorers take them: float32 (B, 3, H, W) in [0, 1]."""
-    import torch
-
     return torch.from_numpy(read_images(folder, files)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of trainings that did not end: which can still be resumed, and which nothing will ever read again."""
+"""The checkpoints and shards of stages that did not end: what can still be gone on from, and what nothing will read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def saved_trainings(root: Path, profile: str, plans: Mapping[Path, str]) -> Iter
     for folder in sorted((root / CHECKPOINTS).glob("*/")):
         if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")):
             continue  # other things are kept here as well, say the ids of tracked runs
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         yield SavedTraining(folder, size, _state(folder, profile, current))
 
 

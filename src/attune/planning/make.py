@@ -25,13 +25,14 @@ from attune.config.plan import (
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings, held_out_prompts
 from attune.config.schema import StrictModel
-from attune.config.settings import MethodConfig, locations
+from attune.config.settings import MethodConfig
 from attune.data.splits import VERDICTS
 from attune.licenses import base_license
 from attune.paths import Paths
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 from attune.planning.opinions import by_run, selected_by, trained_on
+from attune.planning.parts import generated_part, paths_in, prepared_parts, scorer_part
 from attune.planning.seeds import settings_sha
 
 
@@ -84,7 +85,7 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
         after=None if run.after in (DATA, PREFERENCE) else run.after,
         needs_preference=plugins.needs(run.method, "preference_model"),
         scorers={scorer: _scorer(scorer, settings) for scorer in asked},
-        files=digests.of([*_paths(settings.model), *_paths(config), *_paths(run), *_weights(asked, settings)]),
+        files=digests.of([*paths_in(settings.model), *paths_in(config), *paths_in(run), *_weights(asked, settings)]),
         code=code_digests(modules, without="" if config else "attune.finetune"),
     )
 
@@ -99,7 +100,11 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
     modules = ["attune.stages.prepare", plugins.module_name("sources", settings.source)]
     modules.append(plugins.module_name("backbones", settings.model.backbone))
     modules += [plugins.module_name("rewards", settings.scorers[name].plugin) for name in settings.data.score_with]
-    files = [*_paths(settings.model), *source.needs_files(settings.data), *_weights(settings.data.score_with, settings)]
+    files = [
+        *paths_in(settings.model),
+        *source.needs_files(settings.data),
+        *_weights(settings.data.score_with, settings),
+    ]
     return PreparePlan(
         profile=settings.profile,
         seed=settings.seed,
@@ -109,6 +114,7 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
         files=digests.of(files),
         code=code_digests(modules),
+        parts=prepared_parts(settings, digests),
     )
 
 
@@ -148,7 +154,7 @@ def _preference(settings: Settings, digests: Digests) -> PreferencePlan:
         seed=settings.seed,
         model=settings.model,
         settings=None if config is None else config.model_dump(mode="json"),
-        files=digests.of([*_paths(settings.model), *_paths(config)]) if config else {},
+        files=digests.of([*paths_in(settings.model), *paths_in(config)]) if config else {},
         code=code_digests(modules) if config else {},
     )
 
@@ -161,8 +167,9 @@ def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
         seed=settings.seed,
         model=settings.model,
         generate=settings.generate,
-        files=digests.of([*_paths(settings.model), *_paths(run)]),
+        files=digests.of([*paths_in(settings.model), *paths_in(run)]),
         code=code_digests(["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]),
+        parts={"images": generated_part(settings, settings.generate.sampling, paths_in(run), digests)},
     )
 
 
@@ -174,6 +181,7 @@ def _evaluate(name: str, settings: Settings, digests: Digests) -> EvaluatePlan:
         scorers={scorer: _scorer(scorer, settings) for scorer in settings.scorers},
         files=digests.of(_weights(settings.scorers, settings)),
         code=code_digests(["attune.stages.evaluate", *used]),
+        parts={name: scorer_part(name, "attune.evaluation.scoring", settings, digests) for name in settings.scorers},
     )
 
 
@@ -249,11 +257,4 @@ def _scorer(name: str, settings: Settings) -> Plugin:
 
 def _weights(names: Iterable[str], settings: Settings) -> list[str]:
     """The local files of scorers."""
-    return [path for name in names for path in _paths(settings.scorers[name].config)]
-
-
-def _paths(config: StrictModel | None) -> list[str]:
-    """The local files and folders that settings name, with the layout (.json) that may lie beside a file of weights."""
-    found = [] if config is None else [s.place for s in locations(config).values() if s.commit is None]
-    layouts = [str(Path(place).with_suffix(".json")) for place in found if Path(place).is_file()]
-    return found + [layout for layout in layouts if layout not in found and Path(layout).exists()]
+    return [path for name in names for path in paths_in(settings.scorers[name].config)]

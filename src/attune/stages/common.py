@@ -1,4 +1,4 @@
-"""What every stage shares: its plan, its MLflow run, and for trainings several processes."""
+"""What every stage shares: its plan, its MLflow run, several processes, and where its shards are kept."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
 
 from attune import tracking
 from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
 from attune.costs import Cost, measured
 from attune.files import values_sha, write_atomically
-from attune.paths import TIMES, TRACKED_RUNS, project_root
+from attune.paths import CHECKPOINTS, TIMES, TRACKED_RUNS, project_root
 from attune.stop import stoppable
 
 if TYPE_CHECKING:  # imports torch, for which stages wait
@@ -37,9 +40,57 @@ TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
 P = TypeVar("P", bound=StagePlan)
 
 
+class Kept(Protocol):
+    """What an interrupted stage goes on from: a training's checkpoint, or a folder of shards."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether there was something to go on from."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """The folder in which a stage keeps shards until it has ended."""
+
+    folder: Path
+    is_resumed: bool
+
+
+@contextmanager
+def shard_folder(name: str, plan: StagePlan) -> Iterator[ShardFolder]:
+    """A stage's folder for shards, held under a lock by the main process; removed when the with-body has succeeded.
+
+    Shards are named by their content, so those of other settings do no harm, and are found when settings come back.
+
+    Args:
+        name: of stage, profile and run, say `generate-sd15-spo`.
+    """
+    folder = project_root() / CHECKPOINTS / name
+    resumed = folder.exists()
+    if not is_main_process():
+        yield ShardFolder(folder, resumed)
+        return
+    lock = FileLock(folder.with_suffix(".lock"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit(f"another process is already running {name}: it holds {lock.lock_file}")
+    about = {"stage": name, "profile": plan.profile, "plan": values_sha(plan.model_dump(mode="json"))}
+    write_atomically(folder / "about.json", json.dumps(about).encode() + b"\n")
+    yield ShardFolder(folder, resumed)
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
 @contextmanager
 def stage(
-    name: str, plan: StagePlan, settings: Mapping[str, Any], checkpoint: Checkpoint | None = None, **tags: str
+    name: str, plan: StagePlan, settings: Mapping[str, Any], kept: Kept | None = None, **tags: str
 ) -> Iterator[tracking.Run]:
     """Opens a stage: starts its tracking run, and measures what it costs.
 
@@ -48,21 +99,21 @@ def stage(
     Args:
         name: say `align@spo`.
         settings: what is logged as the run's parameters, every default filled in.
-        checkpoint: of a training. One that goes on from it goes on in the same tracking run, at the same account.
+        kept: what an interrupted stage left, from which it goes on: in the same tracking run, at the same account.
         tags: what the run is to be found by, besides the profile.
     """
-    session, resumed = read(Session, "session"), checkpoint is not None and checkpoint.file.exists()
+    session, resumed = read(Session, "session"), kept is not None and kept.is_resumed
     work = values_sha(plan.model_dump(mode="json"))
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
-    where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(checkpoint)}
+    where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(kept)}
     try:
         with (
             stoppable(name),
             measured(plan.profile, name, work, resumed=resumed, rank=rank()) as cost,
             tracking.run(name, settings, **where) as run,
         ):
-            if checkpoint is not None and run.handle is not None:
-                write_atomically(checkpoint.folder / TRACKED_AS, json.dumps(run.handle).encode())
+            if kept is not None and run.handle is not None:
+                write_atomically(kept.folder / TRACKED_AS, json.dumps(run.handle).encode())
             yield run
             log_cost(run, name, spent := cost())
     except (MemoryError, RuntimeError) as error:
@@ -74,12 +125,12 @@ def stage(
         note_seconds(name, spent.seconds)
 
 
-def tracked_before(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    """The tracking run of an earlier part of the training, as `Run.handle` gave it; None if there was none."""
-    if checkpoint is None:
+def tracked_before(kept: Kept | None) -> dict[str, Any] | None:
+    """The tracking run of an earlier part of the work, as `Run.handle` gave it; None if there was none."""
+    if kept is None:
         return None
     try:
-        known = json.loads((checkpoint.folder / TRACKED_AS).read_text())
+        known = json.loads((kept.folder / TRACKED_AS).read_text())
     except (OSError, ValueError):
         return None
     return known if isinstance(known, dict) else None
@@ -132,7 +183,7 @@ def use_threads(threads: int) -> None:
 
 
 def launch(module: str) -> None:
-    """Becomes several processes that train together, where the environment asks for them (docs/several_gpus.md).
+    """Becomes several processes that work together, where the environment asks for them (docs/several_gpus.md).
 
     ATTUNE_PROCESSES=2 starts so many on this machine; ATTUNE_LAUNCH is any launcher's command line, which is given
     `-m <module>`. Does nothing in a process that a launcher has started, which RANK tells. The run is passed on in the
@@ -152,7 +203,7 @@ def launch(module: str) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     env["ATTUNE_LAUNCHED"] = "1"
     if "--run" in sys.argv:
-        env["DVC_STAGE"] = f"align@{run_of_stage()}"
+        env["DVC_STAGE"] = f"{module.rpartition('.')[2]}@{run_of_stage()}"
     try:
         os.execvp(launcher[0], [*launcher, "-m", module])
     except OSError as error:
@@ -163,12 +214,12 @@ _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTU
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes; the only one, unless several train together."""
+    """Whether this process is the one that writes; the only one, unless several work together."""
     return rank() == 0
 
 
 def rank() -> int:
-    """Which of the processes that train together this one is; 0 for the only one."""
+    """Which of the processes that work together this one is; 0 for the only one."""
     return int(os.environ.get("RANK", "0"))
 
 

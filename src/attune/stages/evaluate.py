@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from attune.config.plan import EvaluatePlan
-from attune.paths import TRACKED_RUNS, Paths
-from attune.stages.common import planned, stage
+from attune.files import values_sha
+from attune.paths import TRACKED_RUNS, Paths, project_root
+from attune.stages.common import launch, planned, stage
 from attune.stop import stoppable
 
 if TYPE_CHECKING:
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 
 def main() -> None:
     plan = planned(EvaluatePlan, "evaluate")
+    launch("attune.stages.evaluate")
     settings = {"scorers": {name: {"scorer": it.name, **it.settings} for name, it in plan.scorers.items()}}
     with stage(f"evaluate@{plan.run}", plan, settings, method=plan.run) as run:
         frame = evaluate(plan)
+        if frame is None:
+            return
         means = {scorer: float(frame[scorer].mean()) for scorer in sorted(plan.scorers)}
         run.summary(means)
         trained_by = TRACKED_RUNS / plan.run
@@ -27,18 +31,29 @@ def main() -> None:
             run.note(trained_by.read_text().strip() or None, means)
 
 
-def evaluate(plan: EvaluatePlan) -> pd.DataFrame:
-    """Scores the run's images by the profile's scorers; an unexpected mean ends the stage with its message."""
-    from attune.build import load_scorer
+def evaluate(plan: EvaluatePlan) -> pd.DataFrame | None:
+    """Scores the run's images by the profile's scorers; an unexpected mean ends the stage with its message.
+
+    The shards of scores stay, so that a scorer that is added is the only one to be asked.
+
+    Returns:
+        The table; None in all processes but the main one.
+    """
+    from attune.build import load_scorer, shard
     from attune.evaluation.protocol import scorer_identity
     from attune.evaluation.scoring import UnexpectedMean, evaluate_folder, evaluation_protocol
+    from attune.shards import Shards, process_group
+    from attune.versions import versions
 
-    paths = Paths(plan.profile)
-    folder = paths.generated(plan.run)
+    paths, ours = Paths(plan.profile), shard()
+    folder, shards = paths.generated(plan.run), Shards(project_root() / paths.kept_scores(plan.run))
     identities = [scorer_identity(name, scorer.config) for name, scorer in plan.scorers.items()]
-    loaders = {name: partial(load_scorer, scorer) for name, scorer in plan.scorers.items()}
+    loaders = {name: cache(partial(load_scorer, scorer)) for name, scorer in plan.scorers.items()}
+    ids = {name: values_sha([plan.parts[name], versions()]) for name in plan.scorers}
     try:
-        return evaluate_folder(folder, loaders, evaluation_protocol(folder, identities), paths.reports)
+        with process_group(ours):
+            protocol = evaluation_protocol(folder, identities)
+            return evaluate_folder(folder, loaders, protocol, paths.reports, ids, shards, ours)
     except UnexpectedMean as error:
         sys.exit(str(error))
 

@@ -54,6 +54,11 @@ class Checkpoint:
         except Timeout:
             raise RuntimeError(f"another process is already running {stage}: it holds {self._lock.lock_file}") from None
 
+    @property
+    def is_resumed(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.file.exists()
+
     def set_aside_if_damaged(self) -> None:
         """Renames a state that cannot be read, and says so; without one the training starts from the beginning.
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from attune.data.ingest.encoder import ImageRows
 from attune.data.ingest.reader import DecodedImage, ImageReader, digest
 from attune.data.ingest.rules import Rules, clean_prompt, label, verdict
-from attune.data.ingest.scorer import ImageScorer
+from attune.data.ingest.scorer import ImageScores
 from attune.data.quarantine import Quarantine, RejectedRow
 from attune.data.rows import BadRow, ImageRef, LabelledImage, Pair, Prompt, Row
 from attune.data.splits import SPLITS, PromptSplits, count_images
@@ -43,6 +42,21 @@ class Kept:
         return OF_PAIR if len(self.digests) == 2 else OF_IMAGE
 
 
+class ImageRows(Protocol):
+    """What `Ingest` asks of whoever has the latents: a row for every image, known by its digest."""
+
+    @property
+    def bad_rows(self) -> Collection[int]:
+        """Rows whose latents are not finite."""
+        ...
+
+    def __contains__(self, digest: bytes) -> bool: ...
+
+    def row(self, image: DecodedImage) -> int: ...
+
+    def flush(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Tables:
     """What is prepared; `images` only where the source has single images."""
@@ -56,7 +70,7 @@ class Ingest:
     """Takes the rows of a source one by one and makes the tables of the good ones."""
 
     def __init__(
-        self, reader: ImageReader, encoder: ImageRows, scorer: ImageScorer, quarantine: Quarantine, rules: Rules
+        self, reader: ImageReader, encoder: ImageRows, scorer: ImageScores, quarantine: Quarantine, rules: Rules
     ):
         self._reader, self._encoder, self._scorer = reader, encoder, scorer
         self._quarantine, self._rules = quarantine, rules

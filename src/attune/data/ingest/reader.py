@@ -52,54 +52,88 @@ class ImageReader:
         self._rejected: dict[bytes, tuple[str, str]] = {}  # digest -> reason, detail
 
     def read(self, ref: ImageRef, needs_pixels: Callable[[bytes], bool]) -> DecodedImage:
-        """The image, decoded if it is new or `needs_pixels` of its digest.
+        """The image, decoded if it is new or `needs_pixels` of its digest. One that has been read already is checked.
 
         Raises:
             RejectedRow: `missing_image`, `undecodable`, `too_large`, `too_small`, `too_narrow` or `pixel_range`, or the
                 reason of a `BadImage`.
         """
+        if isinstance(ref, DecodedImage):
+            check_sides(ref.size, self._min_side)
+            return ref
         identity, data = self._identify(ref)
         if identity in self._rejected:
             raise RejectedRow(*self._rejected[identity])
         if identity in self._good and not needs_pixels(identity):
             return DecodedImage(identity, *self._good[identity], None)
-        if data is None and isinstance(ref, Path):
-            data = read_regular(ref)
         try:
-            image = self._decode(ref, data)
+            image = decode_ref(ref, data)
+            check_sides(image.size, self._min_side)
         except RejectedRow as reason:
             self._rejected[identity] = str(reason), reason.detail
             raise
         if identity not in self._good:
-            content = digest(repr(image.size).encode(), image.tobytes())
-            self._good[identity] = content, image.size
+            self._good[identity] = content_digest(image), image.size
         return DecodedImage(identity, *self._good[identity], image)
-
-    def _decode(self, ref: ImageRef, data: bytes | None) -> Image.Image:
-        image = Image.fromarray(ref) if isinstance(ref, np.ndarray) else decode(data or b"")
-        if min(image.size) < self._min_side:
-            raise RejectedRow("too_small", f"{image.width} x {image.height} pixels; data.min_side is {self._min_side}")
-        if max(image.size) > MAX_RATIO * min(image.size):
-            raise RejectedRow("too_narrow", f"{image.width} x {image.height} pixels; at most {MAX_RATIO} to 1 are read")
-        return image
 
     def _identify(self, ref: ImageRef) -> tuple[bytes, bytes | None]:
         """Digest and encoded bytes; the bytes are None for pixels and for a file whose digest is known."""
-        if ref is None:
-            raise RejectedRow("missing_image", "the source has none")
-        if isinstance(ref, BadImage):
-            raise RejectedRow(ref.reason, ref.detail)
         if isinstance(ref, Path) and ref in self._digests:
             return self._digests[ref], None
-        if isinstance(ref, np.ndarray):
-            return digest(ref.tobytes()), None
-        if isinstance(ref, bytes):
-            if len(ref) > MAX_IMAGE_BYTES:
-                raise RejectedRow("too_large", f"{len(ref)} bytes; {MAX_IMAGE_BYTES} are read at most")
-            return digest(ref), ref
-        data = read_regular(ref)
-        self._digests[ref] = digest(data)
-        return self._digests[ref], data
+        identity, data = identify(ref)
+        if isinstance(ref, Path):
+            self._digests[ref] = identity
+        return identity, data
+
+
+def identify(ref: ImageRef) -> tuple[bytes, bytes | None]:
+    """Digest and encoded bytes of an image; None of one whose bytes are not there: pixels, or it has been read.
+
+    Raises:
+        RejectedRow: there is none, for a reason.
+    """
+    if isinstance(ref, DecodedImage):
+        return ref.digest, None
+    if ref is None:
+        raise RejectedRow("missing_image", "the source has none")
+    if isinstance(ref, BadImage):
+        raise RejectedRow(ref.reason, ref.detail)
+    if isinstance(ref, np.ndarray):
+        return digest(ref.tobytes()), None
+    if isinstance(ref, Path):
+        ref = read_regular(ref)
+    elif len(ref) > MAX_IMAGE_BYTES:
+        raise RejectedRow("too_large", f"{len(ref)} bytes; {MAX_IMAGE_BYTES} are read at most")
+    return digest(ref), ref
+
+
+def decode_ref(ref: ImageRef, data: bytes | None = None) -> Image.Image:
+    """An image that `identify` has accepted, whatever its size; `data` are its bytes, if they have been read.
+
+    Raises:
+        RejectedRow: it cannot be decoded, or one side is too long for the other.
+    """
+    if isinstance(ref, DecodedImage):
+        image = ref.pixels
+    elif isinstance(ref, np.ndarray):
+        image = Image.fromarray(ref)
+    else:
+        whole = data or (read_regular(ref) if isinstance(ref, Path) else ref)
+        image = decode(whole if isinstance(whole, bytes) else b"")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise RejectedRow("too_narrow", f"{image.width} x {image.height} pixels; at most {MAX_RATIO} to 1 are read")
+    return image
+
+
+def check_sides(size: tuple[int, int], min_side: int) -> None:
+    """Raises RejectedRow for an image with a side below `min_side`."""
+    if min(size) < min_side:
+        raise RejectedRow("too_small", f"{size[0]} x {size[1]} pixels; data.min_side is {min_side}")
+
+
+def content_digest(image: Image.Image) -> bytes:
+    """What identifies the pixels of an image."""
+    return digest(repr(image.size).encode(), image.tobytes())
 
 
 def digest(*parts: bytes) -> bytes:

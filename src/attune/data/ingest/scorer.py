@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,18 @@ from PIL import Image
 from attune.data.ingest.encoder import is_full
 from attune.data.ingest.reader import DecodedImage, to_tensor
 from attune.interfaces import Reward
+
+
+class ImageScores(Protocol):
+    """What `Ingest` asks of a scorer."""
+
+    def wants(self, digest: bytes, prompt: str) -> bool: ...
+
+    def add(self, image: DecodedImage, prompt: str) -> None: ...
+
+    def scores(self, digest: bytes, prompt: str) -> Mapping[str, float]: ...
+
+    def flush(self) -> None: ...
 
 
 class ImageScorer:

@@ -1,90 +1,181 @@
-"""Writes the prepared data: rows are checked one by one, images and prompts encoded in batches and streamed to disk.
+"""Writes the prepared data: images and prompts are encoded in shards, by all processes, and rows are judged one by one.
 
-Memory holds a few batches of images and the tables, about 1 kB per pair. The folder is renamed into place when it is
-complete; a run that is interrupted starts again.
+Memory holds the tables, about 1 kB per pair, and the images of a chunk of rows where the source has no files. The
+folder is renamed into place when it is complete.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attune.data.arrays import ArrayFile
-from attune.data.ingest.encoder import ImageEncoder
+from attune.data import manifest
+from attune.data.ingest.chunks import chunks
+from attune.data.ingest.compute import ComputedChunk, Work, compute
 from attune.data.ingest.ingest import Ingest
-from attune.data.ingest.reader import ImageReader
+from attune.data.ingest.reader import DecodedImage, ImageReader
 from attune.data.ingest.rules import Rules, check_enough
-from attune.data.ingest.scorer import ImageScorer
 from attune.data.quarantine import TEXT_CHARS, Quarantine
 from attune.data.rows import Row, SourceError
 from attune.data.splits import SPLITS
-from attune.interfaces import Backbone, Reward
+from attune.distributed import Shard
+from attune.interfaces import Backbone
+from attune.shards import ALONE, Content, Shards, compute_missing, link, shard_name
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_BATCH = 64
+FEWEST_PROMPTS, MOST_PROMPTS = 256, 2048  # of a shard; it ends at a prompt that says so, like a chunk of rows
 TEST_PROMPTS = "test_prompts.parquet"
+NO_LATENTS = "latents/none"
+
+
+class Known:
+    """The rows of latents and the scores of the chunks so far: what `Ingest` asks of an encoder and of a scorer."""
+
+    def __init__(self, shards: Shards):
+        self._shards = shards
+        self._rows: dict[bytes, int] = {}  # by digest
+        self._scores: dict[tuple[bytes, str], dict[str, float]] = {}
+        self._count = 0
+        self.latents: dict[str, None] = {}  # names of shards, in the order of their rows
+        self.scored: dict[str, None] = {}
+        self.bad_rows: Collection[int] = set()
+
+    def add_chunk(self, chunk: ComputedChunk) -> None:
+        """Takes what a chunk has computed. An image that is known keeps the row that it has."""
+        if chunk.latents is not None and any(digest not in self._rows for digest in chunk.digests):
+            for row, digest in enumerate(chunk.digests, self._count):
+                self._rows.setdefault(digest, row)
+            self.bad_rows = {*self.bad_rows, *(self._count + row for row in chunk.not_finite)}
+            self._count += len(chunk.digests)
+            self.latents[chunk.latents] = None
+        for scorer, name in chunk.scores.items():
+            values = self._shards.read(name)[0]["scores"].tolist()
+            for wanted, value in zip(chunk.scored, values, strict=True):
+                self._scores.setdefault(wanted, {}).setdefault(scorer, value)
+            self.scored[name] = None
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._rows
+
+    def row(self, image: DecodedImage) -> int:
+        """The image's row of the latents."""
+        return self._rows[image.digest]
+
+    def wants(self, digest: bytes, prompt: str) -> bool:
+        """No score is wanted any more."""
+        return False
+
+    def add(self, image: DecodedImage, prompt: str) -> None:
+        """Its scores are known."""
+
+    def scores(self, digest: bytes, prompt: str) -> Mapping[str, float]:
+        """Scorer -> score; empty without scorers."""
+        return self._scores.get((digest, prompt), {})
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
 
 
 def write_prepared(
     folder: Path,
     rows: Iterable[Row],
-    backbone: Backbone,
-    scorers: Mapping[str, Reward],
-    quarantine: Quarantine,
+    work: Work,
+    shards: Shards,
+    quarantine: Quarantine | None,
     rules: Rules,
+    shard: Shard = ALONE,
 ) -> dict[str, float]:
-    """Writes the folder that `PreparedData` reads; returns counts.
+    """Writes the folder that `PreparedData` reads; returns counts, and {} in all processes but the main one.
+
+    Args:
+        rows: the same in all processes, which read them all and compute the shards of their own chunks.
+        quarantine: of the main process, which judges the rows; None in the others.
 
     Raises:
         TooManyBadRows: more than `rules.max_bad_share`.
         SourceError: no usable row, fewer prompts or pairs than `rules.wanted`, or a text encoder that gives a prompt
             numbers that are not finite; data prepared before stays.
     """
-    part = folder.with_name(f"{folder.name}.part")
+    part, known = folder.with_name(f"{folder.name}.part"), Known(shards)
+    ingest = None if quarantine is None else Ingest(ImageReader(rules.min_side), known, known, quarantine, rules)
+    for merged in _computed(rows, work, shards, rules, shard):
+        rules.quota.taken = shard.broadcast_from_main(partial(_judge, merged, ingest, known, rules))
+    counts = shard.broadcast_from_main(lambda: _write_tables(part, ingest, rules))
+    prompts = pd.read_parquet(part / "prompts.parquet").prompt.tolist()
+    encoded = encode_prompts(prompts, work, shards, shard)
+    if not shard.is_main_process:
+        return {}
+    if not known.latents:
+        shards.write(NO_LATENTS, {"latents": torch.zeros((0, *work.backbone().latent_shape))}, {})
+    counts["cut_prompts"] = sum(shards.facts(name)["cut"] for name in encoded)
+    _warn(counts)
+    named = {"latents": [*known.latents] or [NO_LATENTS], "prompts": encoded, "scores": [*known.scored]}
+    files = {kind: [f"{name}.safetensors" for name in names] for kind, names in named.items()}
+    for file in (file for some in files.values() for file in some):
+        link(shards.folder / file, part / file)
+    manifest.write(part, files)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return counts
+
+
+def _computed(
+    rows: Iterable[Row], work: Work, shards: Shards, rules: Rules, shard: Shard
+) -> Iterator[list[ComputedChunk]]:
+    """The chunks of all processes, in their order, as often as they are to be merged; [] but in the main process."""
+    ours: dict[int, ComputedChunk] = {}
+    silent = {} if shard.is_main_process else {"disable": True}
+    with tqdm(desc="prepare", unit="row", **silent) as bar:
+        for number, chunk in enumerate(chunks(rows, rules.quota, shard.world_size)):
+            if chunk.owner == shard.rank:
+                ours[number] = compute(chunk.rows, work, shards)
+            bar.update(len(chunk.rows))
+            if chunk.merge:
+                found = {number: done for some in shard.all_gather_object(ours) for number, done in some.items()}
+                yield [found[number] for number in sorted(found)] if shard.is_main_process else []
+                ours = {}
+
+
+def _judge(merged: Sequence[ComputedChunk], ingest: Ingest | None, known: Known, rules: Rules) -> Counter[str]:
+    """Judges the rows of chunks, in the main process; returns the pairs taken of each split."""
+    assert ingest is not None
+    for chunk in merged:
+        known.add_chunk(chunk)
+        for row in chunk.rows:
+            ingest.add(row)
+    return rules.quota.taken
+
+
+def _write_tables(part: Path, ingest: Ingest | None, rules: Rules) -> dict[str, float]:
+    """Writes the tables into a new folder and returns the counts, in the main process."""
+    assert ingest is not None
+    tables = ingest.to_tables()
+    counts, prompts = ingest.counts(tables), tables.prompts
+    check_enough(counts, rules.wanted)
+    for split in SPLITS:
+        if not counts[f"prompts/{split}"]:
+            logger.warning("no %s prompts", split)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    with ArrayFile(part / "latents.npy") as latents:
-        ingest = _ingest(backbone, scorers, latents, quarantine, rules)
-        for row in tqdm(rows, desc="prepare", unit="row"):
-            ingest.add(row)
-        tables = ingest.to_tables()
-    counts, prompts = ingest.counts(tables), tables.prompts
-    _check_counts(counts, rules)
-    counts["cut_prompts"] = sum(map(backbone.is_cut, prompts.prompt))
-    _warn(counts)
     prompts.to_parquet(part / "prompts.parquet", index=False)
     # a file of their own, so that images are not generated again when only training prompts have changed
     prompts[prompts.split == "test"][["prompt"]].to_parquet(part / TEST_PROMPTS, index=False)
     tables.pairs.to_parquet(part / "pairs.parquet", index=False)
     if tables.images is not None:
         tables.images.to_parquet(part / "images.parquet", index=False)
-    write_prompts(part, prompts.prompt.tolist(), backbone)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
     return counts
-
-
-def _ingest(
-    backbone: Backbone, scorers: Mapping[str, Reward], latents: ArrayFile, quarantine: Quarantine, rules: Rules
-) -> Ingest:
-    device = next(backbone.denoiser.parameters()).device
-    encoder, scorer = ImageEncoder(backbone, latents), ImageScorer(scorers, device)
-    return Ingest(ImageReader(rules.min_side), encoder, scorer, quarantine, rules)
-
-
-def _check_counts(counts: Mapping[str, float], rules: Rules) -> None:
-    check_enough(counts, rules.wanted)
-    for split in SPLITS:
-        if not counts[f"prompts/{split}"]:
-            logger.warning("no %s prompts", split)
 
 
 def _warn(counts: Mapping[str, float]) -> None:
@@ -95,26 +186,49 @@ def _warn(counts: Mapping[str, float]) -> None:
         logger.warning("%d prompts are longer than the text encoder reads; their ends are cut", counts["cut_prompts"])
 
 
-def write_prompts(folder: Path, prompts: Sequence[str], backbone: Backbone) -> None:
-    """`prompt.<name>.npy` (P, ...) for each conditioning tensor."""
+def encode_prompts(prompts: Sequence[str], work: Work, shards: Shards, shard: Shard) -> list[str]:
+    """The names of the shards that hold the conditioning tensors of the prompts, in their order."""
+    tasks = {
+        f"prompts/{shard_name(work.ids['prompts'], some)}": partial(_encoded, some, work) for some in _cut(prompts)
+    }
+    compute_missing(tasks, shards, shard, "encode prompts")
+    return list(tasks)
+
+
+def _cut(prompts: Sequence[str]) -> Iterator[list[str]]:
+    """The prompts in parts, whose ends depend on the prompts there, as those of chunks of rows do."""
+    some: list[str] = []
+    for prompt in prompts:
+        some.append(prompt)
+        says_so = len(some) >= FEWEST_PROMPTS and zlib.crc32(prompt.encode()) % FEWEST_PROMPTS == 0
+        if says_so or len(some) == MOST_PROMPTS:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _encoded(prompts: Sequence[str], work: Work) -> Content:
+    """Conditioning tensors (P, ...) in the dtype that the text encoder gives, and how many prompts it cut."""
+    backbone = work.backbone()
     starts = range(0, len(prompts), PROMPTS_PER_BATCH)
-    with ExitStack() as stack:
-        files: dict[str, ArrayFile] = {}
-        for start in tqdm(starts, desc="encode prompts", unit="batch"):
-            batch = prompts[start : start + PROMPTS_PER_BATCH]
-            cond = backbone.encode_prompts(batch)
-            for name, value in cond.tensors.items():
-                _check_finite(name, value, batch)
-                if name not in files:
-                    files[name] = stack.enter_context(ArrayFile(folder / f"prompt.{name}.npy"))
-                files[name].append(value)
+    parts = [encode_finite(prompts[start : start + PROMPTS_PER_BATCH], backbone) for start in starts]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return tensors, {"cut": sum(map(backbone.is_cut, prompts))}
 
 
-def _check_finite(name: str, rows: Tensor, prompts: Sequence[str]) -> None:
-    """Raises SourceError for embeddings that are not finite: no run could learn from the prompt."""
-    bad = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()
-    if len(bad):
-        prompt = prompts[int(bad[0])][:TEXT_CHARS]
-        raise SourceError(
-            f"{name} of the prompt {prompt!r} is not finite; remove the prompt, or set model.dtype float32"
-        )
+def encode_finite(prompts: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
+    """Conditioning tensors on the CPU.
+
+    Raises:
+        SourceError: embeddings are not finite, so that no run could learn from the prompt.
+    """
+    tensors = {name: value.cpu() for name, value in backbone.encode_prompts(prompts).tensors.items()}
+    for name, rows in tensors.items():
+        bad = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()
+        if len(bad):
+            prompt = prompts[int(bad[0])][:TEXT_CHARS]
+            raise SourceError(
+                f"{name} of the prompt {prompt!r} is not finite; remove the prompt, or set model.dtype float32"
+            )
+    return tensors

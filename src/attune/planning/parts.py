@@ -1,0 +1,55 @@
+"""What identifies the parts of a stage's work that are kept for themselves: each is done again only if it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from attune.config import plugins
+from attune.config.resolve import Settings
+from attune.config.schema import StrictModel
+from attune.config.settings import Sampling, locations
+from attune.files import values_sha
+from attune.planning.code import code_digests
+from attune.planning.local_files import Digests
+
+COMPUTE = "attune.data.ingest.compute"
+
+
+def prepared_parts(settings: Settings, digests: Digests) -> dict[str, str]:
+    """Of `prepare`: `latents`, `prompts`, `generated` (images that a source wants), and `scores/<scorer>`."""
+    model, backbone = settings.model, plugins.module_name("backbones", settings.model.backbone)
+    paths, modules = paths_in(model), [backbone, COMPUTE]
+    parts = {
+        "latents": _part(model.model_dump(exclude={"dtype"}), paths, modules, digests),
+        "prompts": _part(model.model_dump(exclude={"vae", "vae_dtype"}), paths, modules, digests),
+        "generated": generated_part(settings, settings.sampling, [], digests),
+    }
+    return parts | {
+        f"scores/{name}": scorer_part(name, COMPUTE, settings, digests) for name in settings.data.score_with
+    }
+
+
+def generated_part(settings: Settings, sampling: Sampling, paths: Iterable[str], digests: Digests) -> str:
+    """Images of a model; `paths`: local files that they depend on besides the base model's."""
+    modules = [plugins.module_name("backbones", settings.model.backbone), "attune.diffusion.generate"]
+    values = [settings.model.model_dump(), sampling.model_dump(), settings.seed]
+    return _part(values, [*paths_in(settings.model), *paths], modules, digests)
+
+
+def scorer_part(name: str, asks: str, settings: Settings, digests: Digests) -> str:
+    """Scores of a scorer; `asks` is the module that calls it."""
+    scorer = settings.scorers[name]
+    modules = [plugins.module_name("rewards", scorer.plugin), asks]
+    return _part(scorer.config.model_dump(mode="json"), paths_in(scorer.config), modules, digests)
+
+
+def _part(settings: object, paths: Iterable[str], modules: Iterable[str], digests: Digests) -> str:
+    return values_sha([settings, digests.of(paths), code_digests(modules)])
+
+
+def paths_in(config: StrictModel | None) -> list[str]:
+    """The local files and folders that settings name, with the layout (.json) that may lie beside a file of weights."""
+    found = [] if config is None else [s.place for s in locations(config).values() if s.commit is None]
+    layouts = [str(Path(place).with_suffix(".json")) for place in found if Path(place).is_file()]
+    return found + [layout for layout in layouts if layout not in found and Path(layout).exists()]
