@@ -29,7 +29,7 @@ def test_draws_are_what_one_process_would_have_drawn_for_the_row(k):
 
     def drawn(shard):
         draws, m = Draws.of_batch(3, 1, 5, shard), max(1, shard.count(5))
-        kinds = (lambda: draws.noise((k * m, 2, 9)), lambda: draws.integers(1000, k * m), lambda: draws.shares(k * m))
+        kinds = (lambda: draws.noise((k * m, 2, 9)), lambda: draws.integers(1000, k * m), lambda: draws.uniform(k * m))
         found = [draw().unflatten(0, (k, m)) for _ in range(2) for draw in kinds]
         return found, torch.rand(3, generator=draws.shared)
 
@@ -43,7 +43,7 @@ def test_draws_are_what_one_process_would_have_drawn_for_the_row(k):
 
 
 def test_draws_differ_by_seed_batch_and_row_and_refuse_a_row_with_more_than_another():
-    first = [Draws.of_batch(seed, b, 4, Shard()).shares(4) for seed in (0, 1) for b in (0, 1)]
+    first = [Draws.of_batch(seed, b, 4, Shard()).uniform(4) for seed in (0, 1) for b in (0, 1)]
     assert len(torch.cat(first).unique()) == 16
     with pytest.raises(ValueError, match="5 values for 4 rows"):
         Draws.of_batch(0, 0, 4, Shard()).noise((5, 2))

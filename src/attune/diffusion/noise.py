@@ -72,8 +72,8 @@ class Draws:
         """Integers (count,) of 0 .. high - 1; count is k m."""
         return _by_row(self.rows, count, lambda k, g: torch.randint(high, (k,), generator=g))
 
-    def shares(self, count: int) -> Tensor:
-        """Numbers (count,) between 0 and 1; count is k m."""
+    def uniform(self, count: int) -> Tensor:
+        """Numbers (count,) of [0, 1); count is k m."""
         return _by_row(self.rows, count, lambda k, g: torch.rand(k, generator=g))
 
 

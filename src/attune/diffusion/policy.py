@@ -73,7 +73,7 @@ class Policy:
         """Empties a random share of the prompts: guidance needs a policy that is also trained without prompts."""
         if share == 0:
             return cond
-        keep = draws.shares(len(cond)) >= share
+        keep = draws.uniform(len(cond)) >= share
         return cond.where(keep, self.uncond.expand(len(cond)))
 
     # ------------------------------------------------------------ reference
