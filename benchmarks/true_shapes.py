@@ -30,7 +30,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from attune.build import load_policy
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
+from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
+from attune.distributed import Part
 from attune.interfaces import Conditioning
 from attune.methods import dpo, spo
 from attune.training.loop import Callbacks, train
@@ -103,12 +105,12 @@ class SPOInner:
     def __post_init__(self) -> None:
         self.config, self.policy, self.loss = self.method.config, self.method.policy, self.method.loss
 
-    def minibatches(self, batch: None, generator: torch.Generator) -> Iterable[spo.StepPairs]:
+    def minibatches(self, batch: None, draws: Draws) -> Iterable[Part[spo.StepPairs]]:
         n, device = self.config.minibatch_size, self.policy.device
         shape = (n, *self.policy.backbone.latent_shape)
-        x_t, chosen, rejected = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+        x_t, chosen, rejected = (draws.noise(shape).to(device) for _ in range(3))
         t = torch.full((n,), 501, device=device)
-        yield spo.StepPairs(x_t, chosen, rejected, t, random_conditioning(self.policy, n))
+        yield Part(spo.StepPairs(x_t, chosen, rejected, t, random_conditioning(self.policy, n)), n)
 
 
 def build(method: str, policy: Policy, args: argparse.Namespace):
@@ -129,7 +131,7 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         latents = torch.randn(2, *shape, device=policy.device)
         ones = torch.ones(n, device=policy.device)
         pairs = PairBatch(["a cat"] * n, random_conditioning(policy, n), *latents, ones, ones)
-        return dpo.Method(dpo.Config(**shared, beta=5000, caption_dropout=0), policy), lambda b, generator: pairs
+        return dpo.Method(dpo.Config(**shared, beta=5000, caption_dropout=0), policy), lambda b, shard: Part(pairs, n)
     config = spo.Config(
         **shared,
         beta=10,
@@ -141,7 +143,7 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         guidance_scale=5,
         minibatch_size=args.batch,
     )
-    return SPOInner(spo.Method(config, policy, preference_model=None)), lambda b, generator: None
+    return SPOInner(spo.Method(config, policy, preference_model=None)), lambda b, shard: Part(None, args.batch)
 
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:

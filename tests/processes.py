@@ -31,7 +31,6 @@ from attune.config.profile import Params
 from attune.config.resolve import resolve
 from attune.config.schema import check
 from attune.config.settings import Model
-from attune.data.batches import PairBatch
 from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
@@ -40,7 +39,8 @@ from attune.spm.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
-from attune.training.loop import Callbacks, epoch_rows, train
+from attune.training.loop import Callbacks, epoch_batches, epoch_rows, train
+from trainables import at_batch
 
 ROOT = Path(__file__).parents[1]
 METHODS = plugins.available("methods")
@@ -112,7 +112,10 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
 
 
 def alignment(name: str, made: Parts, changes: dict[str, Any], **options: Any) -> End:
-    built = method(name, made, changes)
+    return trained(method(name, made, changes), made, **options)
+
+
+def trained(built: Objective, made: Parts, **options: Any) -> End:
     before = flat(built.policy.parameters())
     history = tiny.run(built, made.data, **options)
     return {"history": history, "before": before, "after": flat(built.policy.parameters())}
@@ -131,10 +134,7 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
     moving = [weight for name, weight in objective.model.named_parameters() if "k_proj.bias" not in name]
     before = flat(moving)
 
-    def batches(b: int, generator: torch.Generator) -> PairBatch:
-        return data.pair_batch(epoch_rows(n, config.batch_size, b, 0))
-
-    history, _ = train(objective, objective, batches, seed=0)
+    history, _ = train(objective, objective, epoch_batches(n, config.batch_size, 0, data.pair_batch), seed=0)
     return {"history": history, "before": before, "after": flat(moving)}
 
 
@@ -146,15 +146,11 @@ def interrupted(folder: Path, at: int | None = None) -> End:
     """A training with a checkpoint in the folder; the last of several processes is killed before batch `at`."""
     ours = shard()
     with parts() as made:
-        drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
-
-        def batches(b: int, generator: torch.Generator) -> PairBatch:
-            if b == at and ours.rank == ours.world_size - 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return drawn(b, generator)
-
+        built = method("dpo", made, {"batch_size": 3})
+        if at is not None and ours.rank == ours.world_size - 1:
+            at_batch(built, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
-        return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
+        return trained(built, made, checkpoint=checkpoint)
 
 
 def errors() -> dict[str, str]:

@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from attune.data.store import PreparedData
+from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
-from attune.training.loop import epoch_rows, train
+from attune.distributed import Shard
+from attune.training.loop import epoch_batches, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
@@ -179,7 +181,17 @@ def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
 def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:
     """Batches as the align stage draws them."""
     n, draw = data.rows_for(method.consumes)
-    return lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
+    return epoch_batches(n, method.config.batch_size, seed, draw)
+
+
+def draws(n: int, seed: int = 0) -> Draws:
+    """Those of batch 0 of n rows, where one process trains."""
+    return Draws.of_batch(seed, 0, n, Shard())
+
+
+def minibatches(method: Any, batch: Any, seed: int = 0) -> list[Any]:
+    """What a method makes of batch 0, where one process trains."""
+    return [part.rows for part in method.minibatches(batch, draws(len(batch.prompts), seed))]
 
 
 def run(method: Any, data: PreparedData, seed: int = 0, **options: Any) -> list[dict[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import tiny
 from attune.config.settings import TrainingConfig
 from attune.data.store import PreparedData
+from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
-from attune.distributed import Shard
+from attune.distributed import Part, Shard
 from attune.interfaces import Objective
 from attune.methods import dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
@@ -40,6 +42,23 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def at_batch(trained: Objective, at: int, act: Callable[[], object]) -> None:
+    """Lets something happen in a training from the beginning, when batch number `at` has been read."""
+    inner, begun = trained.minibatches, count()
+
+    def minibatches(batch: Any, draws: Draws) -> Iterable[Part[Any]]:
+        if next(begun) == at:
+            act()
+        return inner(batch, draws)
+
+    trained.minibatches = minibatches
+
+
+def numbers(b: int, shard: Shard) -> Part[int]:
+    """The batches of a `Line`, which are just numbers."""
+    return Part(b, 1)
+
+
 Row = float | tuple[float, ...]
 
 
@@ -63,8 +82,8 @@ class Line:
     def parameters(self) -> list[Tensor]:
         return list(self.module.parameters())
 
-    def minibatches(self, batch: int, generator: torch.Generator) -> list[tuple[float, ...]]:
-        return self.per_batch[batch % len(self.per_batch)]
+    def minibatches(self, batch: int, draws: Draws) -> list[Part[tuple[float, ...]]]:
+        return [Part(rows, len(rows)) for rows in self.per_batch[batch % len(self.per_batch)]]
 
     def loss(self, rows: tuple[float, ...]) -> tuple[Tensor, dict[str, Any]]:
         x = sum(rows) / len(rows)
@@ -72,7 +91,7 @@ class Line:
         return loss, {"loss": loss, "x": x}
 
     def train(
-        self, batches: int, loop: dict[str, Any] | None = None, drawn: Batches = lambda b, generator: b, **config: Any
+        self, batches: int, loop: dict[str, Any] | None = None, drawn: Batches = numbers, **config: Any
     ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
         """History and scores of that many batches, at rate 0.1 without weight decay.
 
@@ -112,13 +131,13 @@ class Interrupted(Exception):
     """As if the process had been killed."""
 
 
-def interrupted(drawn: Callable | None, at: int) -> Batches:
+def interrupted(drawn: Batches, at: int) -> Batches:
     """The batches up to number `at`, where the process 'dies'."""
 
-    def batches(b, generator):
+    def batches(b, shard):
         if b == at:
             raise Interrupted
-        return drawn(b, generator)
+        return drawn(b, shard)
 
     return batches
 

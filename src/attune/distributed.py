@@ -1,7 +1,7 @@
 """Data parallelism: which rows of a minibatch this process computes, and collectives over the processes of a training.
 
-All processes see the same batches and minibatches, draw the same random numbers and make the same steps; each
-computes its own rows. A single process computes all rows, and every collective returns its argument unchanged.
+All processes make the same steps; of each batch and minibatch a process reads, draws and computes its own rows alone.
+A single process computes all rows, and every collective returns its argument unchanged.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-NoiseFn = Callable[[tuple[int, ...]], Tensor]
-"""Noise of a given shape."""
 
 
 class LostProcessError(RuntimeError):
     """Another process of the same training is gone."""
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """This process's rows of a batch or minibatch that all processes of a training share, as `Shard.rows` cuts it."""
+
+    rows: T  # another process's row, which counts 0, where none is ours
+    n: int  # rows in all processes
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,6 @@ class Shard:
         """
         start, count = n * self.rank // self.world_size, self.count(n)
         return slice(start, start + count) if count else slice(0, 1)
-
-    def local_noise(self, sample_noise: NoiseFn, n: int) -> NoiseFn:
-        """Noise of this process's rows: what a single process would draw for them.
-
-        Noise is drawn for all n prompts, or for k n candidate-major rows, and this process's rows are selected. What
-        is returned takes the shape of those alone, of which the first dimension must be k times the local prompts.
-        """
-        rows = self.rows(n)
-
-        def local(shape: tuple[int, ...]) -> Tensor:
-            k = shape[0] // (rows.stop - rows.start)
-            return sample_noise((k * n, *shape[1:])).unflatten(0, (k, n))[:, rows].flatten(0, 1)
-
-        return sample_noise if self.world_size == 1 else local
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (first dimension) of all processes in the order of ranks, without gradient and without padding."""

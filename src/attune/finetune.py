@@ -24,7 +24,7 @@ from attune.interfaces import Method, Score
 from attune.paths import Paths
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
-from attune.training.loop import Batches, Callbacks, epoch_rows, train
+from attune.training.loop import Batches, Callbacks, epoch_batches, train
 
 if TYPE_CHECKING:
     from attune.tracking import Run
@@ -104,7 +104,7 @@ def training_batches(method: Method, prepared: Path, device: torch.device, seed:
         n, draw = data.rows_for(method.consumes)
     except SourceError as error:
         sys.exit(str(error))
-    return n, lambda b, generator: draw(epoch_rows(n, method.config.batch_size, b, seed))
+    return n, epoch_batches(n, method.config.batch_size, seed, draw)
 
 
 def early_stopping(validation: Validation, policy: Policy, plan: RunPlan) -> EarlyStopping:

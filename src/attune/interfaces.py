@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from attune.config.settings import MethodConfig, TrainingConfig
-from attune.distributed import Shard
+from attune.distributed import Part, Shard
 
 if TYPE_CHECKING:
     from attune.diffusion.lora import Denoiser
+    from attune.diffusion.noise import Draws
     from attune.diffusion.policy import Policy
 
 Metrics = dict[str, float | Tensor]
@@ -107,20 +108,25 @@ class Objective(Protocol):
     @property
     def config(self) -> TrainingConfig: ...
 
-    def minibatches(self, batch: Any, generator: torch.Generator) -> Iterable[Any]:
+    def minibatches(self, batch: Any, draws: Draws) -> Iterable[Part[Any]]:
         """Offline methods yield the batch; online methods roll out the policy and yield what it produced.
 
-        All randomness comes from `generator`, which the loop seeds by (seed, batch index): that is what makes
-        a resumed run equal an uninterrupted one bit for bit.
+        `batch` holds this process's rows alone, and so does every minibatch: nothing is read, drawn or computed for
+        another process. A minibatch is yielded with the number of rows that it has in all processes. Where that is
+        the batch's, `Part(minibatch, draws.n)`; where it is known after a rollout only, rows are gathered and shared
+        out anew by `trainable.shard`. All processes yield equally many.
 
-        A minibatch has a length and takes a slice of rows, `minibatch[2:4]`: several processes share it. The
-        rows' mean of `loss` and of each metric is that of the whole; what is computed of all rows at once is
-        computed of `trainable.shard.gather`.
+        All randomness comes from `draws`, which the loop seeds by (seed, batch, row): so n processes train on what
+        one would, and a resumed run equals an uninterrupted one bit for bit.
         """
         ...
 
     def loss(self, minibatch: Any) -> tuple[Tensor, Metrics]:
-        """Scalar loss and what to log about it."""
+        """Scalar loss of this process's rows, and what to log about it.
+
+        Each is the mean over rows, of which the loop takes the mean over processes. What is computed of all rows at
+        once is computed of `trainable.shard.gather`.
+        """
         ...
 
 

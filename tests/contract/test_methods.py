@@ -3,9 +3,7 @@
 import gc
 import inspect
 import math
-from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +15,12 @@ from attune.config import plugins
 from attune.config.plan import Plugin
 from attune.config.plugins import plugin_config
 from attune.config.resolve import method_of
+from attune.diffusion.noise import Draws
+from attune.distributed import Shard
 from attune.spm.model import from_clip, save
 from attune.training.checkpoint import Checkpoint
-from attune.training.loop import batch_generator
+from attune.training.step import TrainStep
+from forked import together
 
 ROOT = Path(__file__).parents[2]
 PROFILES = {path.stem: params.shipped(path.stem)[1] for path in (ROOT / "params").glob("*.yaml")}
@@ -112,10 +113,10 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(name, new_policy, data, b
     method = build(name, new_policy())
     batches = tiny.batches(data, method)
 
-    def dies(b, generator):
+    def dies(b, shard):
         if b == 2:
             raise InterruptedError
-        return batches(b, generator)
+        return batches(b, shard)
 
     with pytest.raises(InterruptedError):
         tiny.run(method, data, batches=dies, checkpoint=Checkpoint(tmp_path, "align", "key", every_seconds=0))
@@ -128,42 +129,27 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(name, new_policy, data, b
 
 def losses(method, data):
     """Loss and metrics of every minibatch of the first batch."""
-    generator = batch_generator(0, 0)
-    minibatches = method.minibatches(tiny.batches(data, method)(0, generator), generator)
-    return [method.loss(minibatch) for minibatch in minibatches]
+    batch = tiny.batches(data, method)(0, method.policy.shard).rows
+    return [method.loss(minibatch) for minibatch in tiny.minibatches(method, batch)]
 
 
-def of_parts(method, parts):
-    """The losses of parts of one minibatch, each told by the others what is computed of all rows at once."""
-    heard = []
-    method.policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows.detach()) or rows)
-    for part in parts:
-        method.loss(part)
-    calls = len(heard) // len(parts)
-    answers = cycle([torch.cat(heard[i::calls]) for i in range(calls)])
-    method.policy.shard = SimpleNamespace(gather=lambda rows: next(answers))
-    return [method.loss(part) for part in parts]
+def test_processes_can_share_its_minibatches(name, new_policy, data, build, tmp_path):
+    """Loss, metrics and gradient of three rows of data are what they are, whichever of two processes has which."""
+    policy = new_policy(moved=0.1)
+    method = build(name, policy)
 
+    def step(shard):
+        policy.shard = shard
+        batch = data.rows_for(method.consumes)[1]([0, 3, 5][shard.rows(3)])
+        made = list(method.minibatches(batch, Draws.of_batch(0, 0, 3, shard)))
+        return [part.n for part in made], TrainStep(policy, method.config)(method, made, 1, 1e-3)
 
-@torch.no_grad()
-def test_processes_can_share_its_minibatches(name, new_policy, data, build):
-    """Loss and metrics of a minibatch are the means over its rows, be they computed here or there."""
-    method, generator = build(name, new_policy(moved=0.1)), batch_generator(0, 0)
-    _, draw = data.rows_for(method.consumes)
-    minibatches = list(method.minibatches(draw([0, 3, 5]), generator))
-    assert max(len(minibatch) for minibatch in minibatches) >= 3
-    for minibatch in minibatches:
-        n = len(minibatch)
-        whole, metrics = method.loss(minibatch)
-        parts = [minibatch[:1], minibatch[1:]] if n > 1 else [minibatch[:]]
-        assert sum(map(len, parts)) == n
-        shard, ends = method.policy.shard, of_parts(method, parts)
-        method.policy.shard = shard
-        mean = sum(len(part) * loss for part, (loss, _) in zip(parts, ends, strict=True)) / n
-        assert mean.item() == pytest.approx(whole.item(), rel=1e-4)
-        for key, value in metrics.items():
-            mean = sum(len(part) * float(found[key]) for part, (_, found) in zip(parts, ends, strict=True)) / n
-            assert mean == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+    found = together(2, tmp_path, step)
+    sizes, alone = step(Shard())
+    assert max(sizes) >= 3
+    for others, row in found:
+        assert others == sizes
+        assert row == pytest.approx(alone, rel=1e-3, abs=1e-4)
 
 
 def test_its_loss_starts_where_it_says(name, policy, data, build):

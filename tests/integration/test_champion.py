@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 import params
 from attune.build import load_policy
@@ -20,7 +22,7 @@ from attune.diffusion.noise import noise_seed
 from attune.evaluation.champion import NoCandidate, find_candidate
 from attune.evaluation.protocol import Protocol, hash_prompts, write_scores
 from attune.evaluation.summarise import summarise
-from attune.tracking import registry
+from attune.tracking import reference, registry
 from attune.tracking.promote import promote
 
 pytestmark = pytest.mark.integration
@@ -112,8 +114,6 @@ def test_a_champion_is_made_defended_and_replaced(place):
 
 
 def _shift(file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
 
 
@@ -164,6 +164,28 @@ def test_what_cannot_be_registered_is_named(place):
     Path("reports/summary.json").write_text(stale)
     with pytest.raises(ValueError, match="of different protocols: `dvc repro` first"):
         _promote(place)
+
+
+def test_a_large_champion_is_a_reference_to_the_checkouts_adapter(place, monkeypatch):
+    """The version has no copy; loaded is the folder with these very weights, and no other."""
+    monkeypatch.setattr(reference, "COPIED_BYTES", 1000)
+    _shift(Path("models/spo/pytorch_lora_weights.safetensors"))
+    _report({"spo": 1.5})
+    assert "is the champion in the place of" in _promote(place, anew=True)
+    found = registry.get_by_alias(NAME, "champion", *place)
+    assert "spo is champion already" in _promote(place)
+    assert found.tags["dvc.path"] == "models/spo"
+    client = MlflowClient(tracking_uri=f"sqlite:///{place[1]}/mlflow.db")
+    assert {file.path for file in client.list_artifacts(found.run_id)} == {"adapter.reference.json", "spo.parquet"}
+    assert "dvc checkout models/spo" in client.get_model_version(NAME, found.number).description
+    pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
+    ours = load_file("models/spo/pytorch_lora_weights.safetensors")
+    theirs = {name: value for name, value in pipe.unet.state_dict().items() if "lora_" in name}
+    assert len(theirs) == len(ours)
+    assert sorted(x.sum().item() for x in theirs.values()) == sorted(x.sum().item() for x in ours.values())
+    _shift(Path("models/spo/pytorch_lora_weights.safetensors"))
+    with pytest.raises(LookupError, match=r"models/spo is not it \(md5 \w+\.dir\)\. .*: dvc checkout models/spo; "):
+        registry.load(NAME, *place)
 
 
 def test_a_registry_that_is_away_is_named_in_a_line(place, tmp_path):

@@ -222,6 +222,7 @@ from pydantic import Field
 
 from attune.config.settings import MethodConfig
 from attune.diffusion import losses, process
+from attune.distributed import Part
 
 
 class Config(MethodConfig):
@@ -235,8 +236,8 @@ class Method:
     def __init__(self, config, policy):
         self.config, self.policy, self.schedule = config, policy, policy.backbone.alphas_cumprod
 
-    def minibatches(self, batch, generator):
-        yield batch, *batch.draw_noise(self.schedule, generator)
+    def minibatches(self, batch, draws):
+        yield Part((batch, *batch.draw_noise(self.schedule, draws)), draws.n)
 
     def loss(self, minibatch):
         batch, t, noise = minibatch

@@ -50,7 +50,7 @@ def test_training_step(table, request, model):
     policy.denoiser.requires_grad_(True)
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), case["model_pred"])
     config = dpo.Config(lora=None, lr=1e-8, batches=1, batch_size=3, beta=5000)
-    loss, metrics = dpo.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond, images_per_row=2))
+    loss, metrics = dpo.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond))
     loss.backward()
     # beta = 5000 turns errors of 1e-7 into errors of 1e-3
     table.close(name, "loss", loss, case["loss"], absolute=5e-3)

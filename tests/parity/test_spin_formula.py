@@ -24,7 +24,7 @@ def test_training_step(table, sd, beta):
     policy = Beside(backbone, opponent)
     policy.denoiser.requires_grad_(True)
     config = spin.Config(lora=None, lr=2e-5, batches=1, batch_size=4, beta=beta, steps=20, guidance_scale=7.5)
-    loss, metrics = spin.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond, images_per_row=2))
+    loss, metrics = spin.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond))
     loss.backward()
     predicted = torch.cat([case["eps_theta_real"], case["eps_theta_gen"]])
     table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), predicted)

@@ -95,7 +95,7 @@ def test_the_loss_is_of_the_weighted_sum(new_policy):
     policy = new_policy(moved=0.1)
     method = alignprop.Method(settings(rewards={"a": 2, "b": -0.5}, target=None), policy, {"a": Light(), "b": Light()})
     batch = PromptBatch(PROMPTS, policy.backbone.encode_prompts(PROMPTS))
-    (minibatch,) = method.minibatches(batch, torch.Generator().manual_seed(0))
+    (minibatch,) = tiny.minibatches(method, batch)
     loss, metrics = method.loss(minibatch)
     light = metrics["reward_a"].item()
     assert metrics["reward"].item() == pytest.approx(1.5 * light, rel=1e-5)

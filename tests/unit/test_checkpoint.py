@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from attune.training.checkpoint import Checkpoint
-from trainables import HalfLine, Interrupted, equal, halved, interrupted, method, run_until
+from trainables import HalfLine, Interrupted, equal, halved, interrupted, method, numbers, run_until
 
 
 @pytest.mark.parametrize(("name", "accumulation"), [("sft", 1), ("sft", 2), ("dpo", 1), ("spo", 1)])
@@ -107,7 +107,7 @@ def test_the_loss_scale_is_resumed(tmp_path):
     assert torch.load(kept.file, weights_only=True)["progress"]["scaler"]["scale"] == 512
     checkpoint = Checkpoint(tmp_path, "b", "k", every_seconds=0)
     with pytest.raises(Interrupted):
-        cut.train(4, {"checkpoint": checkpoint}, interrupted(lambda b, generator: b, 2), max_grad_norm=None)
+        cut.train(4, {"checkpoint": checkpoint}, interrupted(numbers, 2), max_grad_norm=None)
     del checkpoint
     gc.collect()
     checkpoint = Checkpoint(tmp_path, "b", "k", every_seconds=0)

@@ -175,6 +175,6 @@ def test_a_checkpoint_stays_until_everything_after_the_training_is_done(tmp_path
     gc.collect()
     with resumable(tmp_path, "align@x", StagePlan(profile="tiny"), [inputs]) as checkpoint:
         drawn = []
-        Line([1.0]).train(1, {"checkpoint": checkpoint}, lambda b, generator: drawn.append(b))
+        Line([1.0]).train(1, {"checkpoint": checkpoint}, lambda b, shard: drawn.append(b))
     assert drawn == []
     assert not checkpoint.folder.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune.diffusion.noise import generator_noise
+from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 
 SRC = str(Path(__file__).parents[2] / "src")
@@ -24,22 +24,34 @@ def test_rows_lie_together_and_every_row_is_somebodys():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_noise_is_what_one_process_would_have_drawn_for_the_row(k):
-    """k candidates of each of 5 prompts, candidate-major: row j * 5 + b is prompt b; and so again for the next draw."""
-    whole = generator_noise(torch.Generator().manual_seed(0))
-    expected = [whole((k * 5, 2)).view(k, 5, 2) for _ in range(2)]
-    for shard in (Shard(0, 2), Shard(1, 2)):
-        rows = shard.rows(5)
-        draw = shard.local_noise(generator_noise(torch.Generator().manual_seed(0)), 5)
-        for noise in expected:
-            assert torch.equal(draw((k * shard.count(5), 2)), noise[:, rows].flatten(0, 1))
+def test_draws_are_what_one_process_would_have_drawn_for_the_row(k):
+    """k values of each of 5 rows, copy by copy: value j * 5 + i is row i's; and so again for the next draws."""
+
+    def drawn(shard):
+        draws, m = Draws.of_batch(3, 1, 5, shard), max(1, shard.count(5))
+        kinds = (lambda: draws.noise((k * m, 2, 9)), lambda: draws.integers(1000, k * m), lambda: draws.uniform(k * m))
+        found = [draw().unflatten(0, (k, m)) for _ in range(2) for draw in kinds]
+        return found, torch.rand(3, generator=draws.shared)
+
+    whole, shared = drawn(Shard())
+    assert len(torch.cat([whole[0], whole[3]]).unique()) == 2 * k * 5 * 18
+    for shard in [Shard(r, 2) for r in range(2)] + [Shard(r, 7) for r in range(7)]:
+        found, same = drawn(shard)
+        assert torch.equal(same, shared)
+        for ours, all_rows in zip(found, whole, strict=True):
+            assert torch.equal(ours, all_rows[:, shard.rows(5)])
+
+
+def test_draws_differ_by_seed_batch_and_row_and_refuse_a_row_with_more_than_another():
+    first = [Draws.of_batch(seed, b, 4, Shard()).uniform(4) for seed in (0, 1) for b in (0, 1)]
+    assert len(torch.cat(first).unique()) == 16
+    with pytest.raises(ValueError, match="5 values for 4 rows"):
+        Draws.of_batch(0, 0, 4, Shard()).noise((5, 2))
 
 
 def test_one_process_is_left_alone():
     shard, rows = Shard(), torch.ones(3, requires_grad=True)
-    draw = generator_noise(torch.Generator())
     assert shard.gather(rows) is rows
-    assert shard.local_noise(draw, 3) is draw
     assert (shard.rows(3), shard.count(3), shard.is_main_process) == (slice(0, 3), 3, True)
     assert (shard.all_gather_object("x"), shard.all_reduce_sum([1.5]), shard.broadcast_from_main(lambda: 7)) == (
         ["x"],

@@ -18,10 +18,10 @@ from attune.config.schema import ConfigError
 from attune.config.settings import AIFeedback
 from attune.data.labels import with_ai_feedback
 from attune.diffusion.losses import hinge_loss, ipo_loss, preference_loss
+from attune.distributed import Part
 from attune.methods import dpo
 from attune.stages import align
 from attune.stages.plan import write as write_plans
-from attune.training.loop import batch_generator
 
 ROOT = Path(__file__).parents[2]
 BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
@@ -30,7 +30,7 @@ BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches":
 def first(policy, data, **options):
     """Loss and metrics of the first batch."""
     method = dpo.Method(dpo.Config(**(BLOCK | options)), policy)
-    (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, data.pair_batch(range(4)))
     return method.loss(minibatch)
 
 
@@ -46,8 +46,8 @@ def test_every_loss_widens_the_margin(new_policy, data, loss):
     """On one batch shown over and over, with the same noise."""
     policy = new_policy()
     method = dpo.Method(dpo.Config(**(BLOCK | {"loss": loss, "batches": 12})), policy)
-    minibatch = next(iter(method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))))
-    method.minibatches = lambda batch, generator: [minibatch]
+    minibatch = tiny.minibatches(method, data.pair_batch(range(4)))[0]
+    method.minibatches = lambda batch, draws: [Part(minibatch, draws.n)]
     history = tiny.run(method, data)
     assert history[-1]["margin"] > 0.02 > history[0]["margin"] == 0
     assert history[-1]["loss"] < history[0]["loss"]
@@ -58,7 +58,7 @@ def test_the_loss_is_the_one_asked_for_and_expected_over_the_label(new_policy, d
     """A share of 0.2 flipped: 0.8 loss(m) + 0.2 loss(-m). One pair, so that the mean margin is the margin."""
     policy = new_policy(moved=0.3)
     method = dpo.Method(dpo.Config(**(BLOCK | {"loss": name, "label_smoothing": 0.2})), policy)
-    (minibatch,) = method.minibatches(data.pair_batch([0]), batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, data.pair_batch([0]))
     value, metrics = method.loss(minibatch)
     margin = metrics["margin"]
     assert abs(margin) > 0.1
@@ -73,7 +73,7 @@ def test_a_soft_label_weighs_both_orders(new_policy, data):
     assert torch.equal(batch.chosen, batch.latents_1)
     assert batch.p_chosen.tolist() == pytest.approx([0.7])
     method = dpo.Method(dpo.Config(**BLOCK), policy)
-    (minibatch,) = method.minibatches(batch, batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, batch)
     loss, metrics = method.loss(minibatch)
     margin = metrics["margin"]
     assert loss.item() == pytest.approx((0.7 * preference_loss(margin) + 0.3 * preference_loss(-margin)).item())
@@ -145,6 +145,6 @@ def test_wrong_options_name_their_key():
 def test_certain_labels_need_not_be_given(policy, data):
     """`NoisedBatch` pairs without probabilities is what people's labels are."""
     method = dpo.Method(dpo.Config(**BLOCK), policy)
-    (minibatch,) = method.minibatches(data.pair_batch(range(4)), batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, data.pair_batch(range(4)))
     assert minibatch.p_chosen.tolist() == [1.0] * 4
     assert method.loss(replace(minibatch, p_chosen=1.0))[0] == method.loss(minibatch)[0]

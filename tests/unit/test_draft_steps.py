@@ -29,7 +29,7 @@ def settings(**changes):
 def first(method):
     """The one minibatch of a batch."""
     batch = PromptBatch(PROMPTS, method.policy.backbone.encode_prompts(PROMPTS))
-    (minibatch,) = method.minibatches(batch, torch.Generator().manual_seed(0))
+    (minibatch,) = tiny.minibatches(method, batch)
     return minibatch
 
 

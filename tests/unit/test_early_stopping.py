@@ -10,7 +10,7 @@ from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
 from attune.training.loop import Callbacks
-from trainables import Interrupted, Line, interrupted
+from trainables import Interrupted, Line, interrupted, numbers
 
 
 def stopping(scores, reported, **options):
@@ -84,7 +84,7 @@ def test_a_resumed_training_stops_where_it_would_have(tmp_path):
     """The scores so far and the best weights are in the checkpoint: interrupted after 5 of 6 batches."""
     curve = {0: 0.1, 2: 0.3, 4: 0.2, 6: 0.25}
 
-    def run(line, checkpoint=None, drawn=lambda b, generator: b, taken=()):
+    def run(line, checkpoint=None, drawn=numbers, taken=()):
         scores = [score for batch, score in curve.items() if batch not in taken]
         return line.train(20, stopping(scores, [], every=2, patience=2) | {"checkpoint": checkpoint}, drawn)
 
@@ -92,7 +92,7 @@ def test_a_resumed_training_stops_where_it_would_have(tmp_path):
     expected = run(whole)
     checkpoint = Checkpoint(tmp_path, "a", "k", every_seconds=0)
     with pytest.raises(Interrupted):
-        run(cut, checkpoint, interrupted(lambda b, generator: b, 5))
+        run(cut, checkpoint, interrupted(numbers, 5))
     del checkpoint
     gc.collect()
     checkpoint = Checkpoint(tmp_path, "a", "k", every_seconds=0)

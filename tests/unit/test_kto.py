@@ -9,10 +9,10 @@ import torch
 
 import tiny
 from attune.data.batches import ImageBatch
-from attune.diffusion.noised import policy_and_reference_error
+from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
+from attune.distributed import Part
 from attune.methods import kto
 from attune.methods.kto import kto_loss, reference_point
-from attune.training.loop import batch_generator
 
 BLOCK = (
     tiny.PLAIN
@@ -27,7 +27,7 @@ def method(policy, **options):
 
 def only(method, data, rows=range(4)):
     """The one minibatch of a batch."""
-    (minibatch,) = method.minibatches(data.pair_batch(rows).images, batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, data.pair_batch(rows).images)
     return minibatch
 
 
@@ -114,7 +114,7 @@ def test_it_learns_to_tell_liked_from_disliked(new_policy, data):
     policy = new_policy()
     inner = method(policy, batches=12)
     minibatch = only(inner, data)
-    inner.minibatches = lambda batch, generator: [minibatch]
+    inner.minibatches = lambda batch, draws: [Part(minibatch, draws.n)]
     history = tiny.run(inner, data)
     assert history[-1]["liked_reward"] > history[-1]["disliked_reward"] + 0.02
     assert history[-1]["loss"] < 0.5 == pytest.approx(history[0]["loss"])
@@ -129,19 +129,17 @@ def test_a_weight_of_zero_ignores_that_half(new_policy, data, silent, heard):
     m.x_0.requires_grad_()
     inner.loss(m)[0].backward()
     pulled = m.x_0.grad.flatten(1).abs().amax(1) > 0
-    assert pulled.tolist() == [heard == "liked"] * len(m) + [heard == "disliked"] * len(m)
+    assert pulled.tolist() == [heard == "liked"] * 4 + [heard == "disliked"] * 4
 
 
 def test_it_learns_from_single_images_unequal_in_number(new_policy, data):
-    """Three liked images and one disliked one, not of one pair: lambda weighs each, and a slice keeps its verdicts."""
+    """Three liked images and one disliked one, not of one pair: lambda weighs each."""
     policy = new_policy(moved=0.2)
     pairs = data.pair_batch(range(4))
     liked = torch.tensor([True, True, False, True])
     inner = method(policy, batch_size=4, lambda_desirable=1, lambda_undesirable=3)
     batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, liked)
-    (m,) = inner.minibatches(batch, batch_generator(0, 0))
-    assert len(m) == 4
-    assert m[1:3].liked.tolist() == [True, False]
+    (m,) = tiny.minibatches(inner, batch)
     error, reference = policy_and_reference_error(policy, m)
     reward = (50 * (reference - error)).detach()
     gain = reward - reward.mean().clamp(min=0)
@@ -151,7 +149,7 @@ def test_it_learns_from_single_images_unequal_in_number(new_policy, data):
     loss, metrics = inner.loss(m)
     assert loss.item() == pytest.approx(expected.item() / 4, rel=1e-6)
     assert metrics["disliked_reward"].item() == pytest.approx(reward[2].item())
-    (none,) = inner.minibatches(replace(batch, liked=torch.ones(4, dtype=torch.bool)), batch_generator(0, 0))
+    (none,) = tiny.minibatches(inner, replace(batch, liked=torch.ones(4, dtype=torch.bool)))
     assert inner.loss(none)[1]["disliked_reward"] == 0
 
 
@@ -172,15 +170,15 @@ def test_single_images_may_be_shared_by_processes_though_one_has_liked_ones_alon
     policy, pairs = new_policy(moved=0.3), data.pair_batch(range(5))
     batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, torch.tensor([True, True, False, True, False]))
     inner = method(policy)
-    (minibatch,) = inner.minibatches(batch, batch_generator(0, 0))
-    assert len(minibatch) == 5
+    (minibatch,) = tiny.minibatches(inner, batch)
     shard, heard = policy.shard, []
     policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows) or rows)
     loss, metrics = inner.loss(minibatch)
     found = []
-    for part in (minibatch[:cut], minibatch[cut:]):
+    for rows in (slice(cut), slice(cut, 5)):
         policy.shard = Heard(heard)
-        found.append((len(part) / 5, *inner.loss(part)))
+        part = {name: getattr(minibatch, name)[rows] for name in ("x_0", "t", "noise", "cond", "liked")}
+        found.append((len(part["t"]) / 5, *inner.loss(NoisedBatch(**part))))
     policy.shard = shard
     assert sum(share * part.item() for share, part, _ in found) == pytest.approx(loss.item(), rel=1e-4)
     for name, value in metrics.items():
@@ -195,7 +193,7 @@ def test_a_batch_of_one_kind_has_a_finite_loss_and_no_reward_of_the_other(new_po
     policy, pairs = new_policy(moved=0.3), data.pair_batch(range(3))
     inner = method(policy)
     batch = ImageBatch(pairs.prompts, pairs.cond, pairs.latents_0, torch.full((3,), kind))
-    loss, metrics = inner.loss(next(iter(inner.minibatches(batch, batch_generator(0, 0)))))
+    loss, metrics = inner.loss(tiny.minibatches(inner, batch)[0])
     assert math.isfinite(loss)
     assert metrics["disliked_reward" if kind else "liked_reward"] == 0
     assert metrics["liked_reward" if kind else "disliked_reward"] != 0

@@ -1,15 +1,18 @@
 """The training loop: which batches, groups and rates its steps get, and what it reports."""
 
 import math
+import threading
+import time
 from collections import Counter
 
 import pytest
 import torch
 
 import tiny
+from attune.diffusion.noise import keyed_generator
 from attune.training import loop
-from attune.training.loop import Callbacks, batch_generator, epoch_order, epoch_rows
-from trainables import METHODS, Line, equal, method
+from attune.training.loop import Callbacks, epoch_order, epoch_rows
+from trainables import METHODS, Line, at_batch, equal, method, numbers
 
 # ---------------------------------------------------------------- rates, groups and reports, on one weight
 
@@ -69,13 +72,51 @@ def test_what_is_logged_is_the_history():
     assert shown == [4, 8]  # the optimizer step after batches 2 and 4
 
 
+# ---------------------------------------------------------------- reading ahead
+
+
+def test_one_batch_is_read_while_another_is_trained_on_and_none_after_the_last():
+    """Batch 0 waits until batch 1 has been read: a loop that read it afterwards would wait in vain."""
+    read, following = [], threading.Event()
+
+    def drawn(b, shard):
+        read.append((b, threading.get_ident()))
+        if b == 1:
+            following.set()
+        return numbers(b, shard)
+
+    line, before = Line([1.0]), []
+    at_batch(line, 0, lambda: before.append(following.wait(30)))
+    at_batch(line, 2, lambda: (time.sleep(0.1), before.append([b for b, _ in read])))
+    line.train(5, drawn=drawn)
+    assert before == [True, [0, 1, 2, 3]]
+    assert [b for b, _ in read] == [0, 1, 2, 3, 4]
+    assert {thread for _, thread in read}.isdisjoint({threading.get_ident()})
+    assert [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name] == []
+
+
+def test_an_error_in_reading_comes_in_its_turn_and_says_where_it_arose():
+    """Batches 0 and 1 are trained on although batch 2 cannot be read."""
+
+    def damaged_file(b, shard):
+        if b == 2:
+            raise OSError("latents-00002.safetensors is cut off")
+        return numbers(b, shard)
+
+    line = Line([1.0])
+    with pytest.raises(OSError, match="is cut off") as error:
+        line.train(5, drawn=damaged_file)
+    assert line.w == pytest.approx(-0.2, abs=1e-6)
+    assert "damaged_file" in [entry.name for entry in error.traceback]
+
+
 # ---------------------------------------------------------------- randomness
 
 
-def test_batch_generators_differ():
-    draws = {torch.rand(1, generator=batch_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)}
+def test_generators_of_batches_differ():
+    draws = {torch.rand(1, generator=keyed_generator(seed, b)).item() for seed in range(3) for b in range(-2, 3)}
     assert len(draws) == 15
-    assert torch.equal(*(torch.rand(4, generator=batch_generator(1, 2)) for _ in range(2)))
+    assert torch.equal(*(torch.rand(4, generator=keyed_generator(1, 2)) for _ in range(2)))
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(7, 3), (4, 4), (3, 8), (5, 1)])
@@ -98,7 +139,7 @@ def test_an_epoch_is_drawn_once(monkeypatch):
     monkeypatch.setattr(loop.torch, "randperm", lambda n, **options: drawn.append(n) or randperm(n, **options))
     rows = torch.cat([epoch_rows(30, 4, b, seed=5) for b in range(22)])
     assert drawn == [30, 30, 30]
-    orders = [randperm(30, generator=batch_generator(5, -1 - epoch)) for epoch in range(3)]
+    orders = [randperm(30, generator=keyed_generator(5, -1 - epoch)) for epoch in range(3)]
     assert torch.equal(rows, torch.cat(orders)[:88])
 
 

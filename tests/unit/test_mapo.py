@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import tiny
+from attune.distributed import Part
 from attune.methods import mapo
 from attune.methods.mapo import mapo_loss, score
-from attune.training.loop import batch_generator
 
 BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4}
 
 
 def only(method, data, rows=range(4)):
     """The one minibatch of a batch."""
-    (minibatch,) = method.minibatches(data.pair_batch(rows), batch_generator(0, 0))
+    (minibatch,) = tiny.minibatches(method, data.pair_batch(rows))
     return minibatch
 
 
@@ -89,7 +89,7 @@ def test_it_widens_the_margin(new_policy, data):
     policy = new_policy()
     inner = mapo.Method(mapo.Config(**(BLOCK | {"batches": 12, "beta": 1})), policy)
     minibatch = only(inner, data)
-    inner.minibatches = lambda batch, generator: [minibatch]
+    inner.minibatches = lambda batch, draws: [Part(minibatch, draws.n)]
     history = tiny.run(inner, data)
     assert history[-1]["margin"] > history[0]["margin"] + 0.1
     assert history[-1]["loss"] < history[0]["loss"]

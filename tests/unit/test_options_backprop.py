@@ -7,7 +7,6 @@ import tiny
 from attune.config import plugins
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import sample
-from attune.diffusion.noise import generator_noise
 from attune.diffusion.process import extract
 
 PROMPTS = ["a cat", "a dog", "two owls"]
@@ -38,7 +37,7 @@ def build(name, policy, scorers=None, **changes):
 
 def first(method, seed=0):
     batch = PromptBatch(PROMPTS, method.policy.backbone.encode_prompts(PROMPTS))
-    (minibatch,) = method.minibatches(batch, torch.Generator().manual_seed(seed))
+    (minibatch,) = tiny.minibatches(method, batch, seed)
     return minibatch
 
 
@@ -62,7 +61,7 @@ def test_what_is_scored_is_what_the_sampler_draws_at_these_settings(new_policy, 
     method = build(name, policy, {"light": light}, **asked)
     method.loss(first(method))
     cond = policy.backbone.encode_prompts(PROMPTS)
-    noise = generator_noise(torch.Generator().manual_seed(0))
+    noise = tiny.draws(3).noise
     latents = sample(policy, cond, noise, asked["steps"], asked["eta"], asked["guidance_scale"])
     expected = policy.backbone.decode_latents(latents).clamp(0, 1).detach()
     torch.testing.assert_close(light.seen, expected, atol=2e-5, rtol=1e-4)
@@ -206,7 +205,7 @@ def test_draft_lv_scores_every_copy(new_policy, n):
     light = Light()
     method = build("draft", new_policy(moved=0.1), {"light": light}, n_renoised=n)
     minibatch = first(method)
-    assert len(minibatch) == 3 * (1 + n)
+    assert len(minibatch.x_t) == 3 * (1 + n)
     assert list(minibatch.timesteps) == [1, 0]
     loss, _ = method.loss(minibatch)
     assert len(light.seen) == 3 * (1 + n)

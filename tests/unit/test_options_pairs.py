@@ -10,9 +10,7 @@ from attune.config import plugins
 from attune.config.settings import Lora
 from attune.diffusion import process
 from attune.diffusion.ddim import sample
-from attune.diffusion.noise import generator_noise
 from attune.interfaces import Conditioning
-from attune.training.loop import batch_generator
 
 PAIRS = ["sft", "dpo", "kto", "mapo", "spin"]
 DROPPING = ["sft", "dpo", "mapo"]  # kto's and spin's own tests do the same for theirs
@@ -28,7 +26,7 @@ def build(name, policy, **changes):
 def drawn(method, batch, seed=0):
     """The one minibatch of a batch of pairs, taken apart where the method learns from single images."""
     batch = batch if method.consumes == "pairs" else getattr(batch, method.consumes.replace(" ", "_"))
-    (minibatch,) = method.minibatches(batch, batch_generator(seed, 0))
+    (minibatch,) = tiny.minibatches(method, batch, seed)
     return minibatch
 
 
@@ -73,7 +71,7 @@ def test_nearly_all_prompts_are_emptied_at_nearly_one(policy, data, name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_which_prompts_are_emptied_is_decided_by_the_batchs_generator_alone(policy, data, name):
+def test_which_prompts_are_emptied_is_decided_by_the_batchs_draws_alone(policy, data, name):
     batch, rows = data.pair_batch(range(8)), []
     for ambient in (1, 2):
         torch.manual_seed(ambient)
@@ -87,10 +85,10 @@ def test_the_share_is_a_share(policy):
     """Of 10,000 prompts at 0.2 about 2,000 are emptied; 200 is five standard deviations."""
     cond = Conditioning({"x": torch.ones(10_000, 1)})
     policy.uncond = Conditioning({"x": torch.zeros(1, 1)})
-    found = policy.drop_captions(cond, 0.2, torch.Generator().manual_seed(0)).tensors["x"]
+    found = policy.drop_captions(cond, 0.2, tiny.draws(10_000)).tensors["x"]
     assert (found == 0).sum().item() == pytest.approx(2000, abs=200)
-    assert policy.drop_captions(cond, 1.0, torch.Generator().manual_seed(0)).tensors["x"].sum() == 0
-    assert policy.drop_captions(cond, 0.0, torch.Generator()) is cond
+    assert policy.drop_captions(cond, 1.0, tiny.draws(10_000)).tensors["x"].sum() == 0
+    assert policy.drop_captions(cond, 0.0, tiny.draws(1)) is cond
 
 
 # ---------------------------------------------------------------- the losses, written out
@@ -197,7 +195,7 @@ def test_accuracy_at_the_reference(policy, data, name, accuracy):
 def test_every_timestep_is_drawn_the_first_and_the_last_as_often_as_any(data, consumes, n):
     """Of 24 or 48 draws from a schedule of three none is outside, and each is there; a pair shares one."""
     batch = data.rows_for(consumes)[1](range(24))
-    t, noise = batch.draw_noise(torch.ones(3), batch_generator(0, 0))
+    t, noise = batch.draw_noise(torch.ones(3), tiny.draws(24))
     assert set(t.tolist()) == {0, 1, 2}
     assert len(t) == len(noise) == n
 
@@ -209,13 +207,13 @@ def test_every_timestep_is_drawn_the_first_and_the_last_as_often_as_any(data, co
     "changes", [{"eta": 0.0}, {"eta": 0.7}, {"eta": 1.0}, {"steps": 5}, {"guidance_scale": 3.0}], ids=str
 )
 def test_opponents_are_drawn_as_asked(new_policy, data, changes):
-    """They equal the sampler's images at those settings, from the batch's generator, by the reference."""
+    """They equal the sampler's images at those settings, from the batch's draws, by the reference."""
     policy = new_policy(moved=0.3)
     batch = data.pair_batch(range(3))
     asked = {"steps": 3, "eta": 0.0, "guidance_scale": 1.0} | changes
     opponents = drawn(build("spin", policy, **asked), batch).x_0[3:]
     with policy.reference():
-        noise = generator_noise(batch_generator(0, 0))
+        noise = tiny.draws(3).noise
         expected = sample(policy, batch.cond, noise, asked["steps"], asked["eta"], asked["guidance_scale"])
     assert torch.equal(opponents, expected)
 
@@ -225,7 +223,7 @@ def test_a_single_step_of_an_opponent_by_hand(new_policy, data):
     policy = new_policy()
     batch = data.pair_batch([0])
     opponent = drawn(build("spin", policy, steps=1, eta=1.0), batch).x_0[1:]
-    noise = generator_noise(batch_generator(0, 0))
+    noise = tiny.draws(1).noise
     x_t, z = noise((1, 4, 8, 8)), noise((1, 4, 8, 8))
     a_t, a_0 = policy.backbone.alphas_cumprod[1], policy.backbone.alphas_cumprod[0]
     with policy.reference():

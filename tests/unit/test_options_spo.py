@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import tiny
-from attune.diffusion.noise import generator_noise
 from attune.methods.spo import Config, Method, StepPairs, spo_loss
 
 LOOP = {"lora": None, "lr": 1e-3, "batches": 1, "batch_size": 2}
@@ -18,7 +17,7 @@ def build(policy, judge=tiny.brightness, **changes):
 
 
 def rollout(method, data, prompts=(0, 1), seed=0):
-    noise = generator_noise(torch.Generator().manual_seed(seed))
+    noise = tiny.draws(len(prompts), seed).noise
     return method.rollout(data.prompt_batch(list(prompts)), noise, lambda k, n: torch.zeros(n).long())
 
 
@@ -110,7 +109,7 @@ def test_guidance_is_that_of_the_rollout_and_of_the_loss(policy, data, guidance_
 def test_minibatches_have_the_size_that_is_asked_for(policy, data, size, lengths):
     """Two prompts, four steps with candidates: eight pairs."""
     method = build(policy, minibatch_size=size)
-    found = method.minibatches(data.prompt_batch([0, 1]), torch.Generator().manual_seed(0))
+    found = tiny.minibatches(method, data.prompt_batch([0, 1]))
     assert [len(minibatch) for minibatch in found] == lengths
 
 
@@ -118,7 +117,7 @@ def test_pairs_are_shuffled_by_the_batchs_generator(policy, data):
     method = build(policy, minibatch_size=8)
     orders = []
     for seed in (0, 0, 1):
-        (found,) = method.minibatches(data.prompt_batch([0, 1]), torch.Generator().manual_seed(seed))
+        (found,) = tiny.minibatches(method, data.prompt_batch([0, 1]), seed)
         orders.append(found.t.tolist())
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) != orders[0] != sorted(orders[0], reverse=True)

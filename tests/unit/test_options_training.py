@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,8 @@ from attune.build import load_learner
 from attune.config.plan import StagePlan
 from attune.config.settings import AIFeedback, Lora, MethodConfig, Model
 from attune.data.labels import with_ai_feedback
+from attune.diffusion.noise import keyed_generator
+from attune.distributed import Shard
 from attune.files import write_atomically
 from attune.finetune import training_batches
 from attune.spm.accuracy import TIMESTEPS, accuracy_by_t
@@ -24,8 +27,8 @@ from attune.spm.objective import Config as PreferenceConfig
 from attune.spm.objective import SPMObjective
 from attune.training.checkpoint import Checkpoint, resumable
 from attune.training.early_stopping import EarlyStopping
-from attune.training.loop import batch_generator, epoch_rows
-from trainables import Interrupted, Line, equal, interrupted, method
+from attune.training.loop import epoch_batches, epoch_rows
+from trainables import Interrupted, Line, equal, interrupted, method, numbers
 
 # ---------------------------------------------------------------- the learner
 
@@ -82,7 +85,7 @@ def test_an_epochs_order_comes_from_another_generator_than_any_batchs():
     n = 50
     for seed in (0, 1):
         orders = [torch.cat([epoch_rows(n, 10, 5 * e + i, seed) for i in range(5)]) for e in range(4)]
-        by_batches = [torch.randperm(n, generator=batch_generator(seed, b)) for b in range(60)]
+        by_batches = [torch.randperm(n, generator=keyed_generator(seed, b)) for b in range(60)]
         assert not [1 for order in orders for other in by_batches if torch.equal(order, other)]
         assert len({tuple(order.tolist()) for order in orders}) == 4
 
@@ -95,7 +98,36 @@ def test_batches_are_the_rows_of_the_trainings_own_seed(new_policy, data, tmp_pa
     assert n == len(data.pairs) == 24
     for b in (0, 4):
         expected = data.pair_batch(epoch_rows(24, 5, b, seed))
-        assert torch.equal(batches(b, torch.Generator()).latents, expected.chosen)
+        assert torch.equal(batches(b, Shard()).rows.latents, expected.chosen)
+
+
+class Counted:
+    """Rows of a tensor or of a conditioning, which notes how many are read."""
+
+    def __init__(self, rows, read):
+        self.rows, self.read = rows, read
+
+    def __getitem__(self, index):
+        self.read.append(len(index))
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(("consumes", "latents"), [("pairs", 2), ("images", 2), ("liked images", 2), ("prompts", 0)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_a_process_reads_its_own_rows_and_no_others(data, consumes, latents, world_size):
+    """Of eight rows, whose prompts and latents are counted: together the processes read what one reads alone."""
+    read, seen = [], []
+    counted = replace(data, cond=Counted(data.cond, read), latents=Counted(data.latents, read))
+    n, draw = counted.rows_for(consumes)
+    batches = epoch_batches(n, 8, 0, draw)
+    for rank in range(world_size):
+        shard, before = Shard(rank, world_size), sum(read)
+        part = batches(1, shard)
+        assert part.n == 8
+        assert sum(read) - before == (1 + latents) * shard.count(8)
+        seen += part.rows.prompts[: shard.count(8)]
+    whole = epoch_batches(n, 8, 0, data.rows_for(consumes)[1])(1, Shard()).rows
+    assert seen == list(whole.prompts[:8])
 
 
 @pytest.mark.parametrize(("options", "w"), [({"lr": 0.1}, -0.3), ({"lr": 0.02}, -0.06)])
@@ -187,12 +219,12 @@ def test_a_training_that_succeeds_leaves_nothing(tmp_path):
 def test_a_process_that_does_not_write_reads_and_removes_nothing(tmp_path):
     line = Line([1.0])
     with pytest.raises(Interrupted):
-        line.train(3, {"checkpoint": Checkpoint(tmp_path, "a", "k", every_seconds=0)}, interrupted(lambda b, g: b, 2))
+        line.train(3, {"checkpoint": Checkpoint(tmp_path, "a", "k", every_seconds=0)}, interrupted(numbers, 2))
     gc.collect()
     other, drawn = Line([1.0]), []
     reader = Checkpoint(tmp_path, "a", "k", every_seconds=0, writes=False)
     before = reader.file.read_bytes()
-    other.train(3, {"checkpoint": reader}, lambda b, generator: drawn.append(b) or b)
+    other.train(3, {"checkpoint": reader}, lambda b, shard: drawn.append(b) or numbers(b, shard))
     assert drawn == [2]
     assert reader.file.read_bytes() == before
     reader.discard()

@@ -269,17 +269,17 @@ def test_fingerprint_is_of_the_frozen_weights(new_policy):
     assert tiny.fingerprint(policy.denoiser) != before
 
 
-def test_captions_are_dropped_by_the_generator_that_is_given(policy):
+def test_captions_are_dropped_by_the_draws_that_are_given(policy):
     """Or a resumed training would drop others than the one that never stopped."""
     cond = policy.backbone.encode_prompts(["a cat", "a dog", "two owls"]).repeat(20)
     kept = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        kept.append(policy.drop_captions(cond, 0.5, torch.Generator().manual_seed(7)).tensors["prompt_embeds"])
+        kept.append(policy.drop_captions(cond, 0.5, tiny.draws(60, 7)).tensors["prompt_embeds"])
     assert torch.equal(*kept)
     empty = (kept[0] == policy.uncond.tensors["prompt_embeds"]).flatten(1).all(1)
     assert 15 < int(empty.sum()) < 45
-    other = policy.drop_captions(cond, 0.5, torch.Generator().manual_seed(8)).tensors["prompt_embeds"]
+    other = policy.drop_captions(cond, 0.5, tiny.draws(60, 8)).tensors["prompt_embeds"]
     assert not torch.equal(other, kept[0])
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from attune.config.settings import AIFeedback
 from attune.data.batches import PairBatch
 from attune.data.labels import relabel, with_ai_feedback
@@ -104,7 +105,7 @@ def pairs(same=False, label=(1.0, 0.0, 1.0)):
 
 
 def only_minibatch(objective, batch, seed=5):
-    (minibatch,) = objective.minibatches(batch, torch.Generator().manual_seed(seed))
+    (minibatch,) = tiny.minibatches(objective, batch, seed)
     return minibatch
 
 
@@ -133,7 +134,7 @@ def test_guidance_is_the_configured_one(objective):
     torch.testing.assert_close(shift, 5 * cond.tensors["shift"])
 
 
-def test_the_generator_decides_everything(objective):
+def test_the_draws_decide_everything(objective):
     one, other = (only_minibatch(objective, pairs(), seed=5) for _ in range(2))
     assert torch.equal(one.pixel_values, other.pixel_values)
     assert not torch.equal(one.t, only_minibatch(objective, pairs(), seed=6).t)

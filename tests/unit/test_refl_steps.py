@@ -29,7 +29,7 @@ def settings(**changes):
 def first(method, seed=0):
     """The one minibatch of a batch."""
     batch = PromptBatch(PROMPTS, method.policy.backbone.encode_prompts(PROMPTS))
-    (minibatch,) = method.minibatches(batch, torch.Generator().manual_seed(seed))
+    (minibatch,) = tiny.minibatches(method, batch, seed)
     return minibatch
 
 

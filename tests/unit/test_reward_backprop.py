@@ -8,7 +8,6 @@ import torch
 import tiny
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import ddim, sample, timesteps_to_zero
-from attune.diffusion.noise import generator_noise
 from attune.methods import alignprop, draft, refl
 from attune.methods._reward_backprop import first_gradient_step, rollout, rollout_no_grad
 
@@ -46,7 +45,7 @@ def build(new_policy):
 def first(method, seed=0):
     """The one minibatch of a batch."""
     batch = PromptBatch(PROMPTS, method.policy.backbone.encode_prompts(PROMPTS))
-    (minibatch,) = method.minibatches(batch, torch.Generator().manual_seed(seed))
+    (minibatch,) = tiny.minibatches(method, batch, seed)
     return minibatch
 
 
@@ -91,7 +90,7 @@ def test_both_parts_together_are_a_whole_run(build, k, eta):
     method = build("draft", eta=eta, backprop_steps=k)
     policy, config = method.policy, method.config
     cond = policy.backbone.encode_prompts(PROMPTS)
-    sources = [generator_noise(torch.Generator().manual_seed(0)) for _ in range(2)]
+    sources = [tiny.draws(3).noise for _ in range(2)]
     whole = sample(policy, cond, sources[0], 5, eta, 2.0)
     trajectory = rollout_no_grad(policy, PromptBatch(PROMPTS, cond), config, k, sources[1])
     assert trajectory.noise.shape[:2] == (3, k)
@@ -110,14 +109,6 @@ def test_noise_of_another_number_of_steps_is_refused(policy):
     x_t, cond = torch.ones(3, 4, 8, 8), policy.backbone.encode_prompts(PROMPTS)
     with pytest.raises(ValueError, match="zip"), torch.no_grad():
         ddim(policy, x_t, torch.tensor([201, 1, 0]), cond, [x_t], eta=1.0, guidance_scale=1.0)
-
-
-def test_rows_of_a_trajectory(build):
-    whole = first(build("draft", backprop_steps=2))
-    part = whole[1:]
-    assert (len(whole), len(part), part.prompts) == (3, 2, PROMPTS[1:])
-    assert torch.equal(part.noise, whole.noise[1:])
-    assert torch.equal(part.timesteps, whole.timesteps)
 
 
 # ---------------------------------------------------------------- gradients

@@ -12,7 +12,7 @@ from attune.config.settings import Sampling
 from attune.diffusion import process
 from attune.diffusion.ddim import sample
 from attune.diffusion.generate import NonFiniteImageError, generate_images
-from attune.diffusion.noise import generator_noise, noise_seed, per_row_noise
+from attune.diffusion.noise import noise_seed, per_row_noise
 
 SEEDS = [11, 22, 33]
 PROMPTS = ["a cat", "a dog", "two owls"]
@@ -81,13 +81,6 @@ def test_noise_of_a_row_is_its_own():
     alone = per_row_noise(SEEDS[1:2])
     for _ in range(3):  # and stays so, draw after draw
         assert torch.equal(together((3, 4, 8, 8))[1:2], alone((1, 4, 8, 8)))
-
-
-def test_noise_of_one_generator_is_one_stream():
-    draw = generator_noise(torch.Generator().manual_seed(0))
-    first, second = draw((2, 3)), draw((2, 3))
-    assert not torch.equal(first, second)
-    assert torch.equal(first, generator_noise(torch.Generator().manual_seed(0))((2, 3)))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

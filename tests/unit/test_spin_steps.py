@@ -8,9 +8,9 @@ import torch
 import tiny
 from attune.config.settings import Lora
 from attune.diffusion.ddim import sample
-from attune.diffusion.noise import generator_noise
+from attune.distributed import Part, Shard
 from attune.methods import spin
-from attune.training.loop import batch_generator, epoch_rows
+from attune.training.loop import epoch_rows
 
 ATTENTION = Lora(rank=2)
 SETTINGS = {"lr": 1e-3, "batches": 3, "batch_size": 2, "beta": 500, "steps": 4, "guidance_scale": 2}
@@ -33,9 +33,8 @@ def second(new_policy, data, tmp_path):
 
 def game(method, data):
     """The batch and the one minibatch of batch 0."""
-    generator = batch_generator(0, 0)
-    batch = tiny.batches(data, method)(0, generator)
-    (minibatch,) = method.minibatches(batch, generator)
+    batch = tiny.batches(data, method)(0, Shard()).rows
+    (minibatch,) = tiny.minibatches(method, batch)
     return batch, minibatch
 
 
@@ -53,13 +52,11 @@ def test_real_images_are_the_chosen_ones_and_share_time_and_noise_with_their_opp
 
 def test_the_opponent_is_what_the_reference_generates_however_far_the_policy_has_moved(second, data):
     method = spin_of(second)
-    generator = batch_generator(0, 0)
-    batch = tiny.batches(data, method)(0, generator)
     tiny.move(second, 0.3)
-    _, found = game(method, data)
+    batch, found = game(method, data)
     with second.reference():
-        expected = sample(second, batch.cond, generator_noise(generator), 4, 0.0, 2.0)
-    by_policy = sample(second, batch.cond, generator_noise(batch_generator(0, 0)), 4, 0.0, 2.0)
+        expected = sample(second, batch.cond, tiny.draws(2).noise, 4, 0.0, 2.0)
+    by_policy = sample(second, batch.cond, tiny.draws(2).noise, 4, 0.0, 2.0)
     assert torch.equal(found.x_0.chunk(2)[1], expected)
     assert not torch.allclose(by_policy, expected, atol=1e-2)
 
@@ -77,9 +74,8 @@ def test_every_iteration_starts_at_ln_2_and_pulls(second, data):
 
 def test_the_second_iteration_learns_and_its_reference_stays(second, data):
     reference = tiny.adapter(second)
-    history = tiny.run(
-        spin_of(second, batches=12, batch_size=8), data, batches=lambda b, g: data.pair_batch(range(8)).liked_images
-    )
+    liked = Part(data.pair_batch(range(8)).liked_images, 8)
+    history = tiny.run(spin_of(second, batches=12, batch_size=8), data, batches=lambda b, shard: liked)
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert sum(row["margin"] for row in history[-4:]) / 4 > 0.02
     kept = [weight for name, weight in second.reference_model.named_parameters() if "lora_" in name]

@@ -7,7 +7,6 @@ import torch
 from pydantic import ValidationError
 
 import tiny
-from attune.diffusion.noise import generator_noise
 from attune.interfaces import Conditioning
 from attune.methods.spo import Config, Method, StepPairs, compare, spo_loss
 
@@ -30,7 +29,7 @@ def choose(k, n):
 
 
 def rollout(method, batch, seed=0):
-    return method.rollout(batch, generator_noise(torch.Generator().manual_seed(seed)), choose)
+    return method.rollout(batch, tiny.draws(len(batch.prompts), seed).noise, choose)
 
 
 # ---------------------------------------------------------------- compare
@@ -201,9 +200,9 @@ def test_with_inner_steps_the_sides_part_after_the_first(policy, batch):
 
 def test_minibatches_hold_every_pair_once(policy, batch):
     method = Method(config(minibatch_size=4), policy, tiny.brightness)
-    parts = list(method.minibatches(batch, torch.Generator().manual_seed(1)))
+    parts = tiny.minibatches(method, batch, 1)
     assert [len(part.t) for part in parts] == [4, 2]
-    whole = method.rollout(batch, generator_noise(torch.Generator().manual_seed(1)), lambda k, n: torch.zeros(n).long())
+    whole = method.rollout(batch, tiny.draws(2, 1).noise, lambda k, n: torch.zeros(n).long())
     assert len({tuple(x.flatten().tolist()) for part in parts for x in part.chosen}) == len(whole.t)
 
 
@@ -261,4 +260,4 @@ def test_no_random_number_is_drawn_where_chance_has_no_say(policy, batch):
         raise AssertionError
 
     method = Method(config(continuation="chosen"), policy, tiny.brightness)
-    method.rollout(batch, generator_noise(torch.Generator().manual_seed(0)), never)
+    method.rollout(batch, tiny.draws(2).noise, never)

@@ -13,18 +13,12 @@ from attune.stop import Stopped, handling, stop_requests, stoppable
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import Callbacks
-from trainables import Line, equal, method
+from trainables import Line, at_batch, equal, method
 
 
-def signalled(drawn, at, signum):
-    """The batches, during number `at` of which a signal comes."""
-
-    def batches(b, generator):
-        if b == at:
-            os.kill(os.getpid(), signum)
-        return drawn(b, generator)
-
-    return batches
+def signalled(trained, at, signum):
+    """Lets a signal come during batch number `at` of a training."""
+    at_batch(trained, at, lambda: os.kill(os.getpid(), signum))
 
 
 def code_of(function, *args, **kwargs):
@@ -45,16 +39,16 @@ def test_a_training_that_is_told_to_stop_goes_on_where_it_stopped(
     policy, asked = new_policy(), {"batches": 5, "accumulation": accumulation}
     history = tiny.run(method("dpo", policy, **asked), data)
     stopped = method("dpo", new_policy(), **asked)
-    batches = signalled(tiny.batches(data, stopped), 2, signum)
-    assert code_of(tiny.run, stopped, data, batches=batches, checkpoint=Checkpoint(tmp_path, "align@x", "key")) == code
+    signalled(stopped, 2, signum)
+    assert code_of(tiny.run, stopped, data, checkpoint=Checkpoint(tmp_path, "align@x", "key")) == code
     gc.collect()  # the ended process's lock
     again, drawn = new_policy(), []
     resumed = method("dpo", again, **asked)
     batches = tiny.batches(data, resumed)
 
-    def counted(b, generator):
+    def counted(b, shard):
         drawn.append(b)
-        return batches(b, generator)
+        return batches(b, shard)
 
     assert tiny.run(resumed, data, batches=counted, checkpoint=Checkpoint(tmp_path, "align@x", "key")) == history
     assert equal(policy.parameters(), again.parameters())
@@ -63,21 +57,16 @@ def test_a_training_that_is_told_to_stop_goes_on_where_it_stopped(
 
 def test_a_training_that_keeps_nothing_stops_at_once():
     """A trial of a search: finishing the batch would only delay the end."""
-    line, drawn = Line([1.0], [1.0]), []
-
-    def batches(b, generator):
-        os.kill(os.getpid(), signal.SIGTERM)
-        drawn.append(b)
-        return b
-
-    assert code_of(stoppable("sweep")(line.train), 2, {}, batches) == 143
-    assert drawn == []
+    line = Line([1.0], [1.0])
+    signalled(line, 0, signal.SIGTERM)
+    assert code_of(stoppable("sweep")(line.train), 2) == 143
+    assert line.w == 0
 
 
 def test_the_curve_of_a_resumed_training_is_logged_from_its_beginning(tmp_path):
     line = Line([1.0], [2.0], [3.0])
-    batches = signalled(lambda b, generator: b, 1, signal.SIGTERM)
-    assert code_of(line.train, 3, {"checkpoint": Checkpoint(tmp_path, "a", "k")}, batches) == 143
+    signalled(line, 1, signal.SIGTERM)
+    assert code_of(line.train, 3, {"checkpoint": Checkpoint(tmp_path, "a", "k")}) == 143
     gc.collect()
     logged = []
     log = Callbacks(log=lambda metrics, step: logged.append((step, metrics["x"], sorted(metrics))))

@@ -248,7 +248,7 @@ def test_batches_of_single_images(write, tmp_path, backbone):
     (n, draw), (n_liked, draw_liked) = data.rows_for("images"), data.rows_for("liked images")
     assert (n, n_liked) == (6, 2)
     batch = draw([4, 3])
-    assert (batch.prompts, batch.liked.tolist(), batch.images_per_row) == (["p 0", "p 1"], [False, True], 1)
+    assert (batch.prompts, batch.liked.tolist()) == (["p 0", "p 1"], [False, True])
     own = backbone.encode_images(torch.from_numpy(pixels(4).copy()).permute(2, 0, 1)[None].float() / 255)
     torch.testing.assert_close(batch.latents[:1], own, atol=1e-4, rtol=1e-4)
     known = backbone.encode_prompts(["p 0", "p 1"])

@@ -8,11 +8,11 @@ from accelerate.state import AcceleratorState, GradientState
 
 import tiny
 from attune.diffusion.noised import NoisedBatch
+from attune.distributed import Part
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
-from attune.training.loop import batch_generator
 from attune.training.step import minibatch_weights
-from trainables import METHODS, HalfLine, Line, halved, method
+from trainables import METHODS, HalfLine, Line, at_batch, halved, method
 
 # ---------------------------------------------------------------- arithmetic, on one weight
 
@@ -57,12 +57,12 @@ def test_accumulation_weighs_rows_alike():
     """10 rows of 1 and 1 row of 100 are 11 rows: (10 * 1 + 1 * 100) / 11 = 10, where the mean of means is 50.5."""
     history, _ = Line([(1.0,) * 10, (100.0,)]).train(1, accumulation=2, max_grad_norm=None)
     assert [(row["grad_norm"], row["x"]) for row in history] == [(pytest.approx(10), pytest.approx(10))]
-    assert minibatch_weights([(1.0,) * 10, (100.0,)]) == pytest.approx([20 / 11, 2 / 11])
+    assert minibatch_weights([Part(None, 10), Part(None, 1)]) == pytest.approx([20 / 11, 2 / 11])
 
 
 def test_equal_minibatches_weigh_exactly_one():
     """So that their gradients are not rounded otherwise than without weights."""
-    assert all(minibatch_weights([range(n)] * k) == [1.0] * k for n in range(1, 50) for k in range(1, 50))
+    assert all(minibatch_weights([Part(None, n)] * k) == [1.0] * k for n in range(1, 50) for k in range(1, 50))
 
 
 class Fed:
@@ -71,20 +71,22 @@ class Fed:
     def __init__(self, inner):
         self.policy, self.config, self.loss = inner.policy, inner.config, inner.loss
 
-    def minibatches(self, batch, generator):
+    def minibatches(self, batch, draws):
         return iter(batch)
 
 
 def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
-    t, noise = data.pair_batch(range(6)).draw_noise(torch.zeros(1000), batch_generator(0, 0))
     whole = data.pair_batch(range(6))
-    rows = NoisedBatch(whole.chosen, t, noise, whole.cond)
-    half = [rows[:3], rows[3:]]
+    t, noise = whole.draw_noise(torch.zeros(1000), tiny.draws(6))
+
+    def part(rows):
+        return Part(NoisedBatch(whole.chosen[rows], t[rows], noise[rows], whole.cond[rows]), len(t[rows]))
+
     ends = []
-    for minibatches in ([rows], half):
+    for minibatches in ([part(slice(6))], [part(slice(3)), part(slice(3, 6))]):
         policy = new_policy(moved=0.1)
         inner = method("sft", policy, accumulation=len(minibatches), batches=1, warmup=0)
-        history = tiny.run(Fed(inner), data, batches=lambda b, g, fed=minibatches: fed)
+        history = tiny.run(Fed(inner), data, batches=lambda b, shard, fed=minibatches: Part(fed, 6))
         ends.append((history, tiny.adapter(policy)))
     (one, many) = (history for history, _ in ends)
     assert len(one) == len(many) == 1
@@ -187,17 +189,16 @@ def test_an_infinite_gradient_of_a_finite_loss_stops(autocast):
 
 def broken(policy, data, trained, tmp_path, damage):
     """Does `damage` before batch 2; returns the error and the checkpoint before and after."""
-    drawn, before = tiny.batches(data, trained), []
+    before = []
     checkpoint = Checkpoint(tmp_path, "align@x", "key", every_seconds=0)
 
-    def batches(b, generator):
-        if b == 2:
-            before.append(checkpoint.file.read_bytes())
-            damage(policy.denoiser)
-        return drawn(b, generator)
+    def act():
+        before.append(checkpoint.file.read_bytes())
+        damage(policy.denoiser)
 
+    at_batch(trained, 2, act)
     with pytest.raises(NonFiniteError) as error:
-        tiny.run(trained, data, batches=batches, checkpoint=checkpoint)
+        tiny.run(trained, data, checkpoint=checkpoint)
     return str(error.value), before[0], checkpoint.file.read_bytes()
 
 

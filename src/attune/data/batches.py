@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attune.diffusion.noise import Draws
 from attune.interfaces import Conditioning
 
 
@@ -18,26 +19,22 @@ class PromptBatch:
     prompts: Sequence[str]
     cond: Conditioning
 
-    def __getitem__(self, rows: slice) -> PromptBatch:
-        return PromptBatch(self.prompts[rows], self.cond[rows])
-
 
 @dataclass(frozen=True)
 class ImageBatch:
     """Scaled latents (B, C, h, w) of single images for their prompts, and which of them are liked.
 
-    Of pairs, the chosen images come first and then the rejected ones; `images_per_row` is 2.
+    Of pairs, the chosen images come first and then the rejected ones.
     """
 
     prompts: Sequence[str]
     cond: Conditioning
     latents: Tensor
     liked: Tensor  # (B,) bool
-    images_per_row: int = 1
 
-    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """A timestep (B,) and noise (B, C, h, w) for each image."""
-        return draw_noise(self.latents, len(self.latents), schedule, generator)
+        return draw_noise(self.latents, schedule, draws)
 
 
 @dataclass(frozen=True)
@@ -50,16 +47,6 @@ class PairBatch:
     latents_1: Tensor
     label_0: Tensor  # (B,) probability that image 0 is the better: 1 or 0 of people, 0.5 for a tie, soft of a scorer
     weight: Tensor  # (B,) 1 / number of pairs that share the prompt
-
-    def __getitem__(self, rows: slice) -> PairBatch:
-        return PairBatch(
-            self.prompts[rows],
-            self.cond[rows],
-            self.latents_0[rows],
-            self.latents_1[rows],
-            self.label_0[rows],
-            self.weight[rows],
-        )
 
     @property
     def chosen(self) -> Tensor:
@@ -79,7 +66,7 @@ class PairBatch:
         """Both images of every pair, each by itself: the chosen ones are liked, the rejected ones are not."""
         latents = torch.cat([self.chosen, self.rejected])
         liked = torch.arange(len(latents), device=latents.device) < len(self.prompts)
-        return ImageBatch([*self.prompts, *self.prompts], self.cond.repeat(2), latents, liked, images_per_row=2)
+        return ImageBatch([*self.prompts, *self.prompts], self.cond.repeat(2), latents, liked)
 
     @property
     def liked_images(self) -> ImageBatch:
@@ -95,12 +82,11 @@ class PairBatch:
             raise ValueError("a tie has no chosen image; drop ties before training on chosen and rejected")
         return (self.label_0 > 0.5)[:, None, None, None]
 
-    def draw_noise(self, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) and noise (B, C, h, w), each shared by the two images of a pair."""
-        return draw_noise(self.latents_0, len(self.prompts), schedule, generator)
+        return draw_noise(self.latents_0, schedule, draws)
 
 
-def draw_noise(latents: Tensor, n: int, schedule: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """n timesteps of a schedule, and noise (n, C, h, w) as the latents have it, on their device."""
-    t = torch.randint(len(schedule), (n,), generator=generator)
-    return t, torch.randn((n, *latents.shape[1:]), generator=generator).to(latents.device)
+def draw_noise(latents: Tensor, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """A timestep of a schedule (n,) and noise (n, C, h, w) for each of n latents, the noise on their device."""
+    return draws.integers(len(schedule), len(latents)), draws.noise(tuple(latents.shape)).to(latents.device)

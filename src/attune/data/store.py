@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from attune.interfaces import Conditioning
 
 IMAGES = "images.parquet"
 Consumed = Literal["pairs", "images", "liked images", "prompts"]
+Rows: TypeAlias = Tensor | pd.Series | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PreparedData:
         pairs = pairs[keep_ties | (pairs.label_0 != 0.5)].reset_index(drop=True)
         return replace(self, pairs=pairs.assign(weight=1 / pairs.groupby("prompt").prompt.transform("size")))
 
-    def rows_for(self, consumes: Consumed) -> tuple[int, Callable[[Tensor | Sequence[int]], object]]:
+    def rows_for(self, consumes: Consumed) -> tuple[int, Callable[[Rows], object]]:
         """How many rows a method learns from, and how a batch of some of them is made.
 
         A method that learns from single images takes each pair as two of them, where the source has pairs.
@@ -112,24 +113,36 @@ class PreparedData:
     def _image_batch(self, chosen: pd.DataFrame) -> ImageBatch:
         return ImageBatch(
             chosen.prompt.tolist(),
-            self.cond[torch.tensor(chosen.prompt_row.to_numpy())].to(self.device),
-            self.latents[torch.tensor(chosen.image.to_numpy())].to(self.device),
-            torch.tensor(chosen.liked.to_numpy(), device=self.device),
+            self._cond_of(chosen.prompt_row),
+            self._latents_of(chosen.image),
+            self._sent(torch.tensor(chosen.liked.to_numpy())),
         )
 
-    def pair_batch(self, rows: Tensor | Sequence[int]) -> PairBatch:
+    def pair_batch(self, rows: Rows) -> PairBatch:
         """Those pairs as a batch."""
         chosen = self.pairs.iloc[list(map(int, rows))]
         return PairBatch(
             chosen.prompt.tolist(),
-            self.cond[torch.tensor(chosen.prompt_row.to_numpy())].to(self.device),
-            self.latents[torch.tensor(chosen.image_0.to_numpy())].to(self.device),
-            self.latents[torch.tensor(chosen.image_1.to_numpy())].to(self.device),
-            torch.tensor(chosen.label_0.to_numpy(), dtype=torch.float32, device=self.device),
-            torch.tensor(chosen.weight.to_numpy(), dtype=torch.float32, device=self.device),
+            self._cond_of(chosen.prompt_row),
+            self._latents_of(chosen.image_0),
+            self._latents_of(chosen.image_1),
+            self._sent(torch.tensor(chosen.label_0.to_numpy(), dtype=torch.float32)),
+            self._sent(torch.tensor(chosen.weight.to_numpy(), dtype=torch.float32)),
         )
 
-    def prompt_batch(self, rows: Tensor | Sequence[int]) -> PromptBatch:
+    def prompt_batch(self, rows: Rows) -> PromptBatch:
         """Those prompts as a batch."""
-        rows = torch.as_tensor(rows)
-        return PromptBatch([self.prompts[int(r)] for r in rows], self.cond[rows].to(self.device))
+        return PromptBatch([self.prompts[int(r)] for r in rows], self._cond_of(rows))
+
+    def _cond_of(self, rows: Rows) -> Conditioning:
+        tensors = self.cond[torch.tensor(np.asarray(rows))].tensors
+        return Conditioning({name: self._sent(value) for name, value in tensors.items()})
+
+    def _latents_of(self, rows: Rows) -> Tensor:
+        return self._sent(self.latents[torch.tensor(np.asarray(rows))])
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """The values on `device`. A GPU takes them from pinned memory, while this thread and the GPU go on working."""
+        if torch.device(self.device).type == "cuda":
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)

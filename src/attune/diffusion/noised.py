@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Clean latents, and the timesteps and noise to be added: n rows, each one image or one pair.
+    """Clean latents, and the timesteps and noise to be added, of n images or n pairs.
 
     Of pairs, all tensors but `p_chosen` hold the preferred images first and then the others, (2n, ...).
     """
@@ -27,7 +27,6 @@ class NoisedBatch:
     t: Tensor
     noise: Tensor
     cond: Conditioning
-    images_per_row: int = 1  # 2 = pairs
     p_chosen: Tensor | float = 1.0  # (n,) of pairs: probability that the preferred image is the better one
     liked: Tensor | None = None  # bool, of every image; None where that does not matter
 
@@ -37,17 +36,7 @@ class NoisedBatch:
     ) -> NoisedBatch:
         """Both images of a pair (n, ...) under one timestep, noise and conditioning."""
         x_0 = torch.cat([preferred, other])
-        return NoisedBatch(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2), 2, p_chosen)
-
-    def __len__(self) -> int:
-        return len(self.t) // self.images_per_row
-
-    def __getitem__(self, rows: slice) -> NoisedBatch:
-        images = torch.arange(len(self.t)).view(self.images_per_row, -1)[:, rows].flatten()
-        p_chosen = self.p_chosen[rows] if isinstance(self.p_chosen, Tensor) else self.p_chosen
-        tensors = (self.x_0[images], self.t[images], self.noise[images])
-        liked = None if self.liked is None else self.liked[images]
-        return NoisedBatch(*tensors, self.cond[images], self.images_per_row, p_chosen, liked)
+        return NoisedBatch(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2), p_chosen)
 
 
 def policy_error(policy: Policy, m: NoisedBatch) -> Tensor:

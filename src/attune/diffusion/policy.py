@@ -19,6 +19,7 @@ from attune.config.settings import Lora
 from attune.costs import count_denoised
 from attune.diffusion.lora import add_lora, load_lora, lora_ranks, save_lora, target_modules, unload_lora
 from attune.diffusion.lora_files import locate, read_denoiser
+from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.files import let_umask_decide
 from attune.interfaces import Backbone, Conditioning
@@ -68,11 +69,11 @@ class Policy:
         with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
             return self.backbone.predict_noise(self.module, x_t, t, cond)
 
-    def drop_captions(self, cond: Conditioning, share: float, generator: torch.Generator) -> Conditioning:
+    def drop_captions(self, cond: Conditioning, share: float, draws: Draws) -> Conditioning:
         """Empties a random share of the prompts: guidance needs a policy that is also trained without prompts."""
         if share == 0:
             return cond
-        keep = torch.rand(len(cond), generator=generator) >= share
+        keep = draws.uniform(len(cond)) >= share
         return cond.where(keep, self.uncond.expand(len(cond)))
 
     # ------------------------------------------------------------ reference

@@ -76,12 +76,6 @@ class Trajectory:
     cond: Conditioning
     prompts: Sequence[str]
 
-    def __len__(self) -> int:
-        return len(self.x_t)
-
-    def __getitem__(self, rows: slice) -> Trajectory:
-        return Trajectory(self.x_t[rows], self.timesteps, self.noise[rows], self.cond[rows], self.prompts[rows])
-
 
 def first_gradient_step(sample_share: Callable[[], float], steps: int) -> int:
     """Index (0..steps - 1) of the first step with a gradient, from a share of the run: 0 is its start and 1 its end.
@@ -97,21 +91,14 @@ def first_gradient_step(sample_share: Callable[[], float], steps: int) -> int:
 def rollout_no_grad(
     policy: Policy, batch: PromptBatch, config: RewardConfig, k: int, sample_noise: NoiseFn
 ) -> Trajectory:
-    """All but the last k (1..steps) DDIM steps from pure noise.
-
-    Of several processes each computes the rows of its own prompts; all of them get the whole.
-    """
-    shard, n = policy.shard, len(batch.prompts)
-    sample_noise = shard.local_noise(to_device(policy.device, sample_noise), n)
-    cond = batch.cond[shard.rows(n)]
+    """All but the last k (1..steps) DDIM steps from pure noise."""
+    sample_noise, cond = to_device(policy.device, sample_noise), batch.cond
     timesteps, shape = timesteps_to_zero(policy, config.steps), (len(cond), *policy.backbone.latent_shape)
     x_T = sample_noise(shape)
     fresh = (sample_noise(shape) for _ in range(config.steps - k))
     x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, eta=config.eta, guidance_scale=config.guidance_scale)
     noise = torch.stack([sample_noise(shape) for _ in range(k)], dim=1)
-    ours = slice(shard.count(n))
-    rest = timesteps[-k - 1 :]
-    return Trajectory(shard.gather(x_t[ours]), rest, shard.gather(noise[ours]), batch.cond, list(batch.prompts))
+    return Trajectory(x_t, timesteps[-k - 1 :], noise, cond, list(batch.prompts))
 
 
 def rollout(policy: Policy, trajectory: Trajectory, config: RewardConfig) -> Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor
 from attune.config.schema import Float
 from attune.config.settings import Lora
 from attune.data.batches import PromptBatch
-from attune.diffusion.noise import generator_noise
+from attune.diffusion.noise import Draws
+from attune.distributed import Part
 from attune.interfaces import Metrics, Reward
 from attune.methods._reward_backprop import (
     CHECKPOINT_STEPS,
@@ -113,10 +114,10 @@ class Method:
         require_differentiable(rewards, config)
         self.config, self.policy, self.rewards = config, policy, rewards
 
-    def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[Trajectory]:
+    def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[Trajectory]]:
         c = self.config
-        k = c.steps - truncation_step(c.truncation, c.truncation_range, c.steps, generator)
-        yield rollout_no_grad(self.policy, batch, c, k, generator_noise(generator))
+        k = c.steps - truncation_step(c.truncation, c.truncation_range, c.steps, draws.shared)
+        yield Part(rollout_no_grad(self.policy, batch, c, k, draws.noise), draws.n)
 
     def loss(self, minibatch: Trajectory) -> tuple[Tensor, Metrics]:
         c = self.config

@@ -23,7 +23,8 @@ from attune.config.schema import Float
 from attune.config.settings import Lora
 from attune.data.batches import PromptBatch
 from attune.diffusion import process
-from attune.diffusion.noise import NoiseFn, generator_noise, to_device
+from attune.diffusion.noise import Draws, NoiseFn, to_device
+from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics, Reward
 from attune.methods._reward_backprop import (
     REWARDS,
@@ -77,10 +78,8 @@ def with_renoised(policy: Policy, trajectory: Trajectory, config: Config, sample
 
     The n x B copies come after the B originals, copy by copy.
     """
-    n, shard, images = config.n_renoised, policy.shard, len(trajectory)
-    sample_noise = to_device(policy.device, sample_noise)
-    ours = rollout(policy, trajectory[shard.rows(images)], config)
-    x_0 = shard.gather(ours[: shard.count(images)]).repeat(n, 1, 1, 1)
+    n, sample_noise = config.n_renoised, to_device(policy.device, sample_noise)
+    x_0 = rollout(policy, trajectory, config).repeat(n, 1, 1, 1)
     a_t = process.extract(policy.backbone.alphas_cumprod, trajectory.timesteps[:1], x_0)
     x_t = process.add_noise(x_0, sample_noise(tuple(x_0.shape)), a_t)
     noise = sample_noise(tuple(x_0.shape))[:, None]
@@ -101,10 +100,10 @@ class Method:
         require_differentiable(rewards, config)
         self.config, self.policy, self.rewards = config, policy, rewards
 
-    def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[Trajectory]:
-        c, sample_noise = self.config, generator_noise(generator)
-        trajectory = rollout_no_grad(self.policy, batch, c, c.backprop_steps, sample_noise)
-        yield with_renoised(self.policy, trajectory, c, sample_noise) if c.n_renoised else trajectory
+    def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[Trajectory]]:
+        c = self.config
+        trajectory = rollout_no_grad(self.policy, batch, c, c.backprop_steps, draws.noise)
+        yield Part(with_renoised(self.policy, trajectory, c, draws.noise) if c.n_renoised else trajectory, draws.n)
 
     def loss(self, minibatch: Trajectory) -> tuple[Tensor, Metrics]:
         latents = rollout(self.policy, minibatch, self.config)

@@ -24,7 +24,9 @@ from torch import Tensor
 from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import ImageBatch
+from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
+from attune.distributed import Part
 from attune.interfaces import Metrics
 
 if TYPE_CHECKING:
@@ -108,10 +110,10 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
-        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield NoisedBatch(batch.latents, t, noise, cond, batch.images_per_row, liked=batch.liked)
+    def minibatches(self, batch: ImageBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
+        yield Part(NoisedBatch(batch.latents, t, noise, cond, liked=batch.liked), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         c = self.config

@@ -22,7 +22,9 @@ from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import preference_loss
+from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_error
+from attune.distributed import Part
 from attune.interfaces import Metrics
 
 if TYPE_CHECKING:
@@ -75,10 +77,10 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
-        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond)
+    def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
+        yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error = policy_error(self.policy, minibatch)

@@ -23,7 +23,8 @@ from attune.config.schema import Float
 from attune.config.settings import Lora
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import predict_x0
-from attune.diffusion.noise import generator_noise
+from attune.diffusion.noise import Draws
+from attune.distributed import Part
 from attune.interfaces import Metrics, Reward
 from attune.methods._reward_backprop import (
     REWARDS,
@@ -83,11 +84,11 @@ class Method:
         require_differentiable(rewards, config)
         self.config, self.policy, self.rewards = config, policy, rewards
 
-    def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[Trajectory]:
+    def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[Trajectory]]:
         c = self.config
         low, high = c.truncation_range
-        step = first_gradient_step(lambda: low + (high - low) * torch.rand((), generator=generator).item(), c.steps)
-        yield rollout_no_grad(self.policy, batch, c, c.steps - step, generator_noise(generator))
+        step = first_gradient_step(lambda: low + (high - low) * torch.rand((), generator=draws.shared).item(), c.steps)
+        yield Part(rollout_no_grad(self.policy, batch, c, c.steps - step, draws.noise), draws.n)
 
     def loss(self, minibatch: Trajectory) -> tuple[Tensor, Metrics]:
         c, m = self.config, minibatch

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
 from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import ImageBatch
+from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_error
+from attune.distributed import Part
 from attune.interfaces import Metrics
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
-        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield NoisedBatch(batch.latents, t, noise, cond)
+    def minibatches(self, batch: ImageBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
+        yield Part(NoisedBatch(batch.latents, t, noise, cond), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         loss = policy_error(self.policy, minibatch).mean()

@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -28,8 +27,9 @@ from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import ImageBatch
 from attune.diffusion.ddim import sample
 from attune.diffusion.losses import implicit_reward, preference_loss
-from attune.diffusion.noise import generator_noise
+from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
+from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics
 
 if TYPE_CHECKING:
@@ -76,19 +76,17 @@ class Method:
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
 
-    def minibatches(self, batch: ImageBatch, generator: torch.Generator) -> Iterable[NoisedBatch]:
-        real, opponents = batch.latents, self.opponents(batch.cond, generator)
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, generator)
-        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, generator)
-        yield NoisedBatch.pairs(real, opponents, t, noise, cond)
+    def minibatches(self, batch: ImageBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
+        real, opponents = batch.latents, self.opponents(batch.cond, draws)
+        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
+        yield Part(NoisedBatch.pairs(real, opponents, t, noise, cond), draws.n)
 
-    def opponents(self, cond: Conditioning, generator: torch.Generator) -> Tensor:
+    def opponents(self, cond: Conditioning, draws: Draws) -> Tensor:
         """Latents (B, C, h, w) sampled from the policy as it was at the start of this iteration."""
-        c, shard, n = self.config, self.policy.shard, len(cond)
-        sample_noise = shard.local_noise(generator_noise(generator), n)
+        c = self.config
         with self.policy.reference():
-            ours = sample(self.policy, cond[shard.rows(n)], sample_noise, c.steps, c.eta, c.guidance_scale)
-        return shard.gather(ours[: shard.count(n)])
+            return sample(self.policy, cond, draws.noise, c.steps, c.eta, c.guidance_scale)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error, reference_error = policy_and_reference_error(self.policy, minibatch)

@@ -29,7 +29,8 @@ from attune.config.settings import Lora, MethodConfig
 from attune.data.batches import PromptBatch
 from attune.diffusion import process
 from attune.diffusion.losses import preference_loss
-from attune.diffusion.noise import NoiseFn, generator_noise, to_device
+from attune.diffusion.noise import Draws, NoiseFn, to_device
+from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics, StepReward
 
 if TYPE_CHECKING:
@@ -143,19 +144,14 @@ class Method:
         self.schedule = policy.backbone.alphas_cumprod
         self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
 
-    def minibatches(self, batch: PromptBatch, generator: torch.Generator) -> Iterable[StepPairs]:
-        shard, n = self.policy.shard, len(batch.prompts)
-
-        def choose(k: int, ours: int) -> Tensor:
-            return torch.randint(k, (n,), generator=generator)[shard.rows(n)]
-
-        sample_noise = shard.local_noise(generator_noise(generator), n)
-        pairs = self.rollout(batch[shard.rows(n)], sample_noise, choose)
-        pairs = pairs if shard.world_size == 1 else self.gathered(pairs[: None if shard.count(n) else 0])
-        order = torch.randperm(len(pairs), generator=generator)
+    def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[StepPairs]]:
+        shard, pairs = self.policy.shard, self.rollout(batch, draws.noise, draws.integers)
+        # which pairs there are is known after the rollout, so the processes share them out anew
+        pairs = pairs if shard.world_size == 1 else self.gathered(pairs[: None if shard.count(draws.n) else 0])
+        order = torch.randperm(len(pairs), generator=draws.shared)
         for rows in order.split(self.config.minibatch_size):
             if len(rows):  # there are no pairs if the preference model is confident of none
-                yield pairs[rows]
+                yield Part(pairs[rows[shard.rows(len(rows))]], len(rows))
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, sample_noise: NoiseFn, choose: Callable[[int, int], Tensor]) -> StepPairs:

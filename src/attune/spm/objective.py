@@ -13,7 +13,7 @@ back.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,8 @@ from transformers import CLIPTokenizer
 
 from attune.clip.model import image_size, load_tokenizer, text_config, tokenise
 from attune.config.settings import PreferenceConfig as Config
-from attune.distributed import Shard
+from attune.diffusion.noise import Draws
+from attune.distributed import Part, Shard
 from attune.hub import fetch_file, parse
 from attune.interfaces import Conditioning, Metrics
 from attune.spm.model import StepAwareCLIP, from_clip, load, training_pixels
@@ -43,16 +44,7 @@ class NoisedPairs:
     t: Tensor
     label_0: Tensor
     weight: Tensor
-    weight_sum: Tensor | None = None  # what weights are divided by, for rows of a larger minibatch; None = their sum
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    def __getitem__(self, rows: slice) -> NoisedPairs:
-        t = self.t[rows]
-        weight_sum = (self.weight.sum() if self.weight_sum is None else self.weight_sum) * (len(t) / len(self))
-        columns = (self.input_ids[rows], t, self.label_0[rows], self.weight[rows])
-        return NoisedPairs(self.pixel_values[:, rows], *columns, weight_sum)
+    weight_sum: Tensor | None = None  # what weights are divided by, where B is a part of the pairs; None = their sum
 
 
 def starting_model(config: Config) -> tuple[StepAwareCLIP, CLIPTokenizer]:
@@ -123,31 +115,20 @@ class SPMObjective:
         """The trainable weights: vision and text tower, projections and temperature."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
-    def minibatches(self, batch: PairBatch, generator: torch.Generator) -> Iterable[NoisedPairs]:
-        shard, n = self.shard, len(batch.prompts)
-        t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, generator)
-        if shard.world_size == 1:
-            yield self.prepare_batch(batch, t, noise)
-        else:  # each process prepares its own pairs only, because the base's predictions cost the most
-            rows = shard.rows(n)
-            ours = self.pixels(batch[rows], t[rows], noise[rows])[:, : shard.count(n)]
-            yield self._with_text(batch, t, shard.gather(ours.transpose(0, 1)).transpose(0, 1))
+    def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedPairs]]:
+        t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, draws)
+        pairs = self.prepare_batch(batch, t, noise)
+        weights = self.shard.gather(pairs.weight[: self.shard.count(draws.n)])  # of all processes
+        share = len(pairs.weight) / len(weights)
+        yield Part(replace(pairs, weight_sum=weights.sum() * share), draws.n)
 
     def prepare_batch(self, batch: PairBatch, t: Tensor, noise: Tensor) -> NoisedPairs:
         """The pairs as the model is given them: noised to t (B,) with noise (B, C, h, w), and predicted back."""
-        return self._with_text(batch, t, self.pixels(batch, t, noise))
-
-    def pixels(self, batch: PairBatch, t: Tensor, noise: Tensor) -> Tensor:
-        """Pixel values (2, B, 3, S, S) of both images of each pair, noised to t (B,) and predicted back."""
         clip, here = self.model.model, batch.latents_0.device
         images = self.one_step_images(batch, t.to(here), noise.to(here))
-        return training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1)).to(clip.device)
-
-    def _with_text(self, batch: PairBatch, t: Tensor, pixels: Tensor) -> NoisedPairs:
-        """Adds token ids, labels and weights to the pixel values of a batch, on the model's device."""
-        clip = self.model.model
+        pixels = training_pixels(images.float(), image_size(clip)).unflatten(0, (2, -1))
         ids = tokenise(self.tokenizer, batch.prompts, text_config(clip.config).max_position_embeddings)
-        return NoisedPairs(pixels, *(x.to(clip.device) for x in (ids, t, batch.label_0, batch.weight)))
+        return NoisedPairs(*(x.to(clip.device) for x in (pixels, ids, t, batch.label_0, batch.weight)))
 
     @torch.no_grad()
     def one_step_images(self, batch: PairBatch, t: Tensor, noise: Tensor) -> Tensor:

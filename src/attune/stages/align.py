@@ -34,7 +34,7 @@ def main() -> None:
             return
         write(plan, history, facts)
         remember_run(plan.run, run.run_id)
-        run.artifact(paths.model(plan.run))
+        run.artifact(paths.model(plan.run), dvc_keeps_it=True)
 
 
 def write(plan: RunPlan, history: list[dict[str, float]], facts: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ def train_preference(
     from attune.spm.accuracy import accuracy_by_t
     from attune.spm.model import save
     from attune.spm.objective import SPMObjective, starting_model
-    from attune.training.loop import Callbacks, epoch_rows, train
+    from attune.training.loop import Callbacks, epoch_batches, train
 
     paths, config = Paths(plan.profile), check(PreferenceConfig, plan.settings, "preference")
     policy = load_policy(plan.model)
@@ -68,7 +68,7 @@ def train_preference(
     history, _ = train(
         objective,
         objective,
-        lambda b, generator: data.pair_batch(epoch_rows(len(data.pairs), config.batch_size, b, plan.seed)),
+        epoch_batches(len(data.pairs), config.batch_size, plan.seed, data.pair_batch),
         seed=plan.seed,
         checkpoint=checkpoint,
         callbacks=Callbacks(desc="train preference", log=run.log),

@@ -21,6 +21,7 @@ from attune.tracking import patience
 from attune.tracking import sender as senders
 from attune.tracking import store as stores
 from attune.tracking.labels import Tree, default_tags, pipeline_run, redact, sanitize_key, table_columns
+from attune.tracking.reference import ENDING, large_output
 from attune.tracking.system import Monitor
 from attune.tracking.views import View, open_views
 
@@ -139,9 +140,22 @@ class Run:
         self._append("dataset", context=context, **about)
 
     @_safe
-    def artifact(self, path: str | Path) -> None:
-        """Copy a file or folder to the run's artifacts."""
-        self._append("artifact", file=self._out.copy_in(Path(path)))
+    def artifact(self, path: str | Path, dvc_keeps_it: bool = False) -> None:
+        """Copy a file or folder to the run's artifacts.
+
+        Args:
+            dvc_keeps_it: whether it is an output of a DVC stage. A large one is not copied then: the run gets a small
+                file and a tag that say where it is and how to get it.
+        """
+        large = large_output(Path(path)) if dvc_keeps_it else None
+        if large is None:
+            self._append("artifact", file=self._out.copy_in(Path(path)))
+            return
+        name = Path(large.path).name
+        file, place = self._out.reserve(name + ENDING)
+        file.write_text(large.to_json())
+        self._append("artifact", file=place)
+        self._append("tags", tags={f"artifact.{sanitize_key(name)}": str(large)})
 
     def _append(self, op: str, **fields: Any) -> None:
         self._out.append(op, **fields, **({} if self._target is None else {"run": self._target}))

@@ -1,26 +1,27 @@
 """The one training loop: every method and the preference model go through these lines.
 
-Resuming is exact by construction. All randomness of batch b comes from a generator seeded by (seed, b), so a
+Resuming is exact by construction. All randomness of batch b comes from generators seeded by (seed, b), so a
 checkpoint holds weights, optimizer state and b, and no generator state. Online methods are checkpointed between
 rollouts, never inside one, and no checkpoint is written while minibatches of an incomplete group are pending.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attune.distributed import Shard
+from attune.diffusion.noise import Draws, keyed_generator
+from attune.distributed import Part, Shard
 from attune.interfaces import Log, Objective
 from attune.stop import SIGNALS, Stopped, stop_requests
 from attune.training.checkpoint import Checkpoint
@@ -30,8 +31,9 @@ from attune.training.progress import Progress
 from attune.training.step import Trainable, TrainStep, learning_rate
 
 LOG = logging.getLogger("attune.training")
-Batches = Callable[[int, torch.Generator], Any]
-"""Batch number b, given its generator: offline data picks rows by b, online data picks prompts."""
+T = TypeVar("T")
+Batches = Callable[[int, Shard], Part[Any]]
+"""A process's rows of batch number b. Called in another thread, while the batch before is trained on."""
 
 
 SHOWN = ("loss", "margin", "accuracy")
@@ -77,17 +79,18 @@ def train(
     callbacks = callbacks if shard.is_main_process else Callbacks()
     # without a checkpoint there is nothing to save, and a signal ends the process at once
     stopping = nullcontext(lambda: 0) if checkpoint is None else stop_requests()
-    with shard.process_group_guard(), stopping as stop_request:
+    with shard.process_group_guard(), stopping as stop_request, ThreadPoolExecutor(1) as reader:
         progress = resume(train_step, checkpoint, callbacks)
-        pending_microbatches: list[Any] = []
+        ahead = read_ahead(reader, lambda b: batches(b, shard), range(progress.batch, config.batches))
+        pending_microbatches: list[Part[Any]] = []
         bar = progress_bar(callbacks.desc, progress.batch, config.batches, shard)
         for b in bar:
             if early_stopping is not None:
                 early_stopping.evaluate(progress, parameters, shard, callbacks.on_score)
             if early_stopping is not None and early_stopping.should_stop(progress.scores):
                 break
-            generator, last = batch_generator(seed, b), b + 1 == config.batches
-            minibatches = objective.minibatches(batches(b, generator), generator)
+            batch, last = next(ahead), b + 1 == config.batches
+            minibatches = objective.minibatches(batch.rows, Draws.of_batch(seed, b, batch.n, shard))
             for group in groups(minibatches, config.accumulation, pending_microbatches, last):
                 progress.step += 1
                 metrics = train_step(objective, group, progress.step, learning_rate(config, progress.history, b))
@@ -134,7 +137,19 @@ def progress_bar(desc: str, done: int, batches: int, shard: Shard) -> Any:
     return tqdm(range(done, batches), desc, batches, initial=done, unit="batch", **silent)
 
 
-def groups(minibatches: Iterable[Any], size: int, pending: list[Any], last: bool) -> Iterator[list[Any]]:
+def read_ahead(reader: Executor, read: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """`read` of each number in order; while one is in use, the next is read by `reader`, and no further one.
+
+    An error of `read` is raised where its number's turn has come, with the traceback of where it arose.
+    """
+    waiting = (reader.submit(read, number) for number in numbers)
+    following = next(waiting, None)
+    while following is not None:
+        present, following = following.result(), next(waiting, None)
+        yield present
+
+
+def groups(minibatches: Iterable[T], size: int, pending: list[T], last: bool) -> Iterator[list[T]]:
     """Groups of `size` minibatches for one optimizer step each; groups run across batches.
 
     Args:
@@ -178,10 +193,13 @@ def resume(train_step: TrainStep, checkpoint: Checkpoint | None, callbacks: Call
     return progress
 
 
-def batch_generator(seed: int, batch: int) -> torch.Generator:
-    """The generator every random choice of a batch comes from."""
-    digest = hashlib.sha256(f"{seed}/{batch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def epoch_batches(n: int, batch_size: int, seed: int, read: Callable[[Tensor], Any]) -> Batches:
+    """The batches of n rows of data, of which each process reads its own rows."""
+
+    def batch(b: int, shard: Shard) -> Part[Any]:
+        return Part(read(epoch_rows(n, batch_size, b, seed)[shard.rows(batch_size)]), batch_size)
+
+    return batch
 
 
 def epoch_rows(n: int, batch_size: int, batch: int, seed: int) -> Tensor:
@@ -203,4 +221,4 @@ def epoch_rows(n: int, batch_size: int, batch: int, seed: int) -> Tensor:
 @lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
 def epoch_order(n: int, epoch: int, seed: int) -> Tensor:
     """The order (n,) of the rows in an epoch. Drawn once, not for every batch: at n = 1e6 a draw takes 28 ms."""
-    return torch.randperm(n, generator=batch_generator(seed, -1 - epoch))
+    return torch.randperm(n, generator=keyed_generator(seed, -1 - epoch))

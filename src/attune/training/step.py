@@ -21,7 +21,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from attune.config.settings import TrainingConfig
-from attune.distributed import Shard
+from attune.distributed import Part, Shard
 from attune.interfaces import Objective, Trainable
 from attune.training.guard import NonFiniteError, locate_nonfinite, nonfinite_input
 
@@ -33,8 +33,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=2)
 class TrainStep:
     """The optimizer of a `Trainable`, and everything that an optimizer step needs.
 
-    Several processes (`trainable.shard`) make a step together: each computes the loss of its own rows of every
-    minibatch, weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
+    Several processes (`trainable.shard`) make a step together: each has its own rows of every minibatch, whose loss is
+    weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
 
     float16 has no gradients below 6e-8, so where the network computes in it the loss is scaled up before the
     backward pass and gradients down after it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2). Accelerate's
@@ -52,7 +52,7 @@ class TrainStep:
             trainable.module, self.optimizer = self.accelerator.prepare(trainable.module, optimizer)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trainable))
 
-    def __call__(self, objective: Objective, group: Sequence[Any], step: int, lr: float) -> dict[str, float]:
+    def __call__(self, objective: Objective, group: Sequence[Part[Any]], step: int, lr: float) -> dict[str, float]:
         """Makes one step at rate `lr`; returns the group's mean metrics, grad_norm before clipping, and lr.
 
         Raises:
@@ -73,7 +73,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
-    def gradient(self, objective: Objective, group: Sequence[Any], step: int) -> tuple[dict[str, float], float]:
+    def gradient(self, objective: Objective, group: Sequence[Part[Any]], step: int) -> tuple[dict[str, float], float]:
         """Leaves the clipped mean gradient over the group's rows on the parameters.
 
         Returns: the means of the metrics over the group's rows, and the norm before clipping.
@@ -93,9 +93,9 @@ class TrainStep:
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, grad_norm
 
-    def loss(self, objective: Objective, minibatch: Any) -> tuple[Tensor, float, dict[str, float]]:
+    def loss(self, objective: Objective, minibatch: Part[Any]) -> tuple[Tensor, float, dict[str, float]]:
         """The loss of this process's rows, weighted for the mean over processes; the loss and metrics of all rows."""
-        n = len(minibatch) if self.shard.world_size > 1 else 1  # of one process all rows are its own: no weighting
+        n = minibatch.n if self.shard.world_size > 1 else 1  # of one process all rows are its own: no weighting
         n_local = self.shard.count(n)
         with self.local_rows(minibatch) as rows:
             loss, metrics = objective.loss(rows)
@@ -104,19 +104,15 @@ class TrainStep:
         return loss * (n_local * self.shard.world_size / n), global_loss, dict(zip(metrics, means, strict=True))
 
     @contextmanager
-    def local_rows(self, minibatch: Any) -> Iterator[Any]:
+    def local_rows(self, minibatch: Part[Any]) -> Iterator[Any]:
         """This process's rows of a minibatch. Inside, `trainable.shard.padding` says whether they count."""
-        if self.shard.world_size == 1:
-            yield minibatch
-            return
-        n = len(minibatch)
-        self.trainable.shard = replace(self.shard, padding=self.shard.count(n) == 0)
+        self.trainable.shard = replace(self.shard, padding=self.shard.count(minibatch.n) == 0)
         try:
-            yield minibatch[self.shard.rows(n)]
+            yield minibatch.rows
         finally:
             self.trainable.shard = self.shard
 
-    def locate_nonfinite(self, objective: Objective, minibatch: Any) -> str:
+    def locate_nonfinite(self, objective: Objective, minibatch: Part[Any]) -> str:
         """Where numbers first stop being finite, in each of the processes."""
         with self.local_rows(minibatch) as rows:
             found = self.shard.all_gather_object(nonfinite_input(rows))
@@ -125,12 +121,12 @@ class TrainStep:
         return "; ".join(f"process {i}: {what}" if len(found) > 1 else what for i, what in enumerate(found) if what)
 
 
-def minibatch_weights(group: Sequence[Any]) -> list[float]:
+def minibatch_weights(group: Sequence[Part[Any]]) -> list[float]:
     """How often each minibatch counts in the group's mean, so that every row counts alike; the weights' mean is 1.
 
     They differ where an online method's last minibatch of a rollout is shorter than the others.
     """
-    sizes = [len(minibatch) for minibatch in group]
+    sizes = [minibatch.n for minibatch in group]
     return [n * len(group) / sum(sizes) for n in sizes]
 
 
