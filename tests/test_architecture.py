@@ -36,7 +36,7 @@ LAYERS = (
     "config",
     "weights | licenses",
     "costs | hub | hub_upload",
-    "files | paths | distributed | stop | text | versions",
+    "files | paths | distributed | sharded | stop | text | versions",
 )
 # library -> the only places that may import it
 OWNERS = {

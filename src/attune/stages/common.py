@@ -51,7 +51,7 @@ def stage(
         checkpoint: of a training. One that goes on from it goes on in the same tracking run, at the same account.
         tags: what the run is to be found by, besides the profile.
     """
-    session, resumed = read(Session, "session"), checkpoint is not None and checkpoint.file.exists()
+    session, resumed = read(Session, "session"), checkpoint is not None and checkpoint.saved is not None
     work = values_sha(plan.model_dump(mode="json"))
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
     where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(checkpoint)}
