@@ -28,6 +28,7 @@ from transformers import (
 
 from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
+from attune.sharded import cut_like
 from attune.training.loop import epoch_rows, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -168,7 +169,7 @@ def move(policy: Policy, by: float) -> None:
     """Lets the policy differ from its reference: normal noise of that size on every adapter weight."""
     generator = torch.Generator().manual_seed(3)
     for weight in policy.parameters():
-        weight.data += by * torch.randn(weight.shape, generator=generator)
+        weight.data += cut_like(by * torch.randn(weight.shape, generator=generator), weight)
 
 
 def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
