@@ -35,12 +35,14 @@ from attune.data.batches import PairBatch
 from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Objective
+from attune.sharded import whole
 from attune.spm.model import from_clip, save
 from attune.spm.objective import Config, SPMObjective
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
 from attune.training.loop import Callbacks, epoch_rows, train
+from attune.training.step import init_distributed
 
 ROOT = Path(__file__).parents[1]
 METHODS = plugins.available("methods")
@@ -103,11 +105,13 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
     own = copy.copy(made.backbone)
     own.denoiser = copy.deepcopy(made.backbone.denoiser)
     policy = Policy(own, own.encode_prompts([""]))
+    policy.shard = replace(shard(), sharded_weights="lora" in changes and shard().world_size > 1)
+    if policy.shard.sharded_weights:
+        init_distributed(policy.shard)
     policy.unfreeze() if "lora" in changes else policy.add_adapter(rank=2, seed=0)
     if changes.get("gradient_checkpointing"):
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
-    policy.shard = shard()
     return build_method(plugin, policy, made.preference, scorers)
 
 
@@ -139,14 +143,14 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
 
 
 def flat(weights: list[Tensor]) -> Tensor:
-    return torch.cat([weight.detach().flatten().clone() for weight in weights])
+    return torch.cat([whole(weight.detach()).flatten().clone() for weight in weights])
 
 
-def interrupted(folder: Path, at: int | None = None) -> End:
+def interrupted(folder: Path, at: int | None = None, every_weight: bool = False) -> End:
     """A training with a checkpoint in the folder; the last of several processes is killed before batch `at`."""
-    ours = shard()
+    ours, changes = shard(), {"batch_size": 3} | (OPTIONS["dpo, every weight"][1] if every_weight else {})
     with parts() as made:
-        drawn = tiny.batches(made.data, method("dpo", made, {"batch_size": 3}))
+        drawn = tiny.batches(made.data, method("dpo", made, changes))
 
         def batches(b: int, generator: torch.Generator) -> PairBatch:
             if b == at and ours.rank == ours.world_size - 1:
@@ -154,7 +158,7 @@ def interrupted(folder: Path, at: int | None = None) -> End:
             return drawn(b, generator)
 
         checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
-        return alignment("dpo", made, {"batch_size": 3}, checkpoint=checkpoint, batches=batches)
+        return alignment("dpo", made, changes, checkpoint=checkpoint, batches=batches)
 
 
 def errors() -> dict[str, str]:
@@ -179,13 +183,14 @@ def errors() -> dict[str, str]:
             alignment("sft", made, {"batch_size": 2}, early_stopping=stopping, callbacks=Callbacks(on_score=pruned))
         except (KeyError, RuntimeError) as error:
             said["ended"] = f"{type(error).__name__}: {error}"
-        said["scores asked for"] = str(len(scores))
+        said["scores computed"] = str(len(scores))
     return said
 
 
 TASKS = {
     "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
+    "killed, every weight": lambda folder: interrupted(folder, at=3, every_weight=True),
     "errors": lambda folder: errors(),
 }
 
