@@ -180,7 +180,8 @@ class Policy:
             return self.denoiser
         state = gathered_state(self.denoiser)
         with torch.device("meta"):
-            denoiser = cast("type[Denoiser]", plain_class(self.denoiser)).from_config(self.denoiser.config)
+            kind = cast("type[Denoiser]", plain_class(self.denoiser))
+            denoiser = cast("Denoiser", kind.from_config(self.denoiser.config))
         denoiser.load_state_dict(state, strict=self.shard.is_main_process, assign=True)
         return denoiser
 

@@ -48,6 +48,10 @@ class Callbacks:
     sample_images: Callable[[int], None] | None = None  # given the optimizer step; called in all processes
     sample_every: int = 1  # batches
 
+    def of_another_process(self) -> Callbacks:
+        """What is left of them where another process is the main one."""
+        return Callbacks(sample_images=self.sample_images, sample_every=self.sample_every)
+
 
 def train(
     objective: Objective,
@@ -74,8 +78,7 @@ def train(
     """
     config, train_step = objective.config, TrainStep(trainable, objective.config)
     parameters, shard = train_step.parameters, train_step.shard
-    shows = {"sample_images": callbacks.sample_images, "sample_every": callbacks.sample_every}
-    callbacks = callbacks if shard.is_main_process else Callbacks(**shows)
+    callbacks = callbacks if shard.is_main_process else callbacks.of_another_process()
     # without a checkpoint there is nothing to save, and a signal ends the process at once
     stopping = nullcontext(lambda: 0) if checkpoint is None else stop_requests()
     with shard.process_group_guard(), stopping as stop_request:

@@ -91,9 +91,9 @@ def restore(pointer: Path, parameters: Sequence[Tensor], optimizer: torch.optim.
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        kind, i, *key = name.split(".")
+        kind, number, *key = name.split(".")
         if kind == "optimizer":
-            states.setdefault(int(i), {})[key[0]] = tensor
+            states.setdefault(int(number), {})[key[0]] = tensor
     with torch.no_grad():
         for i, weight in enumerate(parameters):
             weight.copy_(tensors[f"parameter.{i}"])
