@@ -30,7 +30,8 @@ OWN = {
     "alignprop": {"rewards": {"light": 1.0}, "steps": 3, "guidance_scale": 2.0, "target": None}
     | {"truncation": "fixed", "truncation_range": [0.0], "checkpoint_steps": False},
 }
-METHODS = {"sft": sft, "dpo": dpo, "spo": spo, "alignprop": alignprop}
+METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
+BUILT = {**METHODS, "alignprop": alignprop}
 
 
 class Light:
@@ -48,8 +49,8 @@ NEEDS = {"spo": [tiny.brightness], "alignprop": [{"light": Light()}]}
 def method(name: str, policy: Policy, **changes: Any) -> Objective:
     """A method with a learning rate that shows after three batches, and `changes`."""
     loop = {"lora": None, "lr": 1e-3, "batches": 3, "batch_size": 2, "warmup": 2}
-    config = METHODS[name].Config(**(tiny.PLAIN | loop | OWN[name] | changes))
-    return METHODS[name].Method(config, policy, *NEEDS.get(name, []))
+    config = BUILT[name].Config(**(tiny.PLAIN | loop | OWN[name] | changes))
+    return BUILT[name].Method(config, policy, *NEEDS.get(name, []))
 
 
 def every_weight(policy: Policy, shard: Shard, moved: float = 0.02) -> Policy:
