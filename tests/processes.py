@@ -33,6 +33,7 @@ from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
+from attune.fsdp import whole
 from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save
 from attune.spm.objective import Config, SPMObjective
@@ -40,6 +41,7 @@ from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.guard import NonFiniteError
 from attune.training.loop import Callbacks, epoch_batches, epoch_rows, train
+from attune.training.step import init_distributed
 from trainables import at_batch
 
 ROOT = Path(__file__).parents[1]
@@ -103,11 +105,13 @@ def method(name: str, made: Parts, changes: dict[str, Any]) -> Objective:
     own = copy.copy(made.backbone)
     own.denoiser = copy.deepcopy(made.backbone.denoiser)
     policy = Policy(own, own.encode_prompts([""]))
+    policy.shard = replace(shard(), sharded_weights="lora" in changes and shard().world_size > 1)
+    if policy.shard.sharded_weights:
+        init_distributed(policy.shard)
     policy.unfreeze() if "lora" in changes else policy.add_adapter(rank=2, seed=0)
     if changes.get("gradient_checkpointing"):
         policy.denoiser.enable_gradient_checkpointing()
     tiny.move(policy, 0.02)
-    policy.shard = shard()
     return build_method(plugin, policy, made.preference, scorers)
 
 
@@ -139,14 +143,14 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
 
 
 def flat(weights: list[Tensor]) -> Tensor:
-    return torch.cat([weight.detach().flatten().clone() for weight in weights])
+    return torch.cat([whole(weight.detach()).flatten().clone() for weight in weights])
 
 
-def interrupted(folder: Path, at: int | None = None) -> End:
+def interrupted(folder: Path, at: int | None = None, every_weight: bool = False) -> End:
     """A training with a checkpoint in the folder; the last of several processes is killed before batch `at`."""
-    ours = shard()
+    ours, changes = shard(), {"batch_size": 3} | (OPTIONS["dpo, every weight"][1] if every_weight else {})
     with parts() as made:
-        built = method("dpo", made, {"batch_size": 3})
+        built = method("dpo", made, changes)
         if at is not None and ours.rank == ours.world_size - 1:
             at_batch(built, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         checkpoint = Checkpoint(folder, "align@dpo", "key", every_seconds=0, writes=ours.is_main_process)
@@ -175,13 +179,14 @@ def errors() -> dict[str, str]:
             alignment("sft", made, {"batch_size": 2}, early_stopping=stopping, callbacks=Callbacks(on_score=pruned))
         except (KeyError, RuntimeError) as error:
             said["ended"] = f"{type(error).__name__}: {error}"
-        said["scores asked for"] = str(len(scores))
+        said["scores computed"] = str(len(scores))
     return said
 
 
 TASKS = {
     "ends": lambda folder: ends(),
     "killed": lambda folder: interrupted(folder, at=3),
+    "killed, every weight": lambda folder: interrupted(folder, at=3, every_weight=True),
     "errors": lambda folder: errors(),
 }
 

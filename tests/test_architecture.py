@@ -37,7 +37,7 @@ LAYERS = (
     "config",
     "weights | licenses",
     "costs | hub | hub_upload | shards",
-    "files | paths | distributed | stop | text | versions",
+    "files | paths | distributed | fsdp | stop | text | versions",
 )
 # library -> the only places that may import it
 OWNERS = {

@@ -30,6 +30,7 @@ from attune.data.store import PreparedData
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
 from attune.distributed import Shard
+from attune.fsdp import cut_like
 from attune.training.loop import epoch_batches, train
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -170,7 +171,7 @@ def move(policy: Policy, by: float) -> None:
     """Lets the policy differ from its reference: normal noise of that size on every adapter weight."""
     generator = torch.Generator().manual_seed(3)
     for weight in policy.parameters():
-        weight.data += by * torch.randn(weight.shape, generator=generator)
+        weight.data += cut_like(by * torch.randn(weight.shape, generator=generator), weight)
 
 
 def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,57 @@ from attune.data.store import PreparedData
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
 from attune.distributed import Part, Shard
+from attune.fsdp import whole
 from attune.interfaces import Objective
-from attune.methods import dpo, sft, spo
+from attune.methods import alignprop, dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
 from attune.training.loop import Batches, train
+from attune.training.step import init_distributed
 
 OWN = {
     "sft": {},
     "dpo": {"beta": 500.0, "caption_dropout": 0.0},
     "spo": {"beta": 10.0, "clip": 0.1, "candidates": 2, "threshold": 0.0, "steps": 3, "start_step": 1}
     | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
+    "alignprop": {"rewards": {"light": 1.0}, "steps": 3, "guidance_scale": 2.0, "target": None}
+    | {"truncation": "fixed", "truncation_range": [0.0], "checkpoint_steps": False},
 }
 METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
+BUILT = {**METHODS, "alignprop": alignprop}
+
+
+class Light:
+    """A scorer of brightness, which has a gradient."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+NEEDS = {"spo": [tiny.brightness], "alignprop": [{"light": Light()}]}
 
 
 def method(name: str, policy: Policy, **changes: Any) -> Objective:
     """A method with a learning rate that shows after three batches, and `changes`."""
     loop = {"lora": None, "lr": 1e-3, "batches": 3, "batch_size": 2, "warmup": 2}
-    config = METHODS[name].Config(**(tiny.PLAIN | loop | OWN[name] | changes))
-    return METHODS[name].Method(config, policy, *([tiny.brightness] if name == "spo" else []))
+    config = BUILT[name].Config(**(tiny.PLAIN | loop | OWN[name] | changes))
+    return BUILT[name].Method(config, policy, *NEEDS.get(name, []))
+
+
+def every_weight(policy: Policy, shard: Shard, moved: float = 0.02) -> Policy:
+    """The bare policy, all of whose weights are trained and have left the reference; cut, if `shard` says so."""
+    policy.shard = shard
+    if shard.sharded_weights:
+        init_distributed(shard)
+    policy.unfreeze()
+    tiny.move(policy, moved)
+    return policy
+
+
+def flat(weights: list[Tensor]) -> Tensor:
+    """All weights in one row, put together from their pieces."""
+    return torch.cat([whole(weight.detach()).flatten().clone() for weight in weights])
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:

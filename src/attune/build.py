@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -55,26 +57,45 @@ def load_policy(model: Model) -> Policy:
 
 
 def load_learner(config: MethodConfig, model: Model, seed: int, start: str | None = None) -> Policy:
-    """A policy that a run may train: a LoRA of it, or all its weights.
+    """A policy that a run may train: a LoRA of it, or all its weights, which several processes share.
 
     Args:
         start: the adapter or denoiser that the training goes on from; None: the base model.
     """
+    from attune.training.step import init_distributed  # imports accelerate
+
+    ours = replace(shard(), sharded_weights=shards_weights(config))
     if config.lora is not None:
         policy = load_policy(model)
+        policy.shard = ours
         if start is None:
             policy.add_adapter(config.lora.rank, seed, config.lora.targets)
     else:  # weights that are trained are kept in float32, and computed with in the model's dtype
         dtype = None if model.dtype == "float32" else getattr(torch, model.dtype)
         policy = as_policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
+        policy.shard = ours
+        if ours.sharded_weights:
+            init_distributed(ours)  # weights are cut when they are unfrozen, for which the processes must have met
         if start is None:
             policy.unfreeze()
     if start is not None:
         policy.continue_from(start, config.lora)
     if config.gradient_checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
-    policy.shard = shard()
     return policy
+
+
+def shards_weights(config: MethodConfig) -> bool:
+    """Whether each process of this training holds a piece of every weight instead of all of them.
+
+    So it is where several train every weight, because there the weights, their gradients, the optimizer's state and the
+    reference are most of the memory, unless ATTUNE_SHARDED=0. The states of adafactor and adamw8bit cannot be cut: they
+    are means over rows and columns, and blocks of 256 weights with a scale each.
+    """
+    wanted = os.environ.get("ATTUNE_SHARDED", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"ATTUNE_SHARDED: 0 or 1 is wanted, not {wanted!r}")
+    return config.lora is None and shard().world_size > 1 and config.optimizer == "adamw" and wanted != "0"
 
 
 def as_policy(backbone: Backbone, autocast: torch.dtype | None = None) -> Policy:

@@ -10,7 +10,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class Shard:
     rank: int = 0
     world_size: int = 1
     padding: bool = False  # none of the current minibatch's rows is ours: we compute a row of another, which counts 0
+    sharded_weights: bool = False  # each process holds a piece of every trained weight (`sharded`), not all of them
 
     @property
     def is_main_process(self) -> bool:
@@ -67,6 +69,49 @@ class Shard:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
+
+    def map_rows(self, n: int, size: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """What `compute` makes of n rows, each process of its own and of `size` at a time; gathered, in their order.
+
+        Every process calls `compute` equally often, because it may call a network of which each holds a piece, and
+        with at least one row. With one process the rows are taken `size` at a time as well.
+
+        Raises:
+            RuntimeError: it raised in another process; in that one the exception itself is raised.
+        """
+        parts, step = [], size * self.world_size
+        for start in range(0, n, step):
+            taken = min(step, n - start)
+            rows = self.rows(taken)
+            part = self.same_end(partial(compute, slice(start + rows.start, start + rows.stop)))
+            parts.append(self.gather(part[: self.count(taken)]))
+        return torch.cat(parts)
+
+    def same_end(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns in this process, where it has succeeded in all of them.
+
+        A lack of memory is not shared: it may come amid a collective, in which the others wait. The process ends, and
+        the launcher ends the others.
+
+        Raises:
+            RuntimeError: it raised in another process; in that one the exception itself is raised.
+        """
+        if self.world_size == 1:
+            return compute()
+        value, error = None, None
+        try:
+            value = compute()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as raised:
+            error = raised
+        failures = self.all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RuntimeError(f"process {rank} has ended the training: {failure}")
+        return cast(T, value)
 
     def all_gather_object(self, value: T) -> list[T]:
         """The values of all processes in the order of ranks; for small values, which are pickled."""

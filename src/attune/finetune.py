@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from attune.build import build_method, load_learner, load_scorer
 from attune.config.plan import RunPlan, Session, read
@@ -61,9 +62,6 @@ def finetune(
     table = paths.prepared / (IMAGES if (paths.prepared / IMAGES).exists() else "pairs.parquet")
     run.dataset(table, f"training {method.consumes}", n)
     callbacks = _callbacks(plan, policy, run, config, on_score, samples)
-    goes_on = checkpoint is not None and checkpoint.file.exists()
-    if callbacks.sample_images is not None and policy.shard.is_main_process and not goes_on:
-        callbacks.sample_images(0)
     history, scores = train(
         method,
         policy,
@@ -73,8 +71,7 @@ def finetune(
         early_stopping=early_stopping(config.validation, policy, plan) if config.validation else None,
         callbacks=callbacks,
     )
-    if policy.shard.is_main_process:
-        policy.save(folder, header_of(plan))
+    policy.save(folder, header_of(plan))
     validated = {"validation": {"scorer": config.validation.scorer, "scores": scores}} if config.validation else {}
     trained_on = read(Session, "session").trained_on.get(plan.run, [])
     return history, {"trained_on": trained_on, "start": start, **validated}
@@ -121,15 +118,19 @@ def early_stopping(validation: Validation, policy: Policy, plan: RunPlan) -> Ear
 def validation_scores(
     policy: Policy, sampling: Sampling, seed: int, scorer: Score, prompts: Sequence[str]
 ) -> np.ndarray:
-    """Scores (n,) of one image per prompt, with the noise that every policy gets for it."""
-    images = generate_images(policy, prompts, [0] * len(prompts), sampling, seed, None)
-    scores = []
-    for start in range(0, len(prompts), sampling.batch_size):
-        rows = slice(start, start + sampling.batch_size)
-        pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
+    """Scores (n,) of one image per prompt, with the noise that every policy gets for it.
+
+    Of several processes that train together each samples and scores `batch_size` prompts at a time, and all have the
+    scores of all.
+    """
+
+    def scored(rows: slice) -> Tensor:
+        some = prompts[rows]
+        images = torch.from_numpy(generate_images(policy, some, [0] * len(some), sampling, seed, None))
         with torch.no_grad():
-            scores.append(scorer(pixels, prompts[rows]).cpu().double().numpy())
-    return np.concatenate(scores)
+            return scorer(images.permute(0, 3, 1, 2).float() / 255, some).cpu().double()
+
+    return policy.shard.map_rows(len(prompts), sampling.batch_size, scored).numpy()
 
 
 def validation_prompts(prepared: Path, n: int) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +92,26 @@ def test_two_processes_train_what_one_trains(one, two, case):
 # ---------------------------------------------------------------- what may go wrong
 
 
-def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path):
-    """kill -9 before batch 3 of 4; a single process resumes what two began."""
-    began = time.monotonic()
-    said, left = in_two("killed", tmp_path, fails=True)
+def batches_done(folder: Path) -> int:
+    """Of a checkpoint, whole or in pieces."""
+    if (folder / "pieces.json").exists():
+        return json.loads((folder / "pieces.json").read_text())["progress"]["batch"]
+    return torch.load(folder / "state.pt", weights_only=True)["progress"]["batch"]
+
+
+@pytest.mark.parametrize("task", ["killed", "killed, every weight"])
+def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, task):
+    """kill -9 before batch 3 of 4; a single process resumes what two began, also where each had a piece."""
+    began, every_weight = time.monotonic(), "every weight" in task
+    said, left = in_two(task, tmp_path, fails=True)
     assert left == []
     assert time.monotonic() - began < 180  # most of it to import torch, on a busy machine
     assert "process 0 of the 2 that train together cannot go on: " in said
     assert "Started again, the training goes on from its last checkpoint." in said
-    state = torch.load(tmp_path / "align-dpo-key/state.pt", weights_only=True)
-    assert state["progress"]["batch"] == 3
-    resumed, whole = processes.interrupted(tmp_path), processes.interrupted(tmp_path / "another")
+    assert (tmp_path / "align-dpo-key/pieces.json").exists() == every_weight
+    assert batches_done(tmp_path / "align-dpo-key") == 3
+    go_on = partial(processes.interrupted, every_weight=every_weight)
+    resumed, whole = go_on(tmp_path), go_on(tmp_path / "another")
     gc.collect()
     assert [row["batch"] for row in resumed["history"]] == [0, 1, 2, 3]
     for ours, expected in zip(resumed["history"], whole["history"], strict=True):
@@ -115,7 +126,7 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     assert where == "process 1: the data, x_0 of row 0 of the minibatch, is not finite"
     assert first["ended"] == "KeyError: 'pruned'"
     assert second["ended"] == "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
-    assert (first["scores asked for"], second["scores asked for"]) == ("3", "0")
+    assert (first["scores computed"], second["scores computed"]) == ("3", "3")
 
 
 # ---------------------------------------------------------------- the stages
@@ -131,10 +142,11 @@ class Project:
         self.write(batches=3)
         self.stage("prepare")
 
-    def write(self, batches: int) -> None:
-        """The parameter files with that many batches of sft, and the plans."""
+    def write(self, batches: int, **changes: Any) -> None:
+        """The parameter files with that many batches of sft and other changes of it, and the plans."""
         values, profile = params.shipped("short")
-        params.write(self.folder, values, params.changed(profile, methods__sft__batches=batches))
+        changed = {f"methods__sft__{key}": value for key, value in {"batches": batches, **changes}.items()}
+        params.write(self.folder, values, params.changed(profile, **changed))
         self.stage("plan")
 
     def stage(self, *words: str, **env: str) -> str:
@@ -144,7 +156,7 @@ class Project:
         """The curve and the weights that a training left behind, which are removed."""
         reports, model = self.folder / "reports/short/train", self.folder / "models/short" / name
         curve = pd.read_csv(reports / f"{name}.csv")
-        (file,) = model.glob("*.safetensors")
+        (file,) = model.rglob("*.safetensors")
         tensors = load_file(file)
         shutil.rmtree(reports)
         shutil.rmtree(model)
@@ -171,6 +183,26 @@ def test_a_stage_becomes_two_processes_and_leaves_what_it_leaves_alone(project, 
     assert apart / sum(value.square().sum() for value in weights.values()).sqrt() < 1e-4
     left = {file.name for file in (project.folder / ".checkpoints").iterdir()}
     assert left <= {"costs", "digests.json", "seconds.json"}
+
+
+def test_full_fine_tuning_in_pieces_leaves_what_one_process_leaves(project):
+    """With a validation score and sample images, of which each process computes its part."""
+    sampling = {"steps": 2, "eta": 0.0, "guidance_scale": 1.0, "batch_size": 2}
+    validation = {"scorer": "oracle", "prompts": 5, "sampling": sampling, "every": 2, "patience": 3}
+    project.write(batches=2, lora=None, lr=1e-4, validation=validation)
+    command, facts = ("align", "--run", "sft"), project.folder / "reports/short/train/sft.json"
+    found = []
+    for env in ({}, {"ATTUNE_PROCESSES": "2"}):
+        project.stage(*command, **env)
+        scores = [row["score"] for row in json.loads(facts.read_text())["validation"]["scores"]]
+        found.append((scores, *project.left("sft")))
+    (scores, curve, weights), (again, same_curve, same) = found
+    assert len(scores) == 2
+    assert again == pytest.approx(scores, abs=1e-3)
+    pd.testing.assert_frame_equal(same_curve, curve, rtol=1e-4, atol=1e-5)
+    assert same.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(same[key], value, rtol=1e-3, atol=2e-4)
 
 
 def test_a_stage_that_loses_a_process_ends_in_seconds_and_says_so(project):

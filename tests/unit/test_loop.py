@@ -69,7 +69,7 @@ def test_what_is_logged_is_the_history():
     assert [{k: v for k, v in row.items() if k != "batch"} for row in history] == logged
     assert [row["batch"] for row in history] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert {"loss", "x", "grad_norm", "lr", "step"} == set(logged[0])
-    assert shown == [4, 8]  # the optimizer step after batches 2 and 4
+    assert shown == [0, 4, 8]  # before the first batch, and the optimizer step after batches 2 and 4
 
 
 # ---------------------------------------------------------------- reading ahead

@@ -13,7 +13,7 @@ import torch
 
 import preparing
 import tiny
-from attune.build import load_learner
+from attune.build import load_learner, shards_weights
 from attune.config.plan import StagePlan
 from attune.config.settings import AIFeedback, Lora, MethodConfig, Model
 from attune.data.labels import with_ai_feedback
@@ -70,6 +70,29 @@ def test_without_lora_every_weight_is_trained_in_float32_and_computed_in_the_mod
     adapted = learner(tiny_folder, dtype="bfloat16")
     assert {w.dtype for w in adapted.parameters()} == {torch.float32}
     assert {w.dtype for w in adapted.denoiser.parameters() if not w.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded", "changes", "expected"),
+    [
+        ("2", None, {"lora": None}, True),
+        ("2", "1", {"lora": None}, True),
+        ("2", "0", {"lora": None}, False),
+        ("1", "1", {"lora": None}, False),
+        ("2", None, {"lora": Lora(rank=2)}, False),
+        ("2", None, {"lora": None, "optimizer": "adafactor"}, False),
+    ],
+)
+def test_several_processes_that_train_every_weight_share_them(monkeypatch, processes, sharded, changes, expected):
+    for name, value in {"RANK": "0", "WORLD_SIZE": processes, "ATTUNE_SHARDED": sharded}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    assert shards_weights(MethodConfig(lr=1e-3, batches=1, batch_size=1, **changes)) is expected
+
+
+def test_another_wish_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTUNE_SHARDED", "yes")
+    with pytest.raises(SystemExit, match="ATTUNE_SHARDED: 0 or 1 is wanted, not 'yes'"):
+        learner(str(tmp_path))  # where there is no model
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -45,6 +45,9 @@ def leave(root: Path, stage: str, plan: StagePlan) -> Path:
 def left(tmp_path) -> dict[str, Path]:
     folders = {state: leave(tmp_path, f"align@{i}", plan) for i, (state, plan) in enumerate(OTHERS.items())}
     (tmp_path / ".checkpoints/runs").mkdir()  # ids of tracked runs, which are no checkpoints
+    (folders["stale"] / "state.pt").unlink()
+    (folders["stale"] / "pieces-1").mkdir()  # each process's pieces, in a folder of their own
+    (folders["stale"] / "pieces-1/shard-00001.safetensors").write_bytes(b"0" * 1000)
     old = tmp_path / ".checkpoints/align-old-123"  # of a version that wrote no about.json
     old.mkdir()
     (old / "state.pt").write_bytes(b"")

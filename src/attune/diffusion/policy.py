@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ from attune.diffusion.lora_files import locate, read_denoiser
 from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.files import let_umask_decide
+from attune.fsdp import gathered_state, is_sharded, plain_class, shard_with_frozen_copy
 from attune.interfaces import Backbone, Conditioning
 from attune.weights import check_finite
+
+if TYPE_CHECKING:
+    from attune.diffusion.lora import Denoiser
 
 
 class Policy:
@@ -66,7 +71,9 @@ class Policy:
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         count_denoised(len(x_t))
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None):
+        # the cache would keep a copy of every weight, which are put together block by block to save that memory
+        options = {"enabled": self.autocast is not None, "cache_enabled": not self.shard.sharded_weights}
+        with torch.autocast(x_t.device.type, self.autocast, **options):
             return self.backbone.predict_noise(self.module, x_t, t, cond)
 
     def drop_captions(self, cond: Conditioning, share: float, draws: Draws) -> Conditioning:
@@ -118,9 +125,15 @@ class Policy:
         add_lora(self.denoiser, dict.fromkeys(self._target_modules(targets), rank))
 
     def unfreeze(self) -> None:
-        """Makes every weight of the denoiser trainable; its present values become the reference."""
+        """Makes every weight of the denoiser trainable; its present values become the reference.
+
+        With `shard.sharded_weights`, each process keeps a piece of every weight and of the reference.
+        """
         self.denoiser.requires_grad_(True)
-        self.snapshot_reference()
+        if self.shard.sharded_weights:
+            self.reference_model = shard_with_frozen_copy(self.denoiser)
+        else:
+            self.snapshot_reference()
 
     def continue_from(self, start: str, lora: Lora | None) -> None:
         """Loads the policy at `start`, see `attune.hub`, to be trained further; it is also the new reference.
@@ -144,18 +157,34 @@ class Policy:
     def save(self, folder: Path, header: Mapping[str, str] | None = None) -> None:
         """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`.
 
+        Of several processes the main one writes; all must call this, because each may hold a piece of the weights.
+
         Args:
             header: what a LoRA's file says of itself, see `weights.save_tensors`.
 
         Raises:
             ValueError: a weight is not finite; nothing is written.
         """
-        if lora_ranks(self.denoiser):
-            save_lora(self.denoiser, folder, header or {})
+        denoiser = self._whole_denoiser()
+        if not self.shard.is_main_process:
+            return
+        if lora_ranks(denoiser):
+            save_lora(denoiser, folder, header or {})
         else:
-            check_finite(self.denoiser.state_dict(), f"{folder} was not saved")
-            self.denoiser.save_pretrained(folder / "unet")
+            check_finite(denoiser.state_dict(), f"{folder} was not saved")
+            denoiser.save_pretrained(folder / "unet")
             let_umask_decide(folder / "unet")
+
+    def _whole_denoiser(self) -> Denoiser:
+        """The denoiser; of a sharded one a copy on the CPU, which has its weights in the main process alone."""
+        if not is_sharded(self.denoiser):
+            return self.denoiser
+        state = gathered_state(self.denoiser)
+        with torch.device("meta"):
+            kind = cast("type[Denoiser]", plain_class(self.denoiser))
+            denoiser = cast("Denoiser", kind.from_config(self.denoiser.config))
+        denoiser.load_state_dict(state, strict=self.shard.is_main_process, assign=True)
+        return denoiser
 
     def load(self, source: Path | str, may_be_zero: bool = False) -> None:
         """Replaces the adapter, if there is one, by what a file or folder holds; rank and targets are read from it.

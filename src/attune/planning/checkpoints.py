@@ -40,7 +40,7 @@ def saved_trainings(root: Path, profile: str, plans: Mapping[Path, str]) -> Iter
     """
     current = {values_sha(json.loads(text)) for text in plans.values()}
     for folder in sorted((root / CHECKPOINTS).glob("*/")):
-        if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")):
+        if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")) and not any(folder.glob("pieces.json")):
             continue  # other things are kept here as well, say the ids of tracked runs
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         yield SavedTraining(folder, size, _state(folder, profile, current))

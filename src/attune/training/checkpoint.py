@@ -22,26 +22,31 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from attune.config.plan import StagePlan
+from attune.distributed import Shard
 from attune.files import digest, values_sha, write_atomically
+from attune.fsdp import is_sharded
 from attune.paths import CHECKPOINTS
+from attune.training import pieces
 from attune.training.guard import assert_finite
 from attune.versions import versions
 
 LOG = logging.getLogger("attune.checkpoint")
 SAVE_TIME_FACTOR = 20  # a save is followed by 20 times its own duration without one: at most 1/20 of the time is spent
 FIRST_SAVE = 5.0  # seconds
+ALONE = Shard()
 
 
 class Checkpoint:
     """One resumable run's folder, held under a lock so that an orphaned process cannot write beside us.
 
-    Of several processes that train together one holds and `writes` it, and all of them read it.
+    Of several processes that train together one holds and `writes` it, and all of them read it. Of sharded weights each
+    process writes its pieces (`pieces`), in the place of the one file that holds whole weights.
     """
 
     def __init__(self, root: Path, stage: str, key: str, every_seconds: float = 60.0, writes: bool = True):
         """`key` identifies the run: a hash of its parameters and inputs, and not of how many processes train."""
         self.folder = root / f"{stage.replace('@', '-')}-{key}"
-        self.file = self.folder / "state.pt"
+        self.file, self.pieces = self.folder / "state.pt", self.folder / pieces.POINTER
         self.every_seconds, self._writes = every_seconds, writes
         self._began = self._saved_at = time.monotonic()
         self._took = 0.0
@@ -57,28 +62,37 @@ class Checkpoint:
     @property
     def is_resumed(self) -> bool:
         """Whether there is a state to go on from."""
-        return self.file.exists()
+        return self.saved is not None
+
+    @property
+    def saved(self) -> Path | None:
+        """What a training would go on from; None if nothing is saved."""
+        return next((file for file in (self.pieces, self.file) if file.exists()), None)
 
     def set_aside_if_damaged(self) -> None:
         """Renames a state that cannot be read, and says so; without one the training starts from the beginning.
 
         The main process calls this before any process restores.
         """
-        if not self.file.exists() or (fault := damage(self.file)) is None:
-            return
-        aside = self.folder / f"damaged-{time.time_ns()}.pt"
-        self.file.rename(aside)
-        LOG.warning(
-            "%s is damaged (%s): the training starts from the beginning; the file is now %s", self.file, fault, aside
-        )
+        said = "%s is damaged (%s): the training starts from the beginning; the file is now %s"
+        if self.pieces.exists() and (fault := pieces.damage(self.pieces)) is not None:
+            LOG.warning(said, self.pieces, fault, pieces.set_aside(self.pieces) / pieces.POINTER)
+        if self.file.exists() and (fault := damage(self.file)) is not None:
+            aside = self.folder / f"damaged-{time.time_ns()}.pt"
+            self.file.rename(aside)
+            LOG.warning(said, self.file, fault, aside)
 
     def restore(
         self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, default: dict[str, Any]
     ) -> dict[str, Any]:
         """Puts saved weights and optimizer state back and returns the saved progress, or `default`."""
-        if not self.file.exists():
+        if self.saved is None:
             return default
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        if self.saved == self.pieces:
+            return pieces.restore(self.pieces, parameters, optimizer)
+        sharded = is_sharded(parameters)  # then no process needs more of the file than its pieces
+        state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=sharded)
+        state = pieces.cut_whole_state(state, parameters) if sharded else state
         with torch.no_grad():
             for weight, saved in zip(parameters, state["parameters"], strict=True):
                 weight.copy_(saved)
@@ -86,9 +100,14 @@ class Checkpoint:
         return state["progress"]
 
     def maybe_save(
-        self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any], now: bool = False
+        self,
+        parameters: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+        progress: dict[str, Any],
+        now: bool = False,
+        shard: Shard = ALONE,
     ) -> None:
-        """Saves if it is time, or `now`.
+        """Saves if it is time, or `now`. Where weights are sharded, the main process tells the others when it is time.
 
         It is time every `every_seconds`; in the beginning earlier, as soon as the training has run twice as long as
         at the last save, so that what is stopped again and again gets on; and later, if saving takes long.
@@ -96,10 +115,31 @@ class Checkpoint:
         Raises:
             NonFiniteError: a weight is NaN or infinite; what was saved before is intact.
         """
-        began = time.monotonic()
-        if not self._writes or not (now or began - self._saved_at >= self._wait()):
+        began, sharded = time.monotonic(), is_sharded(parameters)
+        due = now or began - self._saved_at >= self._wait()
+        if not (shard.broadcast_from_main(lambda: due) if sharded else due and self._writes):
             return
         assert_finite(parameters)
+        try:
+            if sharded:
+                pieces.save(self.folder, parameters, optimizer, progress, shard)
+            else:
+                self._save_whole(parameters, optimizer, progress)
+        except OSError as error:
+            if self._writes:
+                free = shutil.disk_usage(self.folder).free / 1e6
+                LOG.warning(
+                    "%s could not be saved (%s), %.0f MB are free there; the training goes on, and if it is stopped "
+                    "now, it loses what it did since the last save", self.pieces if sharded else self.file,
+                    str(error).splitlines()[0], free,
+                )  # fmt: skip
+        else:
+            self._remove_the_other(sharded)
+        self._saved_at = time.monotonic()
+        self._took = self._saved_at - began
+
+    def _save_whole(self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+        """Saves weights of which this process has all. Raises OSError if they could not be written."""
         state = {
             "parameters": [weight.detach() for weight in parameters],
             "optimizer": optimizer.state_dict(),
@@ -107,14 +147,15 @@ class Checkpoint:
         }
         try:
             save(state, self.file)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            free = shutil.disk_usage(self.folder).free / 1e6
-            LOG.warning(
-                "%s could not be saved (%s), %.0f MB are free there; the training goes on, and if it is stopped now, "
-                "it loses what it did since the last save", self.file, str(error).splitlines()[0], free,
-            )  # fmt: skip
-        self._saved_at = time.monotonic()
-        self._took = self._saved_at - began
+        except RuntimeError as error:  # torch reports a full disk as one
+            raise OSError(str(error)) from None
+
+    def _remove_the_other(self, sharded: bool) -> None:
+        """Removes what was saved when the weights were sharded and now are not, or the other way round."""
+        if sharded and self._writes:
+            self.file.unlink(missing_ok=True)
+        elif not sharded:
+            pieces.remove(self.folder)
 
     def _wait(self) -> float:
         """Seconds from the last save to the next."""

@@ -25,7 +25,7 @@ class EarlyStopping:
     weights of the best score, which may be those it started with.
     """
 
-    score: Callable[[], float]  # higher is better; called in the main process alone
+    score: Callable[[], float]  # higher is better; all processes call it, and each may compute a part of it
     every: int  # batches from one score to the next
     at_start_and_end: bool = True  # a score before the first batch and one after the last, too
     patience: int | None = None  # scores without a new best; None: train to the end and keep the last weights
@@ -45,7 +45,7 @@ class EarlyStopping:
         """
         if not self._is_due(progress, end):
             return
-        score = shard.broadcast_from_main(self.score)
+        score = shard.all_gather_object(self.score())[0]  # one for all, though sums of theirs should round apart
         if not math.isfinite(score):
             raise NonFiniteError(f"the validation score is {score} after batch {progress.batch}")
         if self.patience is not None and all(score > past["score"] for past in progress.scores):

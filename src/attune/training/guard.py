@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from attune.fsdp import first_nonfinite, local
 from attune.interfaces import Objective
 
 
@@ -18,13 +19,15 @@ class NonFiniteError(RuntimeError):
 
 
 def assert_finite(parameters: Sequence[Tensor]) -> None:
-    """Raises NonFiniteError naming the first trained tensor that is not finite: such a model samples black images."""
-    for i, weight in enumerate(parameters):
-        if not torch.isfinite(weight).all():
-            raise NonFiniteError(
-                f"training has made weights NaN or infinite (the first is trained tensor {i + 1} of {len(parameters)}, "
-                f"of shape {tuple(weight.shape)}): a lower lr, or max_grad_norm, avoids that"
-            )
+    """Raises NonFiniteError naming the first trained tensor that is not finite: such a model samples black images.
+
+    Where weights are sharded all processes call this, and the error is raised in all of them.
+    """
+    if (i := first_nonfinite(parameters)) is not None:
+        raise NonFiniteError(
+            f"training has made weights NaN or infinite (the first is trained tensor {i + 1} of {len(parameters)}, "
+            f"of shape {tuple(parameters[i].shape)}): a lower lr, or max_grad_norm, avoids that"
+        )
 
 
 def nonfinite_input(minibatch: Any) -> str | None:
@@ -35,16 +38,18 @@ def nonfinite_input(minibatch: Any) -> str | None:
     return None
 
 
-def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) -> str:
-    """Names the first weight of `module` that is not finite, else the first module in it with such an output.
+def nonfinite_weight(module: nn.Module) -> str | None:
+    """Names the first weight of `module` that is not finite in this process, which may hold pieces; None if all are."""
+    names = (name for name, weight in _root(module).named_parameters() if not torch.isfinite(local(weight)).all())
+    return next((f"weight {name} is not finite" for name in names), None)
+
+
+def nonfinite_output(objective: Objective, module: nn.Module, minibatch: Any) -> str:
+    """Names the first module in `module` with an output that is not finite.
 
     Outputs are those of one more evaluation of the loss of `minibatch`. It runs uncompiled, because compiled code
     ignores hooks that were added after it was compiled.
     """
-    root: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
-    for name, weight in root.named_parameters():
-        if not torch.isfinite(weight).all():
-            return f"weight {name} is not finite"
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -55,12 +60,17 @@ def locate_nonfinite(objective: Objective, module: nn.Module, minibatch: Any) ->
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in root.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in _root(module).named_modules()]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         objective.loss(minibatch)
     for hook in hooks:
         hook.remove()
     return f"first bad output in module {found[0] or 'root'}" if found else "every module's output is finite"
+
+
+def _root(module: nn.Module) -> nn.Module:
+    """The network inside of a distributed wrapper."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def _tensors(value: Any, name: str = "minibatch") -> Iterator[tuple[str, Tensor]]:

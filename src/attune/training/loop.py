@@ -42,13 +42,17 @@ SHOWN = ("loss", "margin", "accuracy")
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the training loop calls in the main process. Nothing here changes the weights."""
+    """What the training loop calls, in the main process unless said otherwise. Nothing here changes the weights."""
 
     desc: str = "train"  # in front of the progress bar
     log: Log = lambda metrics, step: None  # the metrics of every optimizer step
     on_score: OnScore = lambda batch, step, score: None  # may raise, to end the training
-    sample_images: Callable[[int], None] | None = None  # given the optimizer step
+    sample_images: Callable[[int], None] | None = None  # given the optimizer step; called in all processes
     sample_every: int = 1  # batches
+
+    def of_another_process(self) -> Callbacks:
+        """What is left of them where another process is the main one."""
+        return Callbacks(sample_images=self.sample_images, sample_every=self.sample_every)
 
 
 def train(
@@ -64,7 +68,7 @@ def train(
     """Trains for `objective.config.batches` batches, or fewer where `early_stopping` says so.
 
     Where several processes train together (`trainable.shard`), each calls this with the same arguments and returns
-    the same; only the main one calls `callbacks` and computes validation scores.
+    the same; each computes its part of validation scores and sample images, and only the main one logs.
 
     Returns:
         One row of metrics per optimizer step, and the validation scores.
@@ -76,13 +80,15 @@ def train(
     """
     config, train_step = objective.config, TrainStep(trainable, objective.config)
     parameters, shard = train_step.parameters, train_step.shard
-    callbacks = callbacks if shard.is_main_process else Callbacks()
+    callbacks = callbacks if shard.is_main_process else callbacks.of_another_process()
     # without a checkpoint there is nothing to save, and a signal ends the process at once
     stopping = nullcontext(lambda: 0) if checkpoint is None else stop_requests()
     with shard.process_group_guard(), stopping as stop_request, ThreadPoolExecutor(1) as reader:
         progress = resume(train_step, checkpoint, callbacks)
         ahead = read_ahead(reader, lambda b: batches(b, shard), range(progress.batch, config.batches))
         pending_microbatches: list[Part[Any]] = []
+        if callbacks.sample_images is not None and progress.batch == 0:
+            callbacks.sample_images(0)
         bar = progress_bar(callbacks.desc, progress.batch, config.batches, shard)
         for b in bar:
             if early_stopping is not None:
@@ -118,7 +124,9 @@ def save_or_stop(checkpoint: Checkpoint, train_step: TrainStep, progress: Progre
         Stopped: a signal has asked for it.
     """
     progress.scaler = train_step.scaler.state_dict()
-    checkpoint.maybe_save(train_step.parameters, train_step.optimizer, vars(progress), now=last or signum != 0)
+    checkpoint.maybe_save(
+        train_step.parameters, train_step.optimizer, vars(progress), last or signum != 0, train_step.shard
+    )
     if signum:
         name = signal.Signals(signum).name
         LOG.warning("%s: saved after batch %d in %s, from where it goes on", name, progress.batch, checkpoint.folder)
@@ -178,11 +186,14 @@ def resume(train_step: TrainStep, checkpoint: Checkpoint | None, callbacks: Call
     """
     if checkpoint is None:
         return Progress()
-    train_step.shard.broadcast_from_main(checkpoint.set_aside_if_damaged)
+    shard = train_step.shard
+    shard.broadcast_from_main(checkpoint.set_aside_if_damaged)
+    if len(set(shard.all_gather_object(checkpoint.saved))) > 1:
+        raise RuntimeError(f"some processes see a checkpoint and others do not: all must see {checkpoint.folder}")
     progress = Progress(**checkpoint.restore(train_step.parameters, train_step.optimizer, default={}))
     if progress.scaler:
         train_step.scaler.load_state_dict(progress.scaler)
-    if len(found := set(train_step.shard.all_gather_object(progress.batch))) > 1:
+    if len(found := set(shard.all_gather_object(progress.batch))) > 1:
         raise RuntimeError(
             f"processes would go on from different batches, {sorted(found)}: all must see the same {checkpoint.folder}"
         )

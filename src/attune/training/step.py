@@ -22,11 +22,12 @@ from torch import Tensor
 
 from attune.config.settings import TrainingConfig
 from attune.distributed import Part, Shard
+from attune.fsdp import is_sharded, whole
 from attune.interfaces import Objective, Trainable
-from attune.training.guard import NonFiniteError, locate_nonfinite, nonfinite_input
+from attune.training.guard import NonFiniteError, nonfinite_input, nonfinite_output, nonfinite_weight
 
-# How long a process waits for the others. The main process may compute a validation score or sample images for as
-# long as this while they wait. It does not delay the news of a process that has died: the launcher reports that.
+# How long a process waits for the others, say while the main process saves. It does not delay the news of a process
+# that has died: the launcher reports that.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
@@ -34,7 +35,8 @@ class TrainStep:
     """The optimizer of a `Trainable`, and everything that an optimizer step needs.
 
     Several processes (`trainable.shard`) make a step together: each has its own rows of every minibatch, whose loss is
-    weighted so that the mean of their gradients is the gradient of the whole minibatch's loss.
+    weighted so that the mean of their gradients is the gradient of the whole minibatch's loss. A network that is
+    sharded exchanges pieces of gradients by itself; one that is not is wrapped for it.
 
     float16 has no gradients below 6e-8, so where the network computes in it the loss is scaled up before the
     backward pass and gradients down after it (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2). Accelerate's
@@ -47,10 +49,16 @@ class TrainStep:
         if config.compile:
             compile_in_place(trainable)
         self.accelerator = init_distributed(self.shard)
-        optimizer = build_optimizer(self.parameters, config)
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
-            trainable.module, self.optimizer = self.accelerator.prepare(trainable.module, optimizer)
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.sharded = is_sharded(trainable.module)
+        if not self.sharded:
+            self._wrap()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trainable))
+
+    def _wrap(self) -> None:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
+            prepared = self.accelerator.prepare(self.trainable.module, self.optimizer)
+        self.trainable.module, self.optimizer = prepared
 
     def __call__(self, objective: Objective, group: Sequence[Part[Any]], step: int, lr: float) -> dict[str, float]:
         """Makes one step at rate `lr`; returns the group's mean metrics, grad_norm before clipping, and lr.
@@ -80,8 +88,10 @@ class TrainStep:
         """
         weights, rows = minibatch_weights(group), []
         for i, (minibatch, weight) in enumerate(zip(group, weights, strict=True)):
-            last = i + 1 == len(group)  # processes exchange gradients once, with the last minibatch
-            with nullcontext() if last else self.accelerator.no_sync(self.trainable.module):
+            # processes exchange gradients once, with the last minibatch; but of sharded weights with each, as gradients
+            # that wait to be exchanged are whole
+            exchanges = self.sharded or i + 1 == len(group)
+            with nullcontext() if exchanges else self.accelerator.no_sync(self.trainable.module):
                 loss, global_loss, metrics = self.loss(objective, minibatch)
                 if not math.isfinite(global_loss):
                     where = self.locate_nonfinite(objective, minibatch)
@@ -90,7 +100,7 @@ class TrainStep:
                 rows.append({name: weight * value for name, value in metrics.items()})
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, grad_norm
 
     def loss(self, objective: Objective, minibatch: Part[Any]) -> tuple[Tensor, float, dict[str, float]]:
@@ -114,10 +124,17 @@ class TrainStep:
 
     def locate_nonfinite(self, objective: Objective, minibatch: Part[Any]) -> str:
         """Where numbers first stop being finite, in each of the processes."""
+        module = self.trainable.module
         with self.local_rows(minibatch) as rows:
-            found = self.shard.all_gather_object(nonfinite_input(rows))
-            if not any(found):  # the loss may communicate, so either all processes evaluate it or none
-                found = self.shard.all_gather_object(locate_nonfinite(objective, self.trainable.module, rows))
+            looks = (
+                lambda: nonfinite_input(rows),
+                lambda: nonfinite_weight(module),
+                lambda: nonfinite_output(objective, module, rows),
+            )
+            for look in looks:  # the loss may communicate, so either all processes evaluate it or none
+                found = self.shard.all_gather_object(look())
+                if any(found):
+                    break
         return "; ".join(f"process {i}: {what}" if len(found) > 1 else what for i, what in enumerate(found) if what)
 
 
@@ -139,7 +156,7 @@ def init_distributed(shard: Shard) -> Accelerator:
     `gradient_accumulation_steps` but not over the plugin.
 
     Raises:
-        RuntimeError: they are not as many as were started, or accelerate is configured to split the weights.
+        RuntimeError: they are not as many as were started, or accelerate is configured to shard the weights.
     """
     # no buffer ever changes here; and in a rollout, where processes need not keep step, none must wait to send one
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False)
@@ -157,8 +174,8 @@ def init_distributed(shard: Shard) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise RuntimeError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, where a process holds pieces of the "
-            "weights; here each holds all of them (docs/several_gpus.md)"
+            f"accelerate is configured for {accelerator.distributed_type.value}; here `lora: null` decides whether "
+            "weights are sharded, and accelerate only starts the processes (docs/several_gpus.md)"
         )
     return accelerator
 
