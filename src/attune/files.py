@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "shards.json"
+
 
 def values_sha(values: Any) -> str:
     """First 12 hex digits of the SHA-256 of the values' canonical JSON; key order does not count."""
@@ -24,11 +26,15 @@ def values_sha(values: Any) -> str:
 
 
 def digest(path: Path) -> str:
-    """First 16 hex digits of the SHA-256 of a file, or of a folder's listing with its files' digests."""
+    """First 16 hex digits of the SHA-256 of a file, or of a folder's listing with its files' digests.
+
+    Of a folder with a manifest, which has the hashes of all that lies below, only the files in the folder itself count.
+    """
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    inside = path.glob("*") if (path / MANIFEST).is_file() else path.rglob("*")
+    files = sorted(file for file in inside if file.is_file())
     listing = "\n".join(f"{file.relative_to(path)} {digest(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 

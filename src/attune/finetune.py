@@ -15,6 +15,7 @@ from torch import Tensor
 from attune.build import build_method, load_learner, load_scorer
 from attune.config.plan import RunPlan, Session, read
 from attune.config.settings import MethodConfig, Sampling, Validation
+from attune.data import manifest
 from attune.data.labels import with_ai_feedback
 from attune.data.rows import SourceError
 from attune.data.store import IMAGES, PreparedData
@@ -95,6 +96,8 @@ def seed_of(seed: int, start: str | None) -> int:
 
 def training_batches(method: Method, prepared: Path, device: torch.device, seed: int) -> tuple[int, Batches]:
     """How many rows a method learns from, and batch number b of them. Ends the process if verdicts are missing."""
+    if method.policy.shard.is_main_process:
+        manifest.check(prepared)
     data = PreparedData.read(prepared, "train", device, keep_ties=True)
     data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
     try:

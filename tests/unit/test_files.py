@@ -31,6 +31,20 @@ def test_the_digest_of_a_folder_is_of_names_and_content(tmp_path):
     assert digest(tmp_path / "a") != before
 
 
+def test_what_a_list_has_hashes_of_is_not_read_again(tmp_path):
+    """Prepared data may have hundreds of GB."""
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "a").write_text("large")
+    (tmp_path / "pairs.parquet").write_text("table")
+    whole = digest(tmp_path)
+    (tmp_path / "shards.json").write_text("{}")
+    listed = digest(tmp_path)
+    (tmp_path / "latents" / "a").unlink()
+    assert digest(tmp_path) == listed != whole
+    (tmp_path / "pairs.parquet").write_text("another")
+    assert digest(tmp_path) != listed
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "data" / ".hidden").mkdir(parents=True)

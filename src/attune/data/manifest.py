@@ -6,7 +6,6 @@ list and not the data, which may be hundreds of GB.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +14,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from attune.data.mapped import MappedFile, MappedRows
-from attune.files import digest, write_atomically
+from attune.files import MANIFEST, write_atomically
 from attune.shards import tensors_sha
 
-MANIFEST = "manifest.json"
-TABLES = ("prompts.parquet", "pairs.parquet", "images.parquet")
 HASHED_BELOW = 2**30  # bytes in all, which take a second; beyond it sizes are compared, and DVC has hashes of its own
 
 
@@ -95,9 +92,3 @@ def content_sha(path: Path) -> str:
     """SHA-256 of the tensors of a file, in the order of their names."""
     with safe_open(path, "pt") as opened:
         return tensors_sha({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-
-
-def identity(folder: Path) -> str:
-    """What identifies prepared data: the list and the tables."""
-    tables = [digest(folder / name) for name in TABLES if (folder / name).exists()]
-    return hashlib.sha256("\n".join([digest(folder / MANIFEST), *tables]).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ data/<profile>/prepared/
     pairs.parquet       prompt, image_0, image_1 (rows of the latents), label_0, split, and what the source adds;
                         `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with
     images.parquet      of sources of single images: prompt, image (row of the latents), liked, split, and scores
-    manifest.json       the files below, in the order of their rows
+    shards.json       the files below, in the order of their rows
     latents/            latents (n, C, h, w), scaled
     prompts/            each conditioning tensor (P, ...), a row per row of prompts.parquet
     scores/             by scorer; `prepare` does not ask it again for what is there

@@ -50,6 +50,7 @@ def train_preference(
     Where several processes train together, the main process saves it, and it alone measures its accuracy.
     """
     from attune.build import load_policy, shard
+    from attune.data import manifest
     from attune.data.labels import with_ai_feedback
     from attune.data.store import PreparedData
     from attune.spm.accuracy import accuracy_by_t
@@ -59,6 +60,8 @@ def train_preference(
 
     paths, config = Paths(plan.profile), check(PreferenceConfig, plan.settings, "preference")
     policy = load_policy(plan.model)
+    if is_main_process():
+        manifest.check(paths.prepared)
     data = PreparedData.read(paths.prepared, "train", policy.device, keep_ties=True)
     data = replace(data, pairs=with_ai_feedback(data.pairs, config.ai_feedback))
     run.dataset(paths.prepared / "pairs.parquet", "training pairs", len(data.pairs))
