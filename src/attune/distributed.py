@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
@@ -70,22 +70,30 @@ class Shard:
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
 
-    def map_rows(self, n: int, size: int, compute: Callable[[slice], Tensor]) -> Tensor:
-        """What `compute` makes of n rows, each process of its own and of `size` at a time; gathered, in their order.
+    def map_rows(self, n: int, size: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """What `compute` makes of n rows, each process of its own; gathered, in their order.
 
-        Every process calls `compute` equally often, because it may call a network of which each holds a piece, and
-        with at least one row. With one process the rows are taken `size` at a time as well.
+        A process that takes its rows `size` at a time has, as far as the last batch, batches that a single process has
+        too; and all have equally many, because in each they may call a network of which each holds a piece.
 
         Raises:
             RuntimeError: it raised in another process; in that one the exception itself is raised.
         """
-        parts, step = [], size * self.world_size
-        for start in range(0, n, step):
-            taken = min(step, n - start)
-            rows = self.rows(taken)
-            part = self.same_end(partial(compute, slice(start + rows.start, start + rows.stop)))
-            parts.append(self.gather(part[: self.count(taken)]))
-        return torch.cat(parts)
+        step = size * self.world_size
+        rounds = [(start, min(step, n - start)) for start in range(0, n, step)]
+
+        def taken_by(shard: Shard) -> tuple[list[int], int]:
+            """A process's rows, and how many of them count: one that is idle in the last round computes one more."""
+            rows = [start + i for start, size in rounds for i in range(*shard.rows(size).indices(size))]
+            return rows, sum(shard.count(size) for _, size in rounds)
+
+        rows, count = taken_by(self)
+        values = self.same_end(partial(compute, rows))[:count]
+        if self.world_size == 1:
+            return values
+        of_all = [taken_by(replace(self, rank=rank)) for rank in range(self.world_size)]
+        order = torch.tensor([row for rows, count in of_all for row in rows[:count]])
+        return self.gather(values)[order.argsort()]
 
     def same_end(self, compute: Callable[[], T]) -> T:
         """What `compute` returns in this process, where it has succeeded in all of them.

@@ -127,11 +127,16 @@ def validation_scores(
     scores of all.
     """
 
-    def scored(rows: slice) -> Tensor:
-        some = prompts[rows]
-        images = torch.from_numpy(generate_images(policy, some, [0] * len(some), sampling, seed, None))
-        with torch.no_grad():
-            return scorer(images.permute(0, 3, 1, 2).float() / 255, some).cpu().double()
+    def scored(rows: list[int]) -> Tensor:
+        own = [prompts[row] for row in rows]
+        images = generate_images(policy, own, [0] * len(own), sampling, seed, None)
+        scores = []
+        for start in range(0, len(own), sampling.batch_size):
+            some = slice(start, start + sampling.batch_size)
+            pixels = torch.from_numpy(images[some]).permute(0, 3, 1, 2).float() / 255
+            with torch.no_grad():
+                scores.append(scorer(pixels, own[some]).cpu().double())
+        return torch.cat(scores)
 
     return policy.shard.map_rows(len(prompts), sampling.batch_size, scored).numpy()
 

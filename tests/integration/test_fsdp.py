@@ -181,3 +181,19 @@ def test_a_gradient_that_is_too_large_in_one_piece_halves_the_scale_of_all(tmp_p
         return before / scaler.get_scale()
 
     assert together(2, tmp_path, work) == [2.0, 2.0]
+
+
+def test_weights_that_are_put_into_the_pieces_are_computed_with(tmp_path):
+    """After a prediction without gradients, as when the weights of the best score are put back."""
+
+    def work(shard):
+        net = nn.Linear(4, 4)
+        shard_with_frozen_copy(net)
+        parameters = list(net.parameters())
+        with torch.no_grad():
+            before = net(torch.ones(1, 4))
+            for weight in parameters:
+                weight.zero_()
+            return bool(before.any()), bool(net(torch.ones(1, 4)).any())
+
+    assert together(2, tmp_path, work) == [(True, False)] * 2

@@ -29,8 +29,8 @@ def sampler(policy: Policy, prompts: Sequence[str], sampling: Sampling, seed: in
     from attune.evaluation.report.grid import image_grid
 
     def images() -> np.ndarray:
-        def generated(rows: slice) -> Tensor:
-            some = prompts[rows]
+        def generated(rows: list[int]) -> Tensor:
+            some = [prompts[row] for row in rows]
             return torch.from_numpy(generate_images(policy, some, [0] * len(some), sampling, seed, None))
 
         return policy.shard.map_rows(len(prompts), sampling.batch_size, generated).numpy()
