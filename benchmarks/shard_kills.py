@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,13 +30,13 @@ from attune.files import digest
 
 RUNS = {"base": {"after": "data"}}
 CHANGES = {
-    "data.pair_prompts": 96,
+    "data.pair_prompts": 64,
     "data.validation_prompts": 8,
-    "data.test_prompts": 96,
+    "data.test_prompts": 64,
     "data.images_per_prompt": 4,
-    "data.train_prompts": 120,
+    "data.train_prompts": 80,
     "sampling.batch_size": 16,
-    "generate.prompts": 96,
+    "generate.prompts": 64,
     "generate.sampling.batch_size": 4,
     "methods": {},
     "search": {},
@@ -101,12 +102,13 @@ def shards(home: Path, stage: str) -> dict[str, int]:
 def kill(process: subprocess.Popen[bytes], whole: bool, rng: random.Random) -> None:
     """Kills all processes of a stage, or one of those that work, upon which the launcher ends the others."""
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
-    workers = [int(line) for line in children.stdout.split()]
-    if whole or not workers:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        os.kill(rng.choice(workers), signal.SIGKILL)
+    workers = [int(line) for line in children.stdout.split()]  # of the launcher; each has a session of its own
+    for pid in [process.pid, *workers] if whole or not workers else [rng.choice(workers)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.05)
 
 
 def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[str, str]) -> Result:
@@ -121,7 +123,8 @@ def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[s
     while result.kills < kills:
         process = start(home, stage, processes)
         try:
-            process.wait(rng.uniform(0.2, 1.0) * result.seconds)
+            if process.wait(rng.uniform(0.2, 1.0) * result.seconds):
+                raise RuntimeError(f"{stage} ended with {process.returncode}: see {home / 'log'}")
             shutil.rmtree(home / ".checkpoints" / KEPT[stage], ignore_errors=True)  # it ended: from the beginning
             known = {}
         except subprocess.TimeoutExpired:
@@ -132,6 +135,8 @@ def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[s
             result.in_work += len(found) > len(known)
             result.shards_at_kill.append(len(found))
             known = found
+        if not (home / ".checkpoints" / KEPT[stage]).exists():
+            known = {}
         clear(home, stage)
     result.last_seconds = run(home, stage, processes)
     result.shards = max(len(shards(home, stage)), *result.shards_at_kill)
@@ -150,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", nargs="+", default=list(OUTPUTS), choices=list(OUTPUTS), help="to disturb")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="shard-kills-")) / "copy"
@@ -160,7 +166,8 @@ def main() -> None:
     for stage in OUTPUTS:
         run(home, stage, 1)
         expected = digests(home, stage)
-        results += [disturb(home, stage, n, given.kills, expected) for n in given.processes]
+        if stage in given.stages:
+            results += [disturb(home, stage, n, given.kills, expected) for n in given.processes]
         if stage == "prepare":
             run(home, "align", 1)
     if given.out:

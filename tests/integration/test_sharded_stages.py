@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
@@ -59,18 +59,18 @@ def test_two_processes_make_what_one_makes(one, tmp_path):
 
 
 def test_a_killed_stage_goes_on_with_the_next_batch(one, tmp_path, monkeypatch):
+    """The launcher of two processes is killed: they end too, and one process goes on."""
     folder = tmp_path / "killed"
     shutil.copytree(one, folder, symlinks=True)
     shutil.rmtree(folder / GENERATED)
     command = [sys.executable, "-m", "attune.stages.generate", "--run", "base"]
-    process = subprocess.Popen(command, cwd=folder, env=os.environ | ENV, start_new_session=True)
-    written, end = [], time.monotonic() + 120
-    while len(written) < 3 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-        written = [file for file in (folder / KEPT).glob("*.safetensors") if not file.name.startswith(".")]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = {file.name for file in (folder / KEPT).glob("[!.]*.safetensors")}
+    launcher = subprocess.Popen(command, cwd=folder, env=os.environ | ENV | {"ATTUNE_PROCESSES": "2"})
+    wait_for(lambda: len(written(folder)) >= 3 or launcher.poll() is not None)
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.stdout.split()))
+    kept = written(folder)
     assert 3 <= len(kept) < 10
     assert not (folder / GENERATED).exists()
     write, again = Shards.write, []
@@ -80,6 +80,17 @@ def test_a_killed_stage_goes_on_with_the_next_batch(one, tmp_path, monkeypatch):
     assert digest(folder / GENERATED) == digest(one / GENERATED)
     assert not (folder / KEPT).exists()
     assert len(again) == 10 - len(kept)
+
+
+def written(folder: Path) -> list[Path]:
+    return [file for file in (folder / KEPT).glob("*.safetensors") if not file.name.startswith(".")]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_the_files_of_the_last_output_are_found_where_dvc_keeps_them(tmp_path):

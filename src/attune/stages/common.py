@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -35,6 +37,7 @@ LESS_MEMORY = {
 }
 """What a stage's need of memory depends on."""
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
 
 P = TypeVar("P", bound=StagePlan)
@@ -190,6 +193,8 @@ def launch(module: str) -> None:
     environment, as DVC does: torchrun would take `--run` for an abbreviation of its own `--run-path`.
     """
     env = os.environ
+    if "RANK" in env:
+        end_with_the_launcher()
     processes, launcher = env.get("ATTUNE_PROCESSES", ""), shlex.split(env.get("ATTUNE_LAUNCH", ""))
     if "RANK" in env or (processes in ("", "1") and not launcher):
         return
@@ -208,6 +213,15 @@ def launch(module: str) -> None:
         os.execvp(launcher[0], [*launcher, "-m", module])
     except OSError as error:
         sys.exit(f"ATTUNE_LAUNCH: {launcher[0]}: {error.strerror}")
+
+
+def end_with_the_launcher() -> None:
+    """Lets the system stop this process, as SIGTERM does, when the one that has started it is gone (Linux).
+
+    Launchers start workers in sessions of their own; if one is killed, its workers would wait for each other for hours.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTUNE_PROCESSES is the way instead"
