@@ -56,6 +56,18 @@ def test_a_row_put_in_between_changes_the_chunk_it_falls_into():
     assert longer[: len(before) - 1] == before[:-1]
 
 
+def test_pairs_that_nobody_wants_any_more_end_no_chunk():
+    """Of a source that cannot leave out a split: they are passed over one by one."""
+    rows = [row for i, pair in enumerate(pairs(1000)) for row in (pair, replace(pair, split="test"))]
+    quota, found = Quota({"test": 50}), []
+    for chunk in chunks(rows, quota, 1):
+        found.append(len(chunk.rows))
+        wanted = sum(row.split == "test" for row in chunk.rows)
+        quota.taken["test"] = min(50, quota.taken["test"] + wanted)
+    assert sum(found) == 2000
+    assert len(found) < 35
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("limit", [1, 63, 64, 200])
 def test_no_row_is_read_that_one_by_one_would_not_be(processes, limit):

@@ -57,10 +57,12 @@ def chunks(rows: Iterable[Row], quota: Quota, processes: int) -> Iterator[Chunk]
 
 
 def _may_have_enough(split: str, quota: Quota, waiting: Counter[str]) -> bool:
-    """Counts a pair as taken. Whether its split has enough then, if all that wait are good."""
-    waiting[split] += 1
+    """Counts a pair as taken, if its split wants more. Whether it has enough then, if all that wait are good."""
     limit = quota.limits.get(split)
-    return limit is not None and quota.taken[split] + waiting[split] >= limit
+    if limit is None or not quota.wants_more(split):
+        return False
+    waiting[split] += 1
+    return quota.taken[split] + waiting[split] >= limit
 
 
 def _ends(row: Row, counted: int) -> bool:
