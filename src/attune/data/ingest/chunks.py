@@ -33,7 +33,7 @@ class Chunk:
 
 
 def chunks(rows: Iterable[Row], quota: Quota, processes: int) -> Iterator[Chunk]:
-    """All rows in chunks; a chunk goes to the process with the fewest rows so far.
+    """The rows in chunks, but for pairs of a split that has enough; a chunk goes to the process with the fewest rows.
 
     A source asks `quota` before every row that it reads. It is not up to date while chunks wait to be merged, so a
     chunk ends, and all are merged, as soon as its split has enough if all its pairs are good: no row more is read than
@@ -42,6 +42,8 @@ def chunks(rows: Iterable[Row], quota: Quota, processes: int) -> Iterator[Chunk]
     work, waiting = Counter[int](), Counter[str]()  # rows by process; pairs by split that are not merged yet
     chunk, counted, made = list[Row](), 0, 0
     for row in rows:
+        if isinstance(row, Pair) and not quota.wants_more(row.split):
+            continue
         chunk.append(row)
         counted += not isinstance(row, Prompt)
         enough = isinstance(row, Pair) and _may_have_enough(row.split, quota, waiting)
@@ -57,12 +59,10 @@ def chunks(rows: Iterable[Row], quota: Quota, processes: int) -> Iterator[Chunk]
 
 
 def _may_have_enough(split: str, quota: Quota, waiting: Counter[str]) -> bool:
-    """Counts a pair as taken, if its split wants more. Whether it has enough then, if all that wait are good."""
-    limit = quota.limits.get(split)
-    if limit is None or not quota.wants_more(split):
-        return False
+    """Counts a pair as taken. Whether its split has enough then, if all that wait are good."""
     waiting[split] += 1
-    return quota.taken[split] + waiting[split] >= limit
+    limit = quota.limits.get(split)
+    return limit is not None and quota.taken[split] + waiting[split] >= limit
 
 
 def _ends(row: Row, counted: int) -> bool:
