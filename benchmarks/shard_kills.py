@@ -60,6 +60,7 @@ class Result:
     kills: int = 0
     in_work: int = 0  # kills after which there were more shards than before
     written_again: int = 0
+    after_the_end: int = 0  # kills when all was done and the shards were being removed, or had been
     last_seconds: float = 0.0  # of the run that ended
     identical: bool = False
     shards_at_kill: list[int] = field(default_factory=list)
@@ -131,7 +132,8 @@ def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[s
             kill(process, result.kills % 2 == 0, rng)
             result.kills += 1
             found = shards(home, stage)
-            result.written_again += sum(found.get(name) != when for name, when in known.items())
+            result.written_again += sum(found.get(name, when) != when for name, when in known.items())
+            result.after_the_end += any(name not in found for name in known)
             result.in_work += len(found) > len(known)
             result.shards_at_kill.append(len(found))
             known = found
@@ -144,6 +146,7 @@ def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[s
     print(
         f"{stage:9} {processes} processes  {result.seconds:5.1f} s  kills {result.kills}, {result.in_work} amid work  "
         f"shards at kills {result.shards_at_kill}  written again {result.written_again}  "
+        f"after the end {result.after_the_end}  "
         f"{'identical' if result.identical else 'DIFFERENT'}",
         flush=True,
     )
