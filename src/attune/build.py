@@ -44,9 +44,10 @@ def shard() -> Shard:
     return Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def load_backbone(model: Model) -> Backbone:
-    """The base model, frozen."""
-    return plugins.load("backbones", model.backbone).load(model, device())
+def load_backbone(model: Model, dtype: torch.dtype | None = None) -> Backbone:
+    """The base model, frozen; `dtype` is the denoiser's, if it is not to be the model's."""
+    load = plugins.load("backbones", model.backbone).load
+    return load(model, device()) if dtype is None else load(model, device(), dtype)
 
 
 def load_policy(model: Model) -> Policy:
@@ -60,13 +61,14 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
     Args:
         start: the adapter or denoiser that the training goes on from; None: the base model.
     """
+    model = model.model_copy(update={"offload": False})  # a backward pass may begin while the denoiser is elsewhere
     if config.lora is not None:
         policy = load_policy(model)
         if start is None:
             policy.add_adapter(config.lora.rank, seed, config.lora.targets)
     else:  # weights that are trained are kept in float32, and computed with in the model's dtype
         dtype = None if model.dtype == "float32" else getattr(torch, model.dtype)
-        policy = _policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
+        policy = _policy(load_backbone(model, torch.float32), dtype)
         if start is None:
             policy.unfreeze()
     if start is not None:

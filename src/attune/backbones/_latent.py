@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attune.backbones._memory import in_parts
 from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
@@ -83,7 +84,7 @@ def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
     return size
 
 
-def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source) -> int:
+def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source | str) -> int:
     channels = config.get("block_out_channels")
     if not isinstance(channels, list | tuple) or not channels:
         raise ValueError(f"{file}: block_out_channels {channels!r:.40} is no list of an autoencoder's channels")
@@ -108,7 +109,8 @@ def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device) -> UNe
     """The pipeline's UNet, frozen; errors as `pretrained.load_pretrained`."""
     from diffusers import UNet2DConditionModel
 
-    return load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, device, model.variant)
+    unet = load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, device, model.variant)
+    return unet.to(memory_format=torch.channels_last) if model.channels_last else unet
 
 
 def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
@@ -124,17 +126,18 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
         raise ValueError(f"{source / 'config.json'}: scaling_factor {scale!r:.40} is not a number above 0")
     if shift is not None and (isinstance(shift, bool) or shift != 0):
         raise ValueError(f"{source / 'config.json'}: an autoencoder with shift_factor {shift!r:.40} is not supported")
-    return vae
+    return vae.to(memory_format=torch.channels_last) if model.channels_last else vae  # type: ignore[call-overload]
 
 
 def load_text(
-    kind: type[PreTrainedModel], model: Model, number: str, dtype: torch.dtype, device: torch.device
+    kind: type[PreTrainedModel], model: Model, number: str, device: torch.device
 ) -> tuple[CLIPTokenizer, PreTrainedModel]:
     """A tokenizer and its text encoder, which must fit each other; `number` is what their folders' names end in."""
     from transformers import CLIPTokenizer
 
     source = parse(model.path)
     tokenizer = load_tokenizer(CLIPTokenizer, source / f"tokenizer{number}")
+    dtype = getattr(torch, model.dtype)
     encoder = load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
     check_clip_tokenizer(tokenizer, encoder.config, source / f"tokenizer{number}")
     positions = encoder.config.max_position_embeddings
@@ -242,8 +245,16 @@ def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents to images (B, 3, H, W), float32, nominally in [0, 1]; carries a graph."""
-    return vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+    """Scaled latents to images (B, 3, H, W), float32, nominally in [0, 1]; carries a graph.
+
+    Any number of them: without a graph they are decoded in parts that fit.
+    """
+
+    def images(rows: Tensor) -> Tensor:
+        return vae.decode(rows.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+
+    scale = _pixels_per_latent(vae.config, "the autoencoder")
+    return in_parts(images, latents.to(vae.device), latents.shape[-2] * latents.shape[-1] * scale**2)
 
 
 def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:

@@ -62,6 +62,18 @@ class Model(StrictModel):
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 gives black images with the autoencoder that SDXL comes with"
     )
+    lora_dtype: Literal["float32"] | None = Field(
+        None,
+        description="what adapters compute in; null = as `dtype`, like the authors' scripts. Their weights are float32",
+    )
+    channels_last: bool = Field(
+        False, description="memory order of images in convolutions; faster on many GPUs, and other last bits"
+    )
+    offload: bool = Field(
+        False,
+        description="networks take turns on the GPU and wait in the host's memory: less GPU memory, more time; not "
+        "while a method trains",
+    )
 
 
 class Sampling(StrictModel):
