@@ -30,7 +30,14 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def device() -> torch.device:
-    """The GPU if there is one, CUDA's or Apple's (MPS); of several, this process's own."""
+    """The GPU if there is one, CUDA's or Apple's (MPS); of several, this process's own. ATTUNE_DEVICE=cpu: the CPU."""
+    wanted = os.environ.get("ATTUNE_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda", "mps"):
+        raise RuntimeError(f"ATTUNE_DEVICE is {wanted!r}; it may be cpu, cuda or mps, or not be set")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("ATTUNE_DEVICE is cuda, but torch finds no GPU: unset it, or install torch for CUDA")
+    if wanted in ("cpu", "mps"):
+        return torch.device(wanted)
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
