@@ -37,7 +37,9 @@ from attune.training.step import TrainStep
 
 RANK, BETA = 4, 5000.0  # diffusers' beta; attune's has a factor of 2
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # latents (2, C, h, w), noise (1, ...), t (1,), prompt embedding (1, L, D)
+Batch = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # latents (2, C, h, w), noise (1, ...), t (1,), prompt embedding (1, L, D)
 
 
 def batch(side: int, where: torch.device) -> Batch:
@@ -147,9 +149,10 @@ def compare(folder: Path) -> dict[str, float]:
     for ours, theirs in zip(policy.parameters(), trained, strict=True):
         theirs.data.copy_(0.02 * torch.randn(theirs.shape, generator=generator))
         ours.data.copy_(theirs.data)
-    losses = plain_loss(unet, scheduler().alphas_cumprod.to(where), pair, torch.float32), attune_method(policy).loss(
-        noised(pair)
-    )[0]
+    losses = (
+        plain_loss(unet, scheduler().alphas_cumprod.to(where), pair, torch.float32),
+        attune_method(policy).loss(noised(pair))[0],
+    )
     gradients = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
         for loss, weights in zip(losses, (trained, policy.parameters()), strict=True)

@@ -34,6 +34,7 @@ from attune.interfaces import Conditioning
 from attune.methods import dpo, spo
 from attune.training.loop import Callbacks, train
 
+
 def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
     """The random pipeline as a policy with a LoRA on its attention, read as any other model is."""
     backbone = "sdxl" if base == "sdxl" else "sd"
