@@ -144,7 +144,7 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
     rows = [row for row in rows if any(word in str(row) for word in args.rows or [""])]
     if not args.tiny:
         return rows
-    once = {(row.work, bool(row.switches)): row for row in reversed(rows) if row.base != "sdxl" or not row.switches}
+    once = {row.work: row for row in reversed(rows)} | {row.base: row for row in reversed(rows) if row.base == "sdxl"}
     return [replace(row, batch=1) for row in once.values()]
 
 

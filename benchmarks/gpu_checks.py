@@ -1,4 +1,4 @@
-"""Whether attune computes on a GPU what it computes on a CPU: contract tests, the profile `short`, losses, gradients."""
+"""Whether a GPU computes what a CPU computes: contract tests, the profile `short`, losses and gradients."""
 
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ def write_project(folder: Path, small: bool) -> None:
         runs = {name: runs[name] for name in ("base", "sft")}
         for key, value in SMALLER.items():
             profile = set_path(profile, key, value)
+        profile["search"] = {}
     (folder / PROFILES).mkdir()
     write_yaml(given | {"profile": "short", "runs": runs}, folder / PARAMS)
     write_yaml(profile, folder / PROFILES / "short.yaml")

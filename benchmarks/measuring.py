@@ -20,7 +20,7 @@ class Measured:
     step_s: float
     steps: int
     flops: float  # of one call; 0 where they were not counted
-    peak_GiB: float  # noqa: N815  # the unit is part of the name
+    peak_GiB: float  # the unit is part of the name
 
 
 def synchronise(device: torch.device) -> None:
@@ -37,7 +37,7 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_GiB(device: torch.device) -> float:  # noqa: N802
+def peak_GiB(device: torch.device) -> float:
     """Of a GPU what torch had allocated at most; of a CPU the process's peak, which no later work lowers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -57,7 +57,7 @@ def measure(step: Callable[[], object], device: torch.device, budget_s: float, c
     """Calls the work once to count and warm up, once more to warm up, and then while there is time (1 to 20 times).
 
     Args:
-        budget_s: seconds for all of it; a call that has begun is not broken off.
+        budget_s: seconds for all of it; a call that has begun is not broken off. 0: the first call is all.
         count: whether to count operations, which compiled code does not allow.
     """
     began = time.perf_counter()
@@ -67,9 +67,9 @@ def measure(step: Callable[[], object], device: torch.device, budget_s: float, c
             first = seconds(step, device)
     else:
         first = seconds(step, device)
-    if time.perf_counter() - began < budget_s / 4:
+    if time.perf_counter() - began < budget_s / 4:  # the first call may have been slow: kernels are chosen in it
         seconds(step, device)
-    taken = [seconds(step, device)]
+    taken = [seconds(step, device) if budget_s else first]
     while len(taken) < 20 and time.perf_counter() - began + taken[-1] < budget_s:
         taken.append(seconds(step, device))
     flops = float(counter.get_total_flops()) if count else 0.0
