@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,19 @@ SCHEDULERS = frozenset(  # diffusers' samplers of models trained as DDPM's are; 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a planner asks of a base model before its weights are here: numbers of weights, and pixels."""
+    """What a planner asks of a base model before its weights are here: numbers of weights, pixels, and memory.
+
+    Activations are what a step of training needs in half precision besides weights: docs/full_size.md says how they
+    were found. None of a model that is not of the published shape.
+    """
 
     denoiser: int
     text_encoders: int
     autoencoder: int
     resolution: int
+    adapter: int = 0  # weights of a LoRA on the attention, per rank
+    activations: int | None = None  # bytes per latent of each image
+    checkpointed: int | None = None  # the same with gradient checkpointing
 
 
 def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
@@ -73,7 +80,9 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
         if model.resolution is None:
             factor = _pixels_per_latent(vae, folder / "vae/config.json")
             resolution = _sample_size(config, folder / "unet/config.json") * factor
-    return Facts(**counts, resolution=model.resolution or resolution)
+    found = replace(nominal, **counts, resolution=model.resolution or resolution)
+    same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
+    return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
 
 
 def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
-NOMINAL = _latent.Facts(denoiser=859_520_964, text_encoders=123_060_480, autoencoder=83_653_863, resolution=512)
+NOMINAL = _latent.Facts(
+    denoiser=859_520_964,
+    text_encoders=123_060_480,
+    autoencoder=83_653_863,
+    resolution=512,
+    adapter=199_296,
+    activations=300_000,
+    checkpointed=137_000,
+)
 """Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""
 
 

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 NOMINAL = _latent.Facts(
-    denoiser=2_567_463_684, text_encoders=123_060_480 + 694_659_840, autoencoder=83_653_863, resolution=1024
+    denoiser=2_567_463_684,
+    text_encoders=123_060_480 + 694_659_840,
+    autoencoder=83_653_863,
+    resolution=1024,
+    adapter=1_451_520,
+    activations=450_000,
+    checkpointed=131_000,
 )
 """Of Stable Diffusion XL 1.0."""
 
@@ -109,7 +115,9 @@ class StableDiffusionXL:
             "time_ids": self.time_ids.expand(len(x_t), 6),
         }
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        output = self.turn(denoiser)(
+            x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
+        ).sample
         return _latent.to_noise(output, self.prediction_type, x_t, self.alphas_cumprod, t)
 
 

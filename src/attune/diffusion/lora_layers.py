@@ -18,7 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class _InInputDtype:
-    """Of a half-precision input both factors are applied in that dtype; weights, and what float32 gives, are as ever."""
+    """Of a half-precision input both factors are applied in its dtype; what float32 gives is as ever."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         computes = torch.autocast(x.device.type, x.dtype, cache_enabled=False) if x.dtype in HALF else nullcontext()
