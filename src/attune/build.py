@@ -68,6 +68,10 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
     Args:
         start: the adapter or denoiser that the training goes on from; None: the base model.
     """
+    if config.lora is None and model.quantize is not None:
+        raise ValueError(
+            f"model.quantize: weights in {model.quantize} cannot be trained; set it to null, or use `lora`"
+        )
     model = model.model_copy(update={"offload": False})  # a backward pass may begin while the denoiser is elsewhere
     if config.lora is not None:
         policy = load_policy(model)

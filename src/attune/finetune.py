@@ -168,7 +168,8 @@ def _callbacks(
     show = sampler(policy, prompts, read(Session, "session").samples, plan.seed, run) if prompts else None
 
     def show_and_release(step: int) -> None:
-        show(step)
+        if show is not None:
+            show(step)
         if scorer is None:
             policy.backbone.release()
 

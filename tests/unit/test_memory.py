@@ -6,15 +6,18 @@ from argparse import Namespace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 import tiny
 from attune.backbones import _memory, sd, sdxl
 from attune.backbones._memory import Turns, in_parts
+from attune.backbones._quantise import quantise
 from attune.backbones.sd import load as load_sd
 from attune.build import load_learner
 from attune.config import plugins
 from attune.config.settings import Model
+from attune.diffusion.lora import add_lora, target_modules
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
 from attune.methods import dpo
@@ -118,6 +121,44 @@ def test_the_reference_is_without_an_adapter_that_was_loaded_later(new_policy, t
     with policy.reference(), torch.no_grad():
         assert torch.equal(predicted(policy), base)
     assert not torch.equal(predicted(policy), base)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("nf4", 0.2)])
+def test_a_quantised_base_takes_an_adapter(kind, error):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"block_out_channels": (64, 64), "cross_attention_dim": 64, "layers_per_block": 1, "sample_size": 8}
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**sizes, down_block_types=down, up_block_types=up, attention_head_dim=8)
+    unet = unet.to(torch.bfloat16).eval().requires_grad_(False)
+    inputs = [torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([500]), torch.randn(1, 7, 64).bfloat16()]
+    plain = unet(*inputs).sample
+    unet = quantise(unet, kind, CPU)
+    assert {"int8": torch.int8, "nf4": torch.uint8}[kind] in {weight.dtype for weight in unet.parameters()}
+    add_lora(unet, dict.fromkeys(target_modules(unet, "attention", ["to_q", "to_v"]), 2))
+    predicted = unet(*inputs).sample
+    assert 0 < (predicted - plain).norm() < error * plain.norm()
+    predicted.square().mean().backward()
+    gradients = [weight.grad for name, weight in unet.named_parameters() if "lora_B" in name]
+    assert gradients
+    assert all(g.isfinite().all() and g.any() for g in gradients)
+
+
+def test_a_quantised_base_needs_its_package_and_an_adapter(tiny_folder, monkeypatch):
+    monkeypatch.setattr("attune.config.settings.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="nf4 needs the package bitsandbytes"):
+        Model(backbone="sd", path=tiny_folder, quantize="nf4")
+    model = Model(backbone="sd", path=tiny_folder).model_copy(update={"quantize": "nf4"})
+    config = dpo.Config(**(tiny.PLAIN | {"lr": 1e-3, "batches": 1, "batch_size": 1}))
+    with pytest.raises(ValueError, match=r"model\.quantize: weights in nf4 cannot be trained"):
+        load_learner(config, model, seed=0)
+
+
+def test_no_whole_denoiser_takes_the_place_of_a_quantised_one(new_policy, tiny_folder):
+    policy = new_policy()
+    policy.backbone.model = policy.backbone.model.model_copy(update={"quantize": "nf4"})
+    with pytest.raises(ValueError, match=r"model\.quantize: .* is a whole denoiser"):
+        policy.load(tiny_folder)
 
 
 # ---------------------------------------------------------------- decoding

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attune.backbones._memory import in_parts
+from attune.backbones._quantise import quantise
 from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
@@ -118,8 +119,10 @@ def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device) -> UNe
     """The pipeline's UNet, frozen; errors as `pretrained.load_pretrained`."""
     from diffusers import UNet2DConditionModel
 
-    unet = load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, device, model.variant)
-    return unet.to(memory_format=torch.channels_last) if model.channels_last else unet
+    first = device if model.quantize is None else torch.device("cpu")
+    unet = load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, first, model.variant)
+    unet = unet.to(memory_format=torch.channels_last) if model.channels_last else unet
+    return unet if model.quantize is None else quantise(unet, model.quantize, device)
 
 
 def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
@@ -135,7 +138,7 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
         raise ValueError(f"{source / 'config.json'}: scaling_factor {scale!r:.40} is not a number above 0")
     if shift is not None and (isinstance(shift, bool) or shift != 0):
         raise ValueError(f"{source / 'config.json'}: an autoencoder with shift_factor {shift!r:.40} is not supported")
-    return vae.to(memory_format=torch.channels_last) if model.channels_last else vae  # type: ignore[call-overload]
+    return vae.to(memory_format=torch.channels_last) if model.channels_last else vae
 
 
 def load_text(

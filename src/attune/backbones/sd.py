@@ -20,7 +20,7 @@ from attune.interfaces import Conditioning
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedModel
 
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
 NOMINAL = _latent.Facts(
@@ -64,14 +64,14 @@ class StableDiffusion:
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
-    def text_encoder(self) -> CLIPTextModel:
+    def text_encoder(self) -> PreTrainedModel:
         return self._load_text()[1]
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         return _latent.load_vae(self.model, self.turn.start)
 
-    def _load_text(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    def _load_text(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
         from transformers import CLIPTextModel
 
         return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)

@@ -69,11 +69,21 @@ class Model(StrictModel):
     channels_last: bool = Field(
         False, description="memory order of images in convolutions; faster on many GPUs, and other last bits"
     )
+    quantize: Literal["int8", "nf4"] | None = Field(
+        None, description="linear layers of the frozen denoiser in 8 or 4 bits, by bitsandbytes; for adapters alone"
+    )
     offload: bool = Field(
         False,
         description="networks take turns on the GPU and wait in the host's memory: less GPU memory, more time; not "
         "while a method trains",
     )
+
+    @field_validator("quantize")
+    @classmethod
+    def _can_quantise(cls, quantize: str | None) -> str | None:
+        if quantize is not None and find_spec("bitsandbytes") is None:
+            raise ValueError(f"{quantize} needs the package bitsandbytes, which is not installed")
+        return quantize
 
 
 class Sampling(StrictModel):

@@ -29,11 +29,11 @@ class _InInputDtype:
         return x if x.dtype in HALF else super()._cast_input_dtype(x, dtype)  # type: ignore[misc]
 
 
-class HalfLinear(_InInputDtype, Linear):
+class HalfLinear(_InInputDtype, Linear):  # type: ignore[misc]  # peft overloads for an input of None
     """Of a Linear."""
 
 
-class HalfConv2d(_InInputDtype, Conv2d):
+class HalfConv2d(_InInputDtype, Conv2d):  # type: ignore[misc]
     """Of a Conv2d."""
 
 

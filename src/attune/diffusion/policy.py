@@ -180,6 +180,8 @@ class Policy:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
         """
         found = locate(source)
+        if found.is_dir() and self.backbone.model.quantize is not None:
+            raise ValueError(f"model.quantize: {source} is a whole denoiser, which is not quantised; set it to null")
         if found.is_dir():
             network = read_denoiser(found, self.denoiser, self.backbone.prediction_type)
             self.reference_model, self.denoiser, self.module = unload_lora(self.denoiser), network, network
