@@ -22,7 +22,9 @@ from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
 from attune.methods import dpo
 from attune.planning import costs
+from attune.training import step
 from attune.training.step import to_floats
+from trainables import Line
 
 CPU = torch.device("cpu")
 PARTS = {"sd": ("text_encoder", "vae"), "sdxl": ("encoders", "vae")}
@@ -237,6 +239,7 @@ def test_the_schedule_lies_where_the_model_does(new_policy):
         (sd.NOMINAL, 4, 512, False, 4.46),
         (sd.NOMINAL, 4, 512, True, 3.27),
         (sdxl.NOMINAL, 64, 256, False, 7.66),
+        (sdxl.NOMINAL, 64, 512, False, 10.76),
     ],
 )
 def test_planned_memory_is_near_what_was_measured(weights, rank, resolution, checkpointing, measured):
@@ -270,3 +273,45 @@ def test_a_model_of_another_shape_is_not_guessed(tiny_folder):
     assert sd.facts(Model(backbone="sd", path=tiny_folder)).activations is None
     published = Model(backbone="sd", path="owner/name@" + "0" * 40)
     assert sd.facts(published).activations == sd.NOMINAL.activations
+
+
+# ---------------------------------------------------------------- switches
+
+
+def test_channels_last_is_another_order_of_the_same_numbers(tiny_folder):
+    ordered, plain = (
+        load_sd(Model(backbone="sd", path=tiny_folder, channels_last=last), CPU) for last in (True, False)
+    )
+    for network in (ordered.denoiser.conv_in, ordered.vae.decoder.conv_in):
+        assert network.weight.is_contiguous(memory_format=torch.channels_last)
+    x_t, cond = torch.randn(2, 4, 8, 8), plain.encode_prompts(["a cat", "a dog"])
+    with torch.no_grad():
+        ours, theirs = (b.predict_noise(b.denoiser, x_t, torch.tensor([5, 900]), cond) for b in (ordered, plain))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ordered.decode_latents(x_t), plain.decode_latents(x_t), rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_does_not_offload(tiny_folder):
+    """A backward pass would find the denoiser elsewhere."""
+    config = dpo.Config(**(tiny.PLAIN | {"lora": {"rank": 2}, "lr": 1e-3, "batches": 1, "batch_size": 1}))
+    model = Model(backbone="sd", path=tiny_folder, offload=True)
+    assert not load_learner(config, model, seed=0).backbone.model.offload
+
+
+def test_tf32_is_asked_for_where_there_is_a_gpu(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        step.allow_tf32(True)
+        step.allow_tf32(False)
+    assert said == ["high", "highest"]
+
+
+def test_the_settings_of_a_training_reach_torch(monkeypatch):
+    said: list[object] = []
+    monkeypatch.setattr(step, "allow_tf32", said.append)
+    monkeypatch.setattr(nn.Module, "compile", lambda module, mode=None: said.append(mode))
+    Line([1.0]).train(1, tf32=True, compile="reduce-overhead")
+    Line([1.0]).train(1, compile=True)
+    assert said == [True, "reduce-overhead", False, None]

@@ -31,8 +31,8 @@ NOMINAL = _latent.Facts(
     autoencoder=83_653_863,
     resolution=1024,
     adapter=1_451_520,
-    activations=450_000,
-    checkpointed=131_000,
+    activations=530_000,
+    checkpointed=216_000,
 )
 """Of Stable Diffusion XL 1.0."""
 
