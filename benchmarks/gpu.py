@@ -28,7 +28,7 @@ from gpu_checks import ROOT, Check, contract_tests, escaped, parity, short_profi
 from gpu_rows import ROWS, Place, Row, prepared
 from measuring import Measured, matmul_flops, measure, release_memory
 
-TOLERANCE = 1e-3  # of the relative difference of a gradient in float32, TF32 in convolutions included
+TOLERANCE = 5e-3  # of the relative difference of a loss or gradient in float32; sums are in another order
 TINY_TEST = "its_loss_starts and dpo"  # the contract test that the tiny form runs
 
 

@@ -132,6 +132,17 @@ def run_stages() -> None:
 
 
 @contextmanager
+def without_tf32() -> Iterator[None]:
+    """Inside, a GPU's convolutions are in full float32, which is not torch's default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
 def on(device: str) -> Iterator[None]:
     """Inside, models are loaded to the device."""
     before = os.environ.get("ATTUNE_DEVICE")
@@ -190,7 +201,7 @@ def loss_and_gradient(method: Method, minibatch: Any) -> tuple[Tensor, Tensor]:
 def parity(device: str) -> Iterator[tuple[str, float, float]]:
     """Of each method the relative differences of loss and gradient, device against CPU, on the CPU's minibatch."""
     scorers = {"pickscore": Plugin(kind="rewards", name="pickscore", settings={"path": str(ROOT / CLIP)})}
-    with tempfile.TemporaryDirectory(prefix="gpu-parity-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-parity-") as folder, without_tf32():
         save(*from_clip(str(ROOT / CLIP)), folder)
         for name in plugins.available("methods"):
             here, there = (method_on(name, where, Path(folder), scorers) for where in ("cpu", device))

@@ -30,6 +30,8 @@ from attune.diffusion.policy import Policy  # noqa: E402
 def pytest_collection_finish():
     """One thread: two on busy cores are up to 200 times slower. Set last, so that no test module's import undoes it."""
     torch.set_num_threads(1)
+    if device().type == "cuda":  # tests compare bits of two runs
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session")
