@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from shapes import UNETS, write_pipeline
 
 from attune.build import load_policy
 from attune.config.settings import Model
@@ -37,54 +36,12 @@ from attune.interfaces import Conditioning
 from attune.methods import dpo, spo
 from attune.training.loop import Callbacks, train
 
-UNETS = {
-    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "sample_size": 128,
-    },
-}
-# the text encoders are shrunk to one layer: training never runs them, it reads cached embeddings
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
-TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 1}
-SCALING = {"sd15": 0.18215, "sdxl": 0.13025}
-
-
-def write_pipeline(base: str, folder: Path, dtype: torch.dtype) -> None:
-    """A pipeline folder in the released shapes and layout, with random weights."""
-    torch.set_default_dtype(dtype)  # drawn in the wanted precision: a float32 SDXL would need 10 GB on the way
-    UNet2DConditionModel(**UNETS[base]).save_pretrained(folder / "unet")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-    AutoencoderKL(**blocks, **widths, scaling_factor=SCALING[base]).save_pretrained(folder / "vae")
-    vocab = {f"w{i}</w>": i for i in range(49406)} | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
-    CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    if base == "sdxl":
-        config = CLIPTextConfig(**TEXT_2, projection_dim=1280)
-        CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
-        tokenizer.save_pretrained(folder / "tokenizer_2")
-    DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, clip_sample=False
-    ).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text("{}")
-    torch.set_default_dtype(torch.float32)
-
 
 def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
     """The random pipeline as a policy with a LoRA on its attention, read as any other model is."""
     backbone = "sdxl" if base == "sdxl" else "sd"
     policy = load_policy(Model(backbone=backbone, path=str(folder), dtype=args.dtype, resolution=args.resolution))
+    policy.backbone.release()  # as a training does
     policy.add_adapter(rank=64 if base == "sdxl" else 4, seed=0)
     if args.checkpointing:
         policy.denoiser.enable_gradient_checkpointing()

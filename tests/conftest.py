@@ -3,7 +3,12 @@
 import os
 
 # before the libraries below are imported: they read these once
-for _name, _value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ATTUNE_TRACKING": "off"}.items():
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "ATTUNE_TRACKING": "off",
+    "ATTUNE_DEVICE": "cpu",  # `ATTUNE_DEVICE=cuda pytest tests/contract` on a machine with a GPU
+}.items():
     os.environ.setdefault(_name, _value)
 
 import copy  # noqa: E402
@@ -17,6 +22,7 @@ from attune.backbones.sd import StableDiffusion  # noqa: E402
 from attune.backbones.sd import load as load_sd  # noqa: E402
 from attune.backbones.sdxl import StableDiffusionXL  # noqa: E402
 from attune.backbones.sdxl import load as load_sdxl  # noqa: E402
+from attune.build import device  # noqa: E402
 from attune.config.settings import Model  # noqa: E402
 from attune.diffusion.policy import Policy  # noqa: E402
 
@@ -24,6 +30,8 @@ from attune.diffusion.policy import Policy  # noqa: E402
 def pytest_collection_finish():
     """One thread: two on busy cores are up to 200 times slower. Set last, so that no test module's import undoes it."""
     torch.set_num_threads(1)
+    if device().type == "cuda":  # tests compare bits of two runs
+        torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +42,7 @@ def tiny_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def _shared_backbone(tiny_folder) -> StableDiffusion:
-    return load_sd(Model(backbone="sd", path=tiny_folder), torch.device("cpu"))
+    return load_sd(Model(backbone="sd", path=tiny_folder), device())
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +53,7 @@ def tiny_xl_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def _shared_xl_backbone(tiny_xl_folder) -> StableDiffusionXL:
-    return load_sdxl(Model(backbone="sdxl", path=tiny_xl_folder), torch.device("cpu"))
+    return load_sdxl(Model(backbone="sdxl", path=tiny_xl_folder), device())
 
 
 @pytest.fixture

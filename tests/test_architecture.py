@@ -30,7 +30,7 @@ LAYERS = (
     "diffusion.ddim | diffusion.noised | clip",
     "diffusion.policy | world",
     "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
-    "diffusion.lora_files",
+    "diffusion.lora_files | diffusion.lora_layers",
     "diffusion.lora_scale | interfaces | pretrained",
     "last_output",
     "copies",

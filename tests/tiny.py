@@ -164,19 +164,20 @@ def prepared(backbone: Any) -> PreparedData:
             "weight": 1 / 3,
         }
     )
-    return PreparedData(PROMPTS, backbone.encode_prompts(PROMPTS), pairs, backbone.encode_images(images))
+    cond, latents = backbone.encode_prompts(PROMPTS).to("cpu"), backbone.encode_images(images).cpu()
+    return PreparedData(PROMPTS, cond, pairs, latents, backbone.device)
 
 
 def move(policy: Policy, by: float) -> None:
     """Lets the policy differ from its reference: normal noise of that size on every adapter weight."""
     generator = torch.Generator().manual_seed(3)
     for weight in policy.parameters():
-        weight.data += cut_like(by * torch.randn(weight.shape, generator=generator), weight)
+        weight.data += cut_like(by * torch.randn(weight.shape, generator=generator).to(weight.device), weight)
 
 
 def brightness(images: Tensor, prompts: Sequence[str], t: Tensor) -> Tensor:
     """A preference model that is confident: bright images are good, the more so the later."""
-    return 100 * images.mean((1, 2, 3)) * (1 + (1000 - t) / 1000)
+    return 100 * images.mean((1, 2, 3)) * (1 + (1000 - t.to(images.device)) / 1000)
 
 
 def batches(data: PreparedData, method: Any, seed: int = 0) -> Callable:

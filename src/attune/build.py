@@ -32,7 +32,14 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def device() -> torch.device:
-    """The GPU if there is one, CUDA's or Apple's (MPS); of several, this process's own."""
+    """The GPU if there is one, CUDA's or Apple's (MPS); of several, this process's own. ATTUNE_DEVICE=cpu: the CPU."""
+    wanted = os.environ.get("ATTUNE_DEVICE", "")
+    if wanted not in ("", "cpu", "cuda", "mps"):
+        raise RuntimeError(f"ATTUNE_DEVICE is {wanted!r}; it may be cpu, cuda or mps, or not be set")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("ATTUNE_DEVICE is cuda, but torch finds no GPU: unset it, or install torch for CUDA")
+    if wanted in ("cpu", "mps"):
+        return torch.device(wanted)
     if not torch.cuda.is_available():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -46,9 +53,10 @@ def shard() -> Shard:
     return Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def load_backbone(model: Model) -> Backbone:
-    """The base model, frozen."""
-    return plugins.load("backbones", model.backbone).load(model, device())
+def load_backbone(model: Model, dtype: torch.dtype | None = None) -> Backbone:
+    """The base model, frozen; `dtype` is the denoiser's, if it is not to be the model's."""
+    load = plugins.load("backbones", model.backbone).load
+    return load(model, device()) if dtype is None else load(model, device(), dtype)
 
 
 def load_policy(model: Model) -> Policy:
@@ -64,7 +72,12 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
     """
     from attune.training.step import init_distributed  # imports accelerate
 
+    if config.lora is None and model.quantize is not None:
+        raise ValueError(
+            f"model.quantize: weights in {model.quantize} cannot be trained; set it to null, or use `lora`"
+        )
     ours = replace(shard(), sharded_weights=shards_weights(config))
+    model = model.model_copy(update={"offload": False})  # a backward pass may begin while the denoiser is elsewhere
     if config.lora is not None:
         policy = load_policy(model)
         policy.shard = ours
@@ -72,10 +85,10 @@ def load_learner(config: MethodConfig, model: Model, seed: int, start: str | Non
             policy.add_adapter(config.lora.rank, seed, config.lora.targets)
     else:  # weights that are trained are kept in float32, and computed with in the model's dtype
         dtype = None if model.dtype == "float32" else getattr(torch, model.dtype)
-        policy = as_policy(load_backbone(model.model_copy(update={"dtype": "float32"})), dtype)
+        policy = as_policy(load_backbone(model, torch.float32), dtype)
         policy.shard = ours
-        if ours.sharded_weights:
-            init_distributed(ours)  # weights are cut when they are unfrozen, for which the processes must have met
+        if ours.sharded_weights:  # weights are cut when they are unfrozen, for which the processes must have met
+            init_distributed(ours, cpu=policy.device.type == "cpu")
         if start is None:
             policy.unfreeze()
     if start is not None:

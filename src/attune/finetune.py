@@ -58,6 +58,8 @@ def finetune(
     policy = load_learner(plan.trained_method.config, plan.model, plan.seed, start)
     method = build_method(plan.trained_method, policy, paths.preference, plan.scorers)
     config = method.config
+    if config.validation is None:  # a method that decodes has its autoencoder back at once
+        policy.backbone.release()
     seed = seed_of(plan.seed, start)
     n, batches = training_batches(method, paths.prepared, policy.device, seed)
     table = paths.prepared / (IMAGES if (paths.prepared / IMAGES).exists() else "pairs.parquet")
@@ -173,10 +175,17 @@ def _callbacks(
 
     prompts = validation_prompts(Paths(plan.profile).prepared, SAMPLE_PROMPTS) if samples else []
     show = sampler(policy, prompts, read(Session, "session").samples, plan.seed, run) if prompts else None
+
+    def show_and_release(step: int) -> None:
+        if show is not None:
+            show(step)
+        if scorer is None:
+            policy.backbone.release()
+
     return Callbacks(
         desc=f"align {plan.run}",
         log=run.log,
         on_score=log_score,
-        sample_images=show,
+        sample_images=show_and_release if show else None,
         sample_every=max(1, config.batches // max(1, samples)),
     )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attune.config.settings import MethodConfig, TrainingConfig
+from attune.config.settings import MethodConfig, Model, TrainingConfig
 from attune.distributed import Part, Shard
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Conditioning:
 class Backbone(Protocol):
     """A base model: the only code that knows its encoders, its autoencoder and its denoiser's arguments."""
 
+    model: Model  # what it was made from
     denoiser: Denoiser
     alphas_cumprod: Tensor  # (T,) float32
     prediction_type: str  # what the denoiser's own output is: epsilon or v_prediction
@@ -84,6 +85,10 @@ class Backbone(Protocol):
     lora_targets: Sequence[str]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def release(self) -> None:
+        """Lets go of the memory of text encoders and autoencoder; each is read again when it is next used."""
+        ...
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt is longer than the text encoder reads, so that its end is not encoded."""
@@ -94,7 +99,10 @@ class Backbone(Protocol):
         ...
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents to images, nominally in [0, 1]; overshoot is kept, clamp before showing to a `Reward`."""
+        """Scaled latents to images, nominally in [0, 1]; overshoot is kept, clamp before showing to a `Reward`.
+
+        Any number of them: without a graph they are decoded as many at a time as fit.
+        """
         ...
 
     def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

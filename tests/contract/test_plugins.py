@@ -69,7 +69,8 @@ def test_a_wrong_name_is_answered_with_the_right_ones(kind):
 @pytest.mark.parametrize("name", plugins.available("backbones"))
 def test_a_backbone_is_loaded_by_its_block_and_a_device(name):
     load = plugins.load("backbones", name).load
-    assert list(inspect.signature(load).parameters) == ["model", "device"]
+    assert list(inspect.signature(load).parameters) == ["model", "device", "dtype"]
+    assert inspect.signature(load).parameters["dtype"].default is None
 
 
 @pytest.mark.parametrize("name", plugins.available("backbones"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from argparse import Namespace
@@ -10,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from attune.config.plan import plan_file
+from attune.config.plugins import available
 from attune.config.resolve import load
 from attune.planning.problems import Machine, problems
 from attune.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-SHARED = {"copies", "plans"}  # imported by the others, and no programs
+SHARED = {"copies", "plans", "shapes", "measuring", "gpu_rows", "gpu_checks"}  # imported by others, and no programs
 
 
 @pytest.fixture
@@ -104,6 +107,38 @@ def test_a_step_of_random_data_is_trained(benchmark, method, policy):
     history, _ = train(objective, policy, batches, seed=0)
     assert len(history) == 2
     assert history[0]["loss"] == pytest.approx(math.log(2))
+
+
+def test_the_measurement_of_a_gpu_runs_on_small_models(benchmark, tmp_path, monkeypatch):
+    """All of it but the contract tests, which this suite runs anyway; every kind of work once."""
+    words = ["--device", "cpu", "--tiny", "--minutes", "9", "--row-seconds", "0", "--skip", "contract"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(tmp_path / "gpu")])
+    benchmark("gpu").main()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {line["method"] for line in report["parity"]} == set(available("methods"))
+    assert all(line["loss"] == line["gradient"] == 0 for line in report["parity"])
+    assert {line["work"] for line in report["rows"]} == set(benchmark("gpu_rows").WORKS)
+    assert {line["base"] for line in report["rows"]} == {"sd15", "sdxl", "vit-h"}
+    assert all(line["rate"] > 0 and line["flops"] > 0 and line["peak_GiB"] > 0 for line in report["rows"])
+    assert [check["passed"] for check in report["checks"]] == [True]
+    assert "| sd15 | DPO LoRA |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_row_that_fails_is_a_line_of_the_report(benchmark):
+    gpu, rows = benchmark("gpu"), benchmark("gpu_rows")
+    place = rows.Place(torch.device("cpu"), small=True)
+    line = gpu.measured_row(rows.Row("DPO LoRA", "sd9 | <b>", 1), place, 1.0, 1e9)
+    assert line["error"] == "KeyError: 'sd9 \\| &lt;b>'"
+    report = {"machine": {}, "ceiling": 1e12, "parity": [], "rows": [line], "not_reached": ["x"], "checks": []}
+    assert "KeyError" in gpu.as_markdown(report)
+
+
+def test_dpo_is_compared_with_a_plain_loop(benchmark, tmp_path):
+    memory, shapes = benchmark("dpo_memory"), benchmark("shapes")
+    shapes.write_pipeline("sd15", tmp_path, torch.float32, small=True)
+    assert memory.compare(tmp_path)["loss"] < 1e-5
+    losses = [memory.train(side, tmp_path, 64, "float32")["losses"] for side in ("diffusers", "attune")]
+    assert losses[0] == losses[1]
 
 
 def test_the_large_scorers_have_valid_settings(benchmark, tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attune.backbones._memory import in_parts
+from attune.backbones._quantise import quantise
 from attune.config.settings import Model
 from attune.diffusion.process import extract, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
@@ -48,12 +50,19 @@ SCHEDULERS = frozenset(  # diffusers' samplers of models trained as DDPM's are; 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a planner asks of a base model before its weights are here: numbers of weights, and pixels."""
+    """What a planner asks of a base model before its weights are here: numbers of weights, pixels, and memory.
+
+    Activations are what a step of training needs in half precision besides weights: docs/full_size.md says how they
+    were found. None of a model that is not of the published shape.
+    """
 
     denoiser: int
     text_encoders: int
     autoencoder: int
     resolution: int
+    adapter: int = 0  # weights of a LoRA on the attention, per rank
+    activations: int | None = None  # bytes per latent of each image
+    checkpointed: int | None = None  # the same with gradient checkpointing
 
 
 def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
@@ -72,7 +81,9 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
         if model.resolution is None:
             factor = _pixels_per_latent(vae, folder / "vae/config.json")
             resolution = _sample_size(config, folder / "unet/config.json") * factor
-    return Facts(**counts, resolution=model.resolution or resolution)
+    found = replace(nominal, **counts, resolution=model.resolution or resolution)
+    same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
+    return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
 
 
 def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
@@ -83,7 +94,7 @@ def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
     return size
 
 
-def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source) -> int:
+def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source | str) -> int:
     channels = config.get("block_out_channels")
     if not isinstance(channels, list | tuple) or not channels:
         raise ValueError(f"{file}: block_out_channels {channels!r:.40} is no list of an autoencoder's channels")
@@ -108,7 +119,10 @@ def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device) -> UNe
     """The pipeline's UNet, frozen; errors as `pretrained.load_pretrained`."""
     from diffusers import UNet2DConditionModel
 
-    return load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, device, model.variant)
+    first = device if model.quantize is None else torch.device("cpu")
+    unet = load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, first, model.variant)
+    unet = unet.to(memory_format=torch.channels_last) if model.channels_last else unet
+    return unet if model.quantize is None else quantise(unet, model.quantize, device)
 
 
 def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
@@ -124,17 +138,18 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
         raise ValueError(f"{source / 'config.json'}: scaling_factor {scale!r:.40} is not a number above 0")
     if shift is not None and (isinstance(shift, bool) or shift != 0):
         raise ValueError(f"{source / 'config.json'}: an autoencoder with shift_factor {shift!r:.40} is not supported")
-    return vae
+    return vae.to(memory_format=torch.channels_last) if model.channels_last else vae
 
 
 def load_text(
-    kind: type[PreTrainedModel], model: Model, number: str, dtype: torch.dtype, device: torch.device
+    kind: type[PreTrainedModel], model: Model, number: str, device: torch.device
 ) -> tuple[CLIPTokenizer, PreTrainedModel]:
     """A tokenizer and its text encoder, which must fit each other; `number` is what their folders' names end in."""
     from transformers import CLIPTokenizer
 
     source = parse(model.path)
     tokenizer = load_tokenizer(CLIPTokenizer, source / f"tokenizer{number}")
+    dtype = getattr(torch, model.dtype)
     encoder = load_pretrained(kind, source / f"text_encoder{number}", dtype, device, model.variant)
     check_clip_tokenizer(tokenizer, encoder.config, source / f"tokenizer{number}")
     positions = encoder.config.max_position_embeddings
@@ -242,8 +257,16 @@ def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents to images (B, 3, H, W), float32, nominally in [0, 1]; carries a graph."""
-    return vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+    """Scaled latents to images (B, 3, H, W), float32, nominally in [0, 1]; carries a graph.
+
+    Any number of them: without a graph they are decoded in parts that fit.
+    """
+
+    def images(rows: Tensor) -> Tensor:
+        return vae.decode(rows.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+
+    scale = _pixels_per_latent(vae.config, "the autoencoder")
+    return in_parts(images, latents.to(vae.device), latents.shape[-2] * latents.shape[-1] * scale**2)
 
 
 def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:

@@ -6,17 +6,32 @@ The embedded model has this layout too, so the laptop and the GPU box run the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from attune.backbones import _latent
+from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source
 from attune.interfaces import Conditioning
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTokenizer, PreTrainedModel
+
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
-NOMINAL = _latent.Facts(denoiser=859_520_964, text_encoders=123_060_480, autoencoder=83_653_863, resolution=512)
+NOMINAL = _latent.Facts(
+    denoiser=859_520_964,
+    text_encoders=123_060_480,
+    autoencoder=83_653_863,
+    resolution=512,
+    adapter=199_296,
+    activations=300_000,
+    checkpointed=137_000,
+)
 """Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""
 
 
@@ -35,37 +50,56 @@ class StableDiffusion:
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
 
-    def __init__(self, model: Model, device: torch.device):
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
+        self.model, self.device = model, device
+        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
+        self.turn = Turns(device, model.offload)
+        schedule, self.prediction_type = _latent.load_schedule(model)
+        self.alphas_cumprod = schedule.to(device)
+        self.tokenizer, self.text_encoder = self._load_text()
+        self.vae = _latent.load_vae(model, self.turn.start)
+        self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start)
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+
+    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
+
+    @cached_property
+    def text_encoder(self) -> PreTrainedModel:
+        return self._load_text()[1]
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return _latent.load_vae(self.model, self.turn.start)
+
+    def _load_text(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
         from transformers import CLIPTextModel
 
-        self.device, self.dtype = device, getattr(torch, model.dtype)
-        self.alphas_cumprod, self.prediction_type = _latent.load_schedule(model)
-        self.tokenizer, self.text_encoder = _latent.load_text(CLIPTextModel, model, "", self.dtype, device)
-        self.vae = _latent.load_vae(model, device)
-        self.denoiser = _latent.load_denoiser(model, self.dtype, device)
-        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+        return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)
+
+    def release(self) -> None:
+        release(self, "text_encoder", "vae")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the text encoder, (B, L, D)."""
         ids = _latent.tokenise(self.tokenizer, prompts, self.device)
-        return Conditioning({"prompt_embeds": self.text_encoder(ids).last_hidden_state})
+        return Conditioning({"prompt_embeds": self.turn(self.text_encoder)(ids).last_hidden_state})
 
     def is_cut(self, prompt: str) -> bool:
         return _latent.is_cut(self.tokenizer, prompt)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.vae, images, generator)
+        return _latent.encode(self.turn(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.vae, latents)
+        return _latent.decode(self.turn(self.vae), latents)
 
     def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = denoiser(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
+        output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
         return _latent.to_noise(output, self.prediction_type, x_t, self.alphas_cumprod, t)
 
 
-def load(model: Model, device: torch.device) -> StableDiffusion:
-    """A Stable Diffusion pipeline as a `Backbone`."""
-    return StableDiffusion(model, device)
+def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:
+    """A Stable Diffusion pipeline as a `Backbone`; `dtype` is the denoiser's, if it is not to be the model's."""
+    return StableDiffusion(model, device, dtype)

@@ -6,20 +6,33 @@ Source: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2, and diffuser
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from attune.backbones import _latent
+from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning
 from attune.weights import read_json
 
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTokenizer, PreTrainedModel
+
 INDEX = "model_index.json"
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 NOMINAL = _latent.Facts(
-    denoiser=2_567_463_684, text_encoders=123_060_480 + 694_659_840, autoencoder=83_653_863, resolution=1024
+    denoiser=2_567_463_684,
+    text_encoders=123_060_480 + 694_659_840,
+    autoencoder=83_653_863,
+    resolution=1024,
+    adapter=1_451_520,
+    activations=530_000,
+    checkpointed=216_000,
 )
 """Of Stable Diffusion XL 1.0."""
 
@@ -39,25 +52,45 @@ class StableDiffusionXL:
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
 
-    def __init__(self, model: Model, device: torch.device):
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
+        self.model, self.device = model, device
+        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
+        self.turn = Turns(device, model.offload)
+        schedule, self.prediction_type = _latent.load_schedule(model)
+        self.alphas_cumprod = schedule.to(device)
+        self.encoders = self._load_encoders()
+        self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
+        self.vae = _latent.load_vae(model, self.turn.start)
+        self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start)
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+        # original size, crop's corner, target size: "a picture of exactly this size, uncropped"
+        size = [self.resolution, self.resolution]
+        self.time_ids = torch.tensor([*size, 0.0, 0.0, *size], device=device)
+
+    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
+
+    @cached_property
+    def encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+        return self._load_encoders()
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return _latent.load_vae(self.model, self.turn.start)
+
+    def _load_encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        self.device, self.dtype = device, getattr(torch, model.dtype)
-        self.alphas_cumprod, self.prediction_type = _latent.load_schedule(model)
-        self.encoders = [
-            _latent.load_text(kind, model, number, self.dtype, device)
-            for kind, number in ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
-        ]
-        self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
-        self.vae = _latent.load_vae(model, device)
-        self.denoiser = _latent.load_denoiser(model, self.dtype, device)
-        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+        kinds = ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
+        return [_latent.load_text(kind, self.model, number, self.turn.start) for kind, number in kinds]
+
+    def release(self) -> None:
+        release(self, "encoders", "vae")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both encoders side by side, (B, L, D_1 + D_2); what the second pools, (B, D)."""
         encoded = [
-            encoder(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
+            self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.encoders
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
@@ -71,20 +104,20 @@ class StableDiffusionXL:
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.vae, images, generator)
+        return _latent.encode(self.turn(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.vae, latents)
+        return _latent.decode(self.turn(self.vae), latents)
 
     def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        size = [self.resolution, self.resolution]
         added = {
             "text_embeds": cond.tensors["text_embeds"].to(self.dtype),
-            # original size, crop's corner, target size: "a picture of exactly this size, uncropped"
-            "time_ids": torch.tensor([*size, 0.0, 0.0, *size], device=x_t.device).expand(len(x_t), 6),
+            "time_ids": self.time_ids.expand(len(x_t), 6),
         }
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = denoiser(x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+        output = self.turn(denoiser)(
+            x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
+        ).sample
         return _latent.to_noise(output, self.prediction_type, x_t, self.alphas_cumprod, t)
 
 
@@ -99,6 +132,6 @@ def zeros_for_empty_prompt(model: Model) -> bool:
     return index.get("force_zeros_for_empty_prompt", True)
 
 
-def load(model: Model, device: torch.device) -> StableDiffusionXL:
-    """A Stable Diffusion XL pipeline as a `Backbone`."""
-    return StableDiffusionXL(model, device)
+def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusionXL:
+    """A Stable Diffusion XL pipeline as a `Backbone`; `dtype` is the denoiser's, if it is not to be the model's."""
+    return StableDiffusionXL(model, device, dtype)

@@ -48,6 +48,12 @@ Location = Annotated[str, AfterValidator(_location)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _has_bitsandbytes(value: str) -> str:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{value} needs the package bitsandbytes, which is not installed")
+    return value
+
+
 class Model(StrictModel):
     """The base model every method starts from."""
 
@@ -61,6 +67,19 @@ class Model(StrictModel):
     vae: Location | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix@commit")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 gives black images with the autoencoder that SDXL comes with"
+    )
+    lora_dtype: Literal["float32"] | None = Field(
+        None,
+        description="what adapters compute in; null = as `dtype`, like the authors' scripts. Their weights are float32",
+    )
+    channels_last: bool = Field(False, description="memory order of convolutions; other last bits, faster on many GPUs")
+    quantize: Annotated[Literal["int8", "nf4"], AfterValidator(_has_bitsandbytes)] | None = Field(
+        None, description="linear layers of the frozen denoiser in 8 or 4 bits, by bitsandbytes; for adapters alone"
+    )
+    offload: bool = Field(
+        False,
+        description="networks take turns on the GPU and wait in the host's memory: less GPU memory, more time; not "
+        "while a method trains",
     )
 
 
@@ -101,14 +120,16 @@ class TrainingConfig(StrictModel):
         "constant", description="after warm-up; linear: down to 0 over the remaining batches"
     )
     gradient_checkpointing: bool = Field(False, description="saves memory: activations are computed twice")
-    compile: bool = Field(False, description="torch.compile: minutes at the start, faster from then on")
+    compile: bool | Literal["reduce-overhead"] = Field(
+        False,
+        description="torch.compile: minutes at the start, faster from then on; reduce-overhead: with CUDA graphs too",
+    )
+    tf32: bool = Field(False, description="GPUs multiply float32 matrices in TF32, 10 bits of mantissa, but faster")
 
     @field_validator("optimizer")
     @classmethod
     def _installed(cls, optimizer: str) -> str:
-        if optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise ValueError("adamw8bit needs the package bitsandbytes, which is not installed")
-        return optimizer
+        return _has_bitsandbytes(optimizer) if optimizer == "adamw8bit" else optimizer
 
 
 class Validation(StrictModel):

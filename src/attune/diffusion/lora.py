@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from attune.diffusion.lora_files import ADAPTER_FILE, checked_ranks, read_lora
+from attune.diffusion.lora_layers import LAYERS
 from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
@@ -42,23 +44,33 @@ def target_modules(denoiser: nn.Module, targets: str | Sequence[str], attention:
     return [name for name in layers if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
-def add_lora(denoiser: Denoiser, ranks: Mapping[str, int]) -> None:
-    """Puts a trainable LoRA on exactly these modules (name -> rank): A Gaussian, B zero, alpha = rank, float32."""
+def add_lora(denoiser: Denoiser, ranks: Mapping[str, int], in_float32: bool = False) -> None:
+    """Puts a trainable LoRA on exactly these modules (name -> rank): A Gaussian, B zero, alpha = rank, float32.
+
+    Args:
+        in_float32: its products are computed in float32 too, however the network computes.
+    """
     rank = max(ranks.values())
     other_ranks = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    denoiser.add_adapter(
-        LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            rank_pattern=other_ranks,
-            alpha_pattern=dict(other_ranks),
-            init_lora_weights="gaussian",
-            target_modules="|".join(map(re.escape, ranks)),
-        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=other_ranks,
+        alpha_pattern=dict(other_ranks),
+        init_lora_weights="gaussian",
+        target_modules="|".join(map(re.escape, ranks)),
     )
+    if not in_float32:
+        config._register_custom_module(LAYERS)
+    denoiser.add_adapter(config)
     for weight in denoiser.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+
+
+def lora_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
+    """The modules that hold the network's adapter."""
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def lora_ranks(denoiser: nn.Module) -> dict[str, int]:
@@ -74,11 +86,11 @@ def unload_lora(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def load_lora(denoiser: Denoiser, file: Path, may_be_zero: bool = False) -> None:
+def load_lora(denoiser: Denoiser, file: Path, may_be_zero: bool = False, in_float32: bool = False) -> None:
     """Replaces the network's adapter, if it has one, by that of a file. Raises ValueError as `read_lora`."""
     weights = read_lora(file, denoiser, may_be_zero)
     ranks = checked_ranks(weights, denoiser, file)
-    add_lora(unload_lora(denoiser), ranks)
+    add_lora(unload_lora(denoiser), ranks, in_float32)
     set_peft_model_state_dict(denoiser, weights)
 
 

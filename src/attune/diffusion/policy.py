@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attune.config.settings import Lora
 from attune.costs import count_denoised
-from attune.diffusion.lora import add_lora, load_lora, lora_ranks, save_lora, target_modules, unload_lora
+from attune.diffusion.lora import add_lora, load_lora, lora_layers, lora_ranks, save_lora, target_modules, unload_lora
 from attune.diffusion.lora_files import locate, read_denoiser
 from attune.diffusion.noise import Draws
 from attune.distributed import Shard
@@ -28,6 +28,8 @@ from attune.interfaces import Backbone, Conditioning
 from attune.weights import check_finite
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     from attune.diffusion.lora import Denoiser
 
 
@@ -46,6 +48,7 @@ class Policy:
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.reference_model: nn.Module | None = None  # None: the denoiser without its adapter
+        self._lora_layers: list[BaseTunerLayer] = []  # found when first switched off
         self.shard = Shard()  # this process's part of the training
         self.loaded_from: str | None = None  # what was loaded last in the place of the base model; named in errors
 
@@ -94,11 +97,17 @@ class Policy:
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:
-        self.denoiser.disable_adapters()
+        """Sets a flag on each LoRA layer; diffusers' own way looks for them every time, 5 ms on a tiny UNet."""
+        self._lora_layers = self._lora_layers or lora_layers(self.denoiser)
+        self._set_adapter(disabled=True)
         try:
             yield
         finally:
-            self.denoiser.enable_adapters()
+            self._set_adapter(disabled=False)
+
+    def _set_adapter(self, disabled: bool) -> None:
+        for layer in self._lora_layers:
+            layer._disable_adapters = disabled  # peft's setter freezes the weights as well, which takes 2 of the 5 ms
 
     @contextmanager
     def _called(self, reference: nn.Module) -> Iterator[None]:
@@ -122,7 +131,8 @@ class Policy:
     def add_adapter(self, rank: int, seed: int, targets: str | Sequence[str] = "attention") -> None:
         """Adds a trainable LoRA. Targets and errors as in `lora.target_modules`."""
         torch.manual_seed(seed)
-        add_lora(self.denoiser, dict.fromkeys(self._target_modules(targets), rank))
+        add_lora(self.denoiser, dict.fromkeys(self._target_modules(targets), rank), self._lora_in_float32)
+        self._lora_layers = []
 
     def unfreeze(self) -> None:
         """Makes every weight of the denoiser trainable; its present values become the reference.
@@ -198,12 +208,18 @@ class Policy:
             ValueError: it does not fit this base model, changes nothing, or is not pinned.
         """
         found = locate(source)
+        if found.is_dir() and self.backbone.model.quantize is not None:
+            raise ValueError(f"model.quantize: {source} is a whole denoiser, which is not quantised; set it to null")
         if found.is_dir():
             network = read_denoiser(found, self.denoiser, self.backbone.prediction_type)
             self.reference_model, self.denoiser, self.module = unload_lora(self.denoiser), network, network
         else:
-            load_lora(self.denoiser, found, may_be_zero)
-        self.loaded_from = str(source)
+            load_lora(self.denoiser, found, may_be_zero, self._lora_in_float32)
+        self._lora_layers, self.loaded_from = [], str(source)
+
+    @property
+    def _lora_in_float32(self) -> bool:
+        return self.backbone.model.lora_dtype == "float32"
 
     def _target_modules(self, targets: str | Sequence[str]) -> list[str]:
         return target_modules(self.denoiser, targets, self.backbone.lora_targets)

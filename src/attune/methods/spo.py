@@ -204,7 +204,7 @@ class Method:
         Returns: pairs for each step of the segment; for each prompt its best and its worst candidate, (n,).
         """
         k, n = self.config.candidates, len(batch.prompts)
-        images = map(self.policy.backbone.decode_latents, x_0.chunk(k))  # one candidate at a time: pixels are large
+        images = self.policy.backbone.decode_latents(x_0).chunk(k)
         scores = [self.preference_model(candidate, batch.prompts, t.expand(n)) for candidate in images]
         best, worst, confident = compare(torch.stack(scores), self.config.threshold)
         rows = confident.nonzero().flatten()

@@ -1,7 +1,7 @@
 """What each stage will do and roughly cost, as rows of a table; what cannot be known beforehand is "unknown".
 
-Memory is counted, not measured: weights, and for what trains gradients and the optimizer's state. Activations come on
-top and depend on batch size, resolution and gradient checkpointing.
+Memory of weights, gradients and the optimizer's state is counted. What activations add is estimated from their size per
+latent, batch size, resolution and gradient checkpointing, where the backbone knows it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Row:
     does: str
     sees: str = ""
     gpu: float | None = 0  # memory on the GPU, without activations; on the host, if there is none
+    activations: float | None = 0  # what comes on top in training, estimated
     host: float | None = 0  # memory on the host
     disk: float | None = 0
     download: float | None = 0
@@ -49,6 +50,9 @@ class Facts(Protocol):
     text_encoders: int
     autoencoder: int
     resolution: int  # pixels
+    adapter: int  # weights of a LoRA on the attention, per rank; 0 where that is not known
+    activations: int | None  # bytes per latent of an image in training, half precision; None: unknown
+    checkpointed: int | None  # the same with gradient checkpointing
 
 
 def facts(s: Settings) -> Facts:
@@ -119,7 +123,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     frozen = _frozen(s, weights)
     does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
     gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
-    return Row("train_preference", does, sees, gpu, own * 4 + frozen, disk)
+    return Row("train_preference", does, sees, gpu, None, own * 4 + frozen, disk)
 
 
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
@@ -127,8 +131,9 @@ def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> 
     kind = rows_of(method, s.source)
     does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
-    gpu, host = _training_memory(config, s, weights), _frozen(s, weights)
-    return Row(f"align@{name}", does, sees, gpu, host, disk)
+    gpu, host = _training_memory(config, method, s, weights), _frozen(s, weights)
+    activations = _activations(config, _images_at_once(config, method, kind), s, weights)
+    return Row(f"align@{name}", does, sees, gpu, activations, host, disk)
 
 
 def _training(config: TrainingConfig, kind: str) -> str:
@@ -147,12 +152,48 @@ def _frozen(s: Settings, weights: Facts) -> float:
     return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
 
 
-def _training_memory(config: MethodConfig, s: Settings, weights: Facts) -> float:
-    """All networks, and for full fine-tuning the float32 weights, their gradients, moments and frozen copy."""
-    frozen = _frozen(s, weights)
-    if config.lora is not None:
-        return frozen
-    return frozen + weights.denoiser * (STATE[config.optimizer] + 4 - BYTES[s.model.dtype])
+def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Facts) -> float:
+    """The denoiser and what trains of it, or all networks as they are read, whichever is more.
+
+    What trains is an adapter, or all weights in float32 beside a frozen copy. Text encoders are let go of after
+    reading; so is the autoencoder, unless the method looks at images.
+    """
+    decoder = weights.autoencoder * BYTES[s.model.vae_dtype] if plugins.load("methods", method).Method.needs else 0
+    if config.lora is None:
+        return weights.denoiser * (STATE[config.optimizer] + 4) + decoder
+    adapter = weights.adapter * config.lora.rank * STATE[config.optimizer]
+    return max(_frozen(s, weights), weights.denoiser * BYTES[s.model.dtype] + adapter + decoder)
+
+
+def _activations(config: MethodConfig, images: int | None, s: Settings, weights: Facts) -> float | None:
+    """Bytes that a minibatch of so many images needs in forward and backward pass; None if that is not known.
+
+    Full fine-tuning adds the copy of its weights in the dtype it computes in.
+    """
+    per_latent = weights.checkpointed if config.gradient_checkpointing else weights.activations
+    if per_latent is None or images is None:
+        return None
+    half = BYTES[s.model.dtype]
+    copies = weights.denoiser * half if config.lora is None and half < 4 else 0
+    return copies + images * (weights.resolution / 8) ** 2 * per_latent * half / 2
+
+
+def _images_at_once(config: MethodConfig, method: str, kind: str) -> int | None:
+    """Images that the denoiser is given with a graph at a time; None where decoder and scorers have one too.
+
+    Args:
+        kind: what the method's batches are drawn from, see `rows_of`.
+    """
+    if kind == "pairs":
+        liked_alone = plugins.load("methods", method).Method.consumes == "liked images"
+        return config.batch_size * (1 if liked_alone else 2)
+    if kind != "prompts":
+        return config.batch_size
+    steps: int | None = getattr(config, "minibatch_size", None)  # of SPO
+    if steps is None:
+        return None
+    guided, apart = getattr(config, "guidance_scale", 1.0) != 1.0, getattr(config, "inner_steps", 0) > 0
+    return steps * (1 + guided) * (1 + apart)
 
 
 def size(n: float | None) -> str:
@@ -175,7 +216,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _texts(row: Row) -> list[str]:
-    sizes = [size(n) for n in (row.gpu, row.host, row.disk, row.download)]
+    sizes = [size(n) for n in (row.gpu, row.activations, row.host, row.disk, row.download)]
     return [row.stage, row.does, row.sees, *sizes, _duration(row.time)]
 
 

@@ -46,9 +46,10 @@ class TrainStep:
     def __init__(self, trainable: Trainable, config: TrainingConfig):
         self.config, self.trainable, self.parameters = config, trainable, trainable.parameters()
         self.shard = trainable.shard
+        allow_tf32(config.tf32)
         if config.compile:
-            compile_in_place(trainable)
-        self.accelerator = init_distributed(self.shard)
+            compile_in_place(trainable, None if config.compile is True else config.compile)
+        self.accelerator = init_distributed(self.shard, cpu=self.parameters[0].device.type == "cpu")
         self.optimizer = build_optimizer(self.parameters, config)
         self.sharded = is_sharded(trainable.module)
         if not self.sharded:
@@ -92,26 +93,36 @@ class TrainStep:
             # that wait to be exchanged are whole
             exchanges = self.sharded or i + 1 == len(group)
             with nullcontext() if exchanges else self.accelerator.no_sync(self.trainable.module):
-                loss, global_loss, metrics = self.loss(objective, minibatch)
+                loss, metrics = self.loss(objective, minibatch)
+                self.accelerator.backward(self.scaler.scale(loss * weight / len(group)))
+                global_loss, means = self.means(metrics, minibatch)
                 if not math.isfinite(global_loss):
                     where = self.locate_nonfinite(objective, minibatch)
                     raise NonFiniteError(f"loss is {global_loss} at step {step}: {where}")
-                self.accelerator.backward(self.scaler.scale(loss * weight / len(group)))
-                rows.append({name: weight * value for name, value in metrics.items()})
+                rows.append({name: weight * value for name, value in means.items()})
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, grad_norm
 
-    def loss(self, objective: Objective, minibatch: Part[Any]) -> tuple[Tensor, float, dict[str, float]]:
-        """The loss of this process's rows, weighted for the mean over processes; the loss and metrics of all rows."""
-        n = minibatch.n if self.shard.world_size > 1 else 1  # of one process all rows are its own: no weighting
-        n_local = self.shard.count(n)
+    def loss(self, objective: Objective, minibatch: Part[Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of this process's rows, weighted for the mean over processes; their plain loss ("") and metrics."""
+        n_local, n = self._rows(minibatch)
         with self.local_rows(minibatch) as rows:
             loss, metrics = objective.loss(rows)
-        values = [v.item() if isinstance(v, Tensor) else float(v) for v in (loss, *metrics.values())]
-        global_loss, *means = (total / n for total in self.shard.all_reduce_sum([n_local * v for v in values]))
-        return loss * (n_local * self.shard.world_size / n), global_loss, dict(zip(metrics, means, strict=True))
+        return loss * (n_local * self.shard.world_size / n), {"": loss, **metrics}
+
+    def means(self, metrics: dict[str, float | Tensor], minibatch: Part[Any]) -> tuple[float, dict[str, float]]:
+        """The loss and metrics of all processes' rows. A GPU is waited for here, once, and after the backward pass."""
+        n_local, n = self._rows(minibatch)
+        values = [n_local * value for value in to_floats(list(metrics.values()))]
+        global_loss, *means = (total / n for total in self.shard.all_reduce_sum(values))
+        return global_loss, dict(zip([name for name in metrics if name], means, strict=True))
+
+    def _rows(self, minibatch: Part[Any]) -> tuple[int, int]:
+        """How many rows of a minibatch are this process's, and how many there are; of one process all count as one."""
+        n = minibatch.n if self.shard.world_size > 1 else 1
+        return self.shard.count(n), n
 
     @contextmanager
     def local_rows(self, minibatch: Part[Any]) -> Iterator[Any]:
@@ -147,8 +158,15 @@ def minibatch_weights(group: Sequence[Part[Any]]) -> list[float]:
     return [n * len(group) / sum(sizes) for n in sizes]
 
 
-def init_distributed(shard: Shard) -> Accelerator:
-    """Joins the processes of a training.
+def to_floats(values: Sequence[float | Tensor]) -> list[float]:
+    """Numbers and scalar tensors as numbers, with one transfer for all tensors."""
+    tensors = [value.detach() for value in values if isinstance(value, Tensor)]
+    moved = iter(torch.stack([t.to(tensors[0].device).reshape(()) for t in tensors]).tolist() if tensors else [])
+    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def init_distributed(shard: Shard, cpu: bool | None = None) -> Accelerator:
+    """Joins the processes of a training, on the CPU if `cpu`; None: where there is no GPU.
 
     Everything that changes numbers is passed here, because accelerate takes what is not passed from environment
     variables, which `accelerate launch` sets from the user's defaults: ACCELERATE_MIXED_PRECISION,
@@ -164,7 +182,7 @@ def init_distributed(shard: Shard) -> Accelerator:
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
-        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()) if cpu is None else cpu,
         kwargs_handlers=[wrapping, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     if accelerator.num_processes != shard.world_size:
@@ -208,16 +226,27 @@ def build_optimizer(parameters: list[Tensor], config: TrainingConfig) -> torch.o
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
+    # one kernel for all weights in the place of hundreds; on a CPU the usual way keeps the published bits
+    fused = True if all(parameter.is_cuda for parameter in parameters) else None
+    return torch.optim.AdamW(parameters, **options, fused=fused)
 
 
-def compile_in_place(trainable: Trainable) -> None:
+def allow_tf32(allowed: bool) -> None:
+    """Lets a GPU multiply float32 matrices in TF32, 10 bits of mantissa, in this process; convolutions already do."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+def compile_in_place(trainable: Trainable, mode: str | None = None) -> None:
     """torch.compile, which leaves the names of modules and weights as they are; adapters can still be switched.
 
     A frozen copy that serves as reference is compiled too. Otherwise it would differ from the policy by rounding.
+
+    Args:
+        mode: of torch.compile; "reduce-overhead" records CUDA graphs.
     """
     for module in filter(None, (trainable.module, trainable.reference_model)):
-        module.compile()
+        module.compile(mode=mode)
 
 
 def computes_in_half(trainable: Trainable) -> bool:
