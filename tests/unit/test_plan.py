@@ -184,6 +184,18 @@ def test_what_does_not_fit_together_is_one_line_with_its_key(name, settings):
 # --- what a stage is told ---------------------------------------------------------------------------------
 
 
+def test_weights_in_few_bits_are_for_adapters_alone(settings):
+    found = settings(
+        runs={"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}, methods__dpo__lora=None
+    )
+    few = dataclasses.replace(
+        found, model=found.model.model_copy(update={"quantize": "nf4"})
+    )  # the package need not be here
+    line = "params/tiny.yaml:model.quantize: weights of nf4 cannot be trained; set methods.dpo.lora"
+    assert line in said(few)
+    assert line not in said(found)
+
+
 def plans(found: Settings, tmp_path) -> dict[str, str]:
     """In a folder without summaries of other seeds, which make the report depend on all settings."""
     if not (tmp_path / "models").exists():

@@ -270,3 +270,16 @@ def test_many_images_are_packed_and_read_alike(tmp_path, monkeypatch):
     assert found["20-10"] == ["00000.tar", "00001.tar", "00002.tar", "index.parquet"]
     with pytest.raises(FileNotFoundError, match=r"00001\.tar has no 00000099\.png"):
         images.image_bytes(tmp_path / "20-10", "00001.tar/00000099.png")
+
+
+def test_latents_are_kept_in_the_autoencoders_precision(prepare, tmp_path, backbone):
+    rows = many(70)
+    prepare(rows)
+    whole = PreparedData.read(tmp_path / "prepared", "train")
+    backbone.model = backbone.model.model_copy(update={"vae_dtype": "bfloat16"})
+    prepare(rows, folder="half", kept="other")
+    half = PreparedData.read(tmp_path / "half", "train")
+    assert (whole.latents.dtype, half.latents.dtype) == (torch.float32, torch.bfloat16)
+    batch = half.pair_batch([3, 50])
+    assert batch.latents_0.dtype == torch.float32
+    torch.testing.assert_close(batch.latents_0, whole.pair_batch([3, 50]).latents_0, rtol=2**-8, atol=1e-6)

@@ -6,7 +6,7 @@ data/<profile>/prepared/
                         `<scorer>_0`, `<scorer>_1` for each scorer of data.score_with
     images.parquet      of sources of single images: prompt, image (row of the latents), liked, split, and scores
     shards.json       the files below, in the order of their rows
-    latents/            latents (n, C, h, w), scaled
+    latents/            latents (n, C, h, w), scaled, in the autoencoder's precision; batches have them in float32
     prompts/            each conditioning tensor (P, ...), a row per row of prompts.parquet
     scores/             by scorer; `prepare` does not ask it again for what is there
 
@@ -139,7 +139,7 @@ class PreparedData:
         return Conditioning({name: self._sent(value) for name, value in tensors.items()})
 
     def _latents_of(self, rows: Rows) -> Tensor:
-        return self._sent(self.latents[torch.tensor(np.asarray(rows))])
+        return self._sent(self.latents[torch.tensor(np.asarray(rows))]).float()
 
     def _sent(self, values: Tensor) -> Tensor:
         """The values on `device`. A GPU takes them from pinned memory, while this thread and the GPU go on working."""

@@ -68,6 +68,8 @@ def _runs(s: Settings) -> Iterator[str]:
     for name in s.methods:
         if name in s.runs and s.runs[name].method is None:
             yield f"{where}:methods.{name}: runs.{name} has no method, so its settings are never used; remove them"
+        elif s.model.quantize is not None and name in s.runs and s.methods[name].lora is None:
+            yield f"{where}:model.quantize: weights of {s.model.quantize} cannot be trained; set methods.{name}.lora"
     if s.preference is None and needs_preference_model(s):
         yield f"{where}:preference: is missing, and a run of spo needs the step-aware preference model"
 

@@ -22,14 +22,15 @@ def is_full(images: int, pixels: int) -> bool:
 def encode(backbone: Backbone, squares: Iterable[np.ndarray]) -> tuple[Tensor, list[int]]:
     """Latents (n, C, h, w) on the CPU of images, uint8 (side, side, 3), and which of them are not finite.
 
-    An autoencoder in half precision can overflow; the latents of such an image are zeros.
+    They are kept in the precision of the autoencoder that has made them. One of half precision can overflow; the
+    latents of such an image are zeros.
     """
-    device = next(backbone.denoiser.parameters()).device
-    found: list[Tensor] = [torch.zeros((0, *backbone.latent_shape))]
+    device, dtype = next(backbone.denoiser.parameters()).device, getattr(torch, backbone.model.vae_dtype)
+    found: list[Tensor] = [torch.zeros((0, *backbone.latent_shape), dtype=dtype)]
     pending: list[np.ndarray] = []
 
     def flush() -> None:
-        found.append(backbone.encode_images(to_tensor(np.stack(pending), device)).cpu())
+        found.append(backbone.encode_images(to_tensor(np.stack(pending), device)).to(dtype).cpu())
         pending.clear()
 
     for square in squares:
