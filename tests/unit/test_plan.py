@@ -185,9 +185,110 @@ def test_what_does_not_fit_together_is_one_line_with_its_key(name, settings):
 
 
 def test_weights_in_few_bits_are_for_adapters_alone(settings):
+    found = settings(methods__dpo__lora=None)
+    few = dataclasses.replace(
+        found, model=found.model.model_copy(update={"quantize": "nf4"})
+    )  # the package need not be here
+    line = "params/tiny.yaml:model.quantize: weights of nf4 cannot be trained; set methods.dpo.lora"
+    assert line in said(few)
+    assert line not in said(found)
+
+
+def plans(found: Settings, tmp_path) -> dict[str, str]:
+    """In a folder without summaries of other seeds, which make the report depend on all settings."""
+    if not (tmp_path / "models").exists():
+        (tmp_path / "models").symlink_to(ROOT / "models")
+    with chdir(tmp_path):
+        made = make(found, Digests(tmp_path / "digests.json"))
+    return {file.stem: to_json(plan) for file, plan in made.items()}
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one | other if one.get(name) != other.get(name)}
+
+
+@pytest.mark.parametrize("seed", [10**12, 2**63 - 1])
+def test_every_seed_that_the_profile_may_have_is_planned(seed, settings, tmp_path):
+    """10^12 was taken for a number of things, of which no machine can do as many."""
+    assert f'"seed": {seed}' in plans(settings(seed=seed), tmp_path)["align-dpo"]
+
+
+def test_a_setting_changes_the_plans_of_the_stages_that_read_it(settings, tmp_path):
+    before = plans(settings(), tmp_path)
+    assert plans(settings(), tmp_path) == before
+    assert changed(before, plans(settings(methods__spo__beta=7), tmp_path)) == {"align-spo", "sweep-spo", "report"}
+    evaluations = {f"evaluate-{run}" for run in ("base", "sft", "dpo", "spo")}
+    block = {"scorer": "hpsv2", "version": "2.1", "path": "models/embedded/hpsv2/open_clip_model.safetensors"}
+    block |= {"tokenizer": "models/embedded/hpsv2", "antialias": False}
+    assert changed(before, plans(settings(scorers__other=block), tmp_path)) == evaluations
+    assert changed(before, plans(settings(threads=2), tmp_path)) == {"session"}
+    assert changed(before, plans(settings(preference__lr=1e-5), tmp_path)) == {"preference"}
+
+
+def test_a_plan_reads_back_as_it_was_written(settings, tmp_path, monkeypatch):
+    found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    for file, plan in found.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(to_json(plan))
+        name = file.stem.partition("-")
+        assert read(type(plan), name[0], name[2] or None) == plan
+    assert read(RunPlan, "align", "dpo").method.config.validation.patience == 2
+    assert list(read(EvaluatePlan, "evaluate", "dpo").scorers) == ["oracle", "pickscore", "hpsv2", "aesthetic"]
+    with pytest.raises(PlanError, match="make plan"):
+        read(RunPlan, "align", "nothing")
+    plan_file("align", "dpo").write_text("{}")
+    with pytest.raises(PlanError, match="made by other code"):
+        read(RunPlan, "align", "dpo")
+
+
+def test_what_a_run_was_trained_on_is_worked_out(settings):
     found = settings(
-        runs={"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}, methods__dpo__lora=None
+        runs={
+            "runs__reward": {"method": "alignprop", "after": "dpo"},
+            "runs__released": {"from": "models/embedded/base", "trained_on": ["aesthetic"], "after": "data"},
+        },
+        methods__reward=files.shipped()[1]["methods"]["alignprop"],
+        methods__dpo__ai_feedback={"scorer": "pickscore", "weight": 0.5},
     )
+    names = {name: trained_on(name, found) for name in found.runs}
+    assert names["base"] == names["sft"] == []
+    assert names["dpo"] == ["pickscore"]  # the labels
+    assert names["spo"] == ["pickscore"]  # the CLIP that the preference model starts from
+    assert names["reward"] == ["pickscore"]  # its own reward, and what it goes on from
+    assert names["released"] == ["aesthetic"]
+
+
+def test_a_preference_model_of_another_clip_is_no_pickscore(settings):
+    found = settings(preference__clip="models/embedded/aesthetic", preference__ai_feedback=...)
+    assert trained_on("spo", found) == ["aesthetic"]
+
+
+def test_early_stopping_selects(settings, tmp_path):
+    found = make(settings(methods__dpo__validation=VALIDATION), Digests(tmp_path / "d.json"))
+    assert found[plan_file("report")].selected_by == {"dpo": ["hpsv2"]}
+
+
+def test_a_search_selects_once_its_best_settings_are_applied(settings, tmp_path, monkeypatch):
+    """And what goes on from such a run is selected by it too."""
+    runs = {"runs__on": {"method": "sft", "after": "dpo"}}
+    before, applied = settings(runs=runs), settings(runs=runs, methods__dpo__beta=123.0, methods__dpo__lora__rank=3)
+    monkeypatch.chdir(tmp_path)
+    file = Paths("tiny").best_settings("dpo")
+    file.parent.mkdir(parents=True)
+    file.write_text("profile: tiny\nrun: dpo\nscores: {hpsv2: 0.2}\nparams: {beta: 123, lora.rank: 3}\n")
+    assert (selected_by("dpo", before), selected_by("on", before)) == ([], [])
+    assert (selected_by("dpo", applied), selected_by("on", applied)) == (["hpsv2"], ["hpsv2"])
+    file.write_text("profile: tiny\nrun: dpo\nscores: {hpsv2: 0.2}\nparams: {ai_feedback.scorer: hpsv2}\n")
+    assert selected_by("dpo", applied) == []
+
+
+def test_a_replaced_adapter_changes_the_plan_of_its_run(settings, tmp_path):
+    adapter = tmp_path / "adapters" / "mine with a space.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"one")
+    found = settings(methods__dpo__lora=None)
     few = dataclasses.replace(
         found, model=found.model.model_copy(update={"quantize": "nf4"})
     )  # the package need not be here
