@@ -32,11 +32,11 @@ RUNS = {"base": {"after": "data"}}
 CHANGES = {
     "data.pair_prompts": 64,
     "data.validation_prompts": 8,
-    "data.test_prompts": 64,
+    "data.test_prompts": 256,
     "data.images_per_prompt": 4,
     "data.train_prompts": 80,
     "sampling.batch_size": 16,
-    "generate.prompts": 64,
+    "generate.prompts": 256,
     "generate.sampling.batch_size": 4,
     "methods": {},
     "search": {},
@@ -46,6 +46,7 @@ OUTPUTS = {
     "generate": ("data/short/generated/base",),
     "evaluate": ("reports/short/scores/base.parquet", "reports/short/features/base.npy"),
 }
+FROM = 0.4  # of an undisturbed run, before which a stage starts up
 KEPT = {"prepare": "prepare-short", "generate": "generate-short-base", "evaluate": "scores/short/base"}
 
 
@@ -124,7 +125,7 @@ def disturb(home: Path, stage: str, processes: int, kills: int, expected: dict[s
     while result.kills < kills:
         process = start(home, stage, processes)
         try:
-            if process.wait(rng.uniform(0.2, 1.0) * result.seconds):
+            if process.wait(rng.uniform(FROM, 1.0) * result.seconds):
                 raise RuntimeError(f"{stage} ended with {process.returncode}: see {home / 'log'}")
             shutil.rmtree(home / ".checkpoints" / KEPT[stage], ignore_errors=True)  # it ended: from the beginning
             known = {}

@@ -249,6 +249,10 @@ def test_a_run_index_that_leads_out_is_refused(tmp_path):
     pd.DataFrame({"prompt": ["p"], "ordinal": [0], "file": ["../secret.png"]}).to_parquet(side.folder / "index.parquet")
     with pytest.raises(LabelError, match="leads out"):
         find_pairs([side])
+    packed = pd.DataFrame({"prompt": ["p"], "ordinal": [0], "file": ["00000.tar/00000000.png"]})
+    packed.to_parquet(side.folder / "index.parquet")
+    with pytest.raises(LabelError, match=r"base: more than 10,000 images, .*: lower generate\.prompts, or give a fo"):
+        find_pairs([side])
 
 
 def test_a_port_that_is_taken_and_a_database_of_others_are_told(tmp_path):

@@ -266,10 +266,12 @@ def test_many_images_are_packed_and_read_alike(tmp_path, monkeypatch):
         assert np.array_equal(images.read_images(folder, files), pictures)
         assert np.array_equal(images.read_images(folder, files[::-3]), pictures[::-3])
         found[folder.name] = sorted(path.name for path in folder.iterdir())
+        uri = images.thumbnail_uri(folder / files[11], 10_000)
+        assert uri == images.thumbnail_uri(images.Image.fromarray(pictures[11]), 10_000)
     assert len(found["100-10"]) == 26
     assert found["20-10"] == ["00000.tar", "00001.tar", "00002.tar", "index.parquet"]
     with pytest.raises(FileNotFoundError, match=r"00001\.tar has no 00000099\.png"):
-        images.image_bytes(tmp_path / "20-10", "00001.tar/00000099.png")
+        images.image_bytes(tmp_path / "20-10/00001.tar/00000099.png")
 
 
 def test_latents_are_kept_in_the_autoencoders_precision(prepare, tmp_path, backbone):

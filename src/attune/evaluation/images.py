@@ -64,19 +64,24 @@ def _write_pack(folder: Path, pack: str, images: Iterable[tuple[int, bytes]]) ->
             yield f"{pack}/{member.name}"
 
 
-def image_bytes(folder: Path, file: str) -> bytes:
+def is_packed(file: Path) -> bool:
+    """Whether an image is in a pack, which stands in its path like a folder."""
+    return file.parent.suffix == ".tar"
+
+
+def image_bytes(file: Path) -> bytes:
     """The bytes of an image's file, also of one in a pack.
 
     Raises:
         FileNotFoundError: it is not there.
     """
-    pack = (folder / file).parent
-    if pack.suffix != ".tar":
-        return (folder / file).read_bytes()
+    if not is_packed(file):
+        return file.read_bytes()
+    pack = file.parent
     try:
-        start, size = _members(pack, pack.stat().st_mtime_ns)[Path(file).name]
+        start, size = _members(pack, pack.stat().st_mtime_ns)[file.name]
     except KeyError:
-        raise FileNotFoundError(f"{pack} has no {Path(file).name}") from None
+        raise FileNotFoundError(f"{pack} has no {file.name}") from None
     with pack.open("rb") as opened:
         opened.seek(start)
         return opened.read(size)
@@ -91,7 +96,7 @@ def _members(pack: Path, changed: int) -> dict[str, tuple[int, int]]:
 
 def read_images(folder: Path, files: Sequence[str]) -> np.ndarray:
     """Images of one size as uint8 (B, H, W, 3). An alpha channel is dropped: scorers take RGB."""
-    return np.stack([decode_rgb(image_bytes(folder, file)) for file in files])
+    return np.stack([decode_rgb(image_bytes(folder / file)) for file in files])
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
@@ -101,7 +106,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
 
 def thumbnail_uri(image: Image.Image | Path, most_bytes: int) -> str:
     """A small copy of an image as a data URI: WebP, lossless where the image is tiny, and smaller if it has to be."""
-    source = Image.open(image).convert("RGB") if isinstance(image, Path) else image.convert("RGB")
+    source = (Image.open(io.BytesIO(image_bytes(image))) if isinstance(image, Path) else image).convert("RGB")
     data = b""
     for side in SIDES:
         small = source.copy()

@@ -7,6 +7,7 @@ the unit: the answers about one prompt are averaged first.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +21,9 @@ import pandas as pd
 from scipy import stats
 
 from attune.evaluation.agreement import Agreement, agreement, wilson_interval
+from attune.evaluation.images import image_bytes
 from attune.evaluation.protocol import score_columns
 from attune.evaluation.statistics import bootstrap_mean_ci, holm, prompt_means
-from attune.files import digest
 
 VALUES = {"a": 0.0, "tie": 0.5, "bad": 0.5, "b": 1.0}
 """Answer -> what it counts for the second run; `bad` means that neither image is acceptable."""
@@ -212,10 +213,15 @@ def _images(table: pd.DataFrame, folder: Path) -> dict[tuple[str, int], Path]:
 def _is_current(answer: Answer, images: Sequence[Mapping[tuple[str, int], Path]]) -> bool:
     """Whether both images of an answer are what the runs have now for its prompt."""
     files = [side.get((_plain(answer.prompt), answer.ordinal)) for side in images]
-    return all(
-        file is not None and file.is_file() and digest(file) == wanted
-        for file, wanted in zip(files, answer.digests, strict=True)
-    )
+    return all(file is not None and _digest(file) == wanted for file, wanted in zip(files, answer.digests, strict=True))
+
+
+def _digest(file: Path) -> str | None:
+    """What `files.digest` says of an image's file, which may be in a pack; None if it is not there."""
+    try:
+        return hashlib.sha256(image_bytes(file)).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def _plain(prompt: str) -> str:

@@ -136,7 +136,7 @@ def read_batches(folder: Path, frame: pd.DataFrame, threads: int) -> Iterator[tu
     """Batches of rows, with what identifies their images."""
 
     def identity(file: str) -> str:
-        return hashlib.blake2b(image_bytes(folder, file), digest_size=16).hexdigest()
+        return hashlib.blake2b(image_bytes(folder / file), digest_size=16).hexdigest()
 
     digests = list(in_order(identity, frame["file"], threads))
     for start in range(0, len(frame), BATCH_SIZE):

@@ -21,6 +21,7 @@ from attune.data.local import MAX_TEXT_BYTES, inside, is_hidden, read_regular
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import SourceError
 from attune.data.sources._captions import FILES, read_captions, stem
+from attune.evaluation.images import PACKED_ABOVE, is_packed
 from attune.paths import Paths
 
 INDEX = "index.parquet"
@@ -166,7 +167,14 @@ def _images(side: Side) -> tuple[Images, list[str]]:
     try:
         table = pd.read_parquet(side.folder / INDEX, columns=["prompt", "ordinal", "file"])
         rows = zip(table.prompt, table.ordinal, table.file, strict=True)
+        if any(is_packed(Path(file)) for file in table.file):
+            raise LabelError(
+                f"{side.name}: more than {PACKED_ABOVE:,} images, which are in tar files; the page shows files: lower "
+                "generate.prompts, or give a folder of images"
+            )
         return {(str(p), int(k)): inside(side.folder, file) for p, k, file in rows}, []
+    except LabelError:
+        raise
     except RejectedRow as reason:
         raise LabelError(f"{side.folder / INDEX}: {reason.detail}") from None
     except (OSError, ValueError, KeyError) as error:
