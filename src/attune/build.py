@@ -45,7 +45,10 @@ def device() -> torch.device:
     own, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if own >= there:
         raise RuntimeError(f"process {own} of this machine has no GPU of its own: the machine has {there}")
-    return torch.device("cuda", own) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    torch.cuda.set_device(own)  # what asks for "the" GPU means this one, say the account of memory and energy
+    return torch.device("cuda", own)
 
 
 def shard() -> Shard:

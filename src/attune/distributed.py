@@ -21,7 +21,11 @@ T = TypeVar("T")
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the same training is gone."""
+    """Another process that works on the same is gone."""
+
+
+class EndedElsewhereError(RuntimeError):
+    """Another process has ended the work with an error, which it reports itself."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Shard:
             raise error
         for rank, failure in enumerate(failures):
             if failure is not None:
-                raise RuntimeError(f"process {rank} has ended the training: {failure}")
+                raise EndedElsewhereError(f"process {rank} has ended the work: {failure}")
         return cast(T, value)
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -154,7 +158,7 @@ class Shard:
         dist.broadcast_object_list(result_and_error)
         result, failure = result_and_error
         if failure is not None:
-            raise RuntimeError(f"the first process has ended the training: {failure}")
+            raise EndedElsewhereError(f"the first process has ended the work: {failure}")
         return result
 
     @contextmanager
@@ -174,8 +178,8 @@ class Shard:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is next, and must not cut off the message
             reason = str(error).strip().splitlines()[0]
             raise LostProcessError(
-                f"process {self.rank} of the {self.world_size} that train together cannot go on: another is gone. "
-                f"Started again, the training goes on from its last checkpoint. ({reason})"
+                f"process {self.rank} of the {self.world_size} that work together cannot go on: another is gone. "
+                f"Started again, the work goes on from what was saved last. ({reason})"
             ) from None
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,8 +28,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from attune.distributed import Shard
-from attune.files import write_atomically
+from attune.distributed import EndedElsewhereError, LostProcessError, Shard
+from attune.files import replaced_file, write_atomically
 
 ALONE = Shard()
 LOG = logging.getLogger("attune.shards")
@@ -47,7 +48,8 @@ class Shards:
 
     def __init__(self, folder: Path, earlier: Mapping[str, Path] | None = None):
         """`earlier`: path relative to the folder -> where that file is now."""
-        self.folder, self._earlier = folder, earlier or {}
+        self.folder, self._earlier = folder, dict(earlier or {})
+        self._whole = set[str]()  # names of those that were compared with their hashes
 
     def path(self, name: str) -> Path:
         """The file of a shard; a name may lead to a folder below, `latents/1f00`."""
@@ -55,17 +57,17 @@ class Shards:
 
     def __contains__(self, name: str) -> bool:
         path = self.path(name)
-        if not path.exists() and (found := self._earlier.get(f"{name}.safetensors")) is not None:
+        found = self._earlier.pop(f"{name}.safetensors", None)
+        if found is not None and not path.exists():
             link(found, path)
         if not path.exists():
             return False
-        try:
-            with safe_open(path, "pt"):  # reads the header and compares the file's length with it
-                return True
-        except (SafetensorError, OSError) as error:
-            LOG.warning("%s is damaged (%s): it is computed again", path, error)
+        if name not in self._whole and (fault := damage(path)) is not None:
+            LOG.warning("%s is damaged (%s): it is computed again", path, fault)
             path.unlink()
             return False
+        self._whole.add(name)
+        return True
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Writes a shard; the facts get the hash of the tensors."""
@@ -82,6 +84,17 @@ class Shards:
         """The facts alone."""
         with safe_open(self.path(name), "pt") as file:
             return json.loads(file.metadata()["facts"])
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a shard; None if its tensors are what was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            told = json.loads(file.metadata()["facts"])["sha256"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None if tensors_sha(tensors) == told else "its hash is another"
 
 
 def tensors_sha(tensors: Mapping[str, Tensor]) -> str:
@@ -145,7 +158,8 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with replaced_file(target) as beside:
+            shutil.copyfile(source, beside)
 
 
 @contextmanager
@@ -158,6 +172,8 @@ def process_group(shard: Shard) -> Iterator[None]:
     try:
         with shard.process_group_guard():
             yield
+    except (EndedElsewhereError, LostProcessError) as error:
+        sys.exit(str(error))  # without a traceback, which would bury the message of the process that knows more
     finally:
         with suppress(RuntimeError):
             dist.destroy_process_group()

@@ -6,7 +6,7 @@ import platform
 import subprocess
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
 
@@ -14,7 +14,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow
 @cache
 def versions() -> dict[str, str]:
     """Name -> version, of Python and of the libraries that a training, an image or a score depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    with suppress(PackageNotFoundError):
+        found["bitsandbytes"] = version("bitsandbytes")  # computes with quantised weights, where it is installed
+    return found
 
 
 def commit() -> str | None:

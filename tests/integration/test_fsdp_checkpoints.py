@@ -241,7 +241,7 @@ def test_killed_while_it_saves_it_has_the_last_whole_state(tmp_path, moment):
 
     killed, other = together(2, new_folder(tmp_path), work)
     assert killed == "killed"
-    assert "process 1 of the 2 that train together cannot go on: another is gone. " in other
+    assert "process 1 of the 2 that work together cannot go on: another is gone. " in other
     pointer = root / "align-x-key/pieces.json"
     assert pieces.damage(pointer) is None
     assert json.loads(pointer.read_text())["progress"]["batch"] == (3 if moment == "remove" else 2)

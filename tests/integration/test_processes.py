@@ -106,8 +106,8 @@ def test_a_killed_process_ends_the_other_and_one_process_goes_on(tmp_path, task)
     said, left = in_two(task, tmp_path, fails=True)
     assert left == []
     assert time.monotonic() - began < 180  # most of it to import torch, on a busy machine
-    assert "process 0 of the 2 that train together cannot go on: " in said
-    assert "Started again, the training goes on from its last checkpoint." in said
+    assert "process 0 of the 2 that work together cannot go on: " in said
+    assert "Started again, the work goes on from what was saved last." in said
     assert (tmp_path / "align-dpo-key/pieces.json").exists() == every_weight
     assert batches_done(tmp_path / "align-dpo-key") == 3
     go_on = partial(processes.interrupted, every_weight=every_weight)
@@ -125,7 +125,7 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     where = first["not finite"].removeprefix("loss is nan at step 2: ")
     assert where == "process 1: the data, x_0 of row 0 of the minibatch, is not finite"
     assert first["ended"] == "KeyError: 'pruned'"
-    assert second["ended"] == "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
+    assert second["ended"] == "EndedElsewhereError: the first process has ended the work: KeyError: 'pruned'"
     assert (first["scores computed"], second["scores computed"]) == ("3", "3")
 
 
@@ -223,7 +223,7 @@ def test_a_stage_that_loses_a_process_ends_in_seconds_and_says_so(project):
     assert len(ranks) == 2
     assert stage.returncode != 0
     assert took < 30, f"{took:.0f} s"
-    assert "process 0 of the 2 that train together cannot go on: " in said
+    assert "process 0 of the 2 that work together cannot go on: " in said
     assert not (project.folder / "models/short/sft").exists()
 
 

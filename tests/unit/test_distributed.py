@@ -73,5 +73,5 @@ with Shard(0, 2).process_group_guard():
     raise RuntimeError("gloo: connection closed by peer")
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": SRC}, capture_output=True)
-    assert b"process 0 of the 2 that train together cannot go on: another is gone. " in done.stderr
+    assert b"process 0 of the 2 that work together cannot go on: another is gone. " in done.stderr
     assert done.returncode == 1

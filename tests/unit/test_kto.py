@@ -156,6 +156,8 @@ def test_it_learns_from_single_images_unequal_in_number(new_policy, data):
 class Heard:
     """Gives a part of a minibatch what all parts together are."""
 
+    sharded_weights = False
+
     def __init__(self, whole):
         self.whole = iter(whole)
 
@@ -172,7 +174,7 @@ def test_single_images_may_be_shared_by_processes_though_one_has_liked_ones_alon
     inner = method(policy)
     (minibatch,) = tiny.minibatches(inner, batch)
     shard, heard = policy.shard, []
-    policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows) or rows)
+    policy.shard = SimpleNamespace(gather=lambda rows: heard.append(rows) or rows, sharded_weights=False)
     loss, metrics = inner.loss(minibatch)
     found = []
     for rows in (slice(cut), slice(cut, 5)):

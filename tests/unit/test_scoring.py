@@ -247,6 +247,17 @@ def test_only_a_scorer_that_is_new_is_asked(generated, monkeypatch):
     assert len(kept) == 6  # three batches by two scorers; what nobody asks for any more is gone
 
 
+def test_images_that_are_all_alike_have_all_their_scores(generated):
+    """Two equal batches, as of a model that has collapsed, are one shard and not one batch."""
+    folder = Path("data/tiny/generated/base")
+    frame = pd.read_parquet(folder / "index.parquet")
+    made = json.loads((folder / "protocol.json").read_text()) | {"n_prompts": 1, "images_per_prompt": 70}
+    made["prompt_set_sha"] = hash_prompts([frame.prompt[0]])
+    (folder / "protocol.json").write_text(json.dumps(made))
+    frame.assign(prompt=frame.prompt[0], ordinal=range(70), file=frame.file[0]).to_parquet(folder / "index.parquet")
+    assert evaluate(generated("oracle")).oracle.nunique() == 1
+
+
 def test_features_come_from_the_first_scorer_that_offers_them(generated):
     evaluate(generated("oracle", "pickscore", "aesthetic"))
     features = np.load("reports/tiny/features/base.npy")

@@ -102,9 +102,9 @@ def test_an_image_that_is_none_in_one_process_ends_all_and_names_its_prompt(new_
         return type(error.value).__name__, str(error.value)
 
     (first, said), (second, by_itself) = together(2, tmp_path, work)
-    assert (first, second) == ("RuntimeError", "NonFiniteImageError")
+    assert (first, second) == ("EndedElsewhereError", "NonFiniteImageError")
     assert "prompt 'bees'" in by_itself
-    assert said == f"process 1 has ended the training: NonFiniteImageError: {by_itself}"
+    assert said == f"process 1 has ended the work: NonFiniteImageError: {by_itself}"
 
 
 def test_a_score_is_one_for_all_though_it_should_round_apart(tmp_path):

@@ -87,7 +87,7 @@ def test_an_error_of_the_main_process_is_everybodys(tmp_path):
         except (KeyError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
 
-    told = "RuntimeError: the first process has ended the training: KeyError: 'pruned'"
+    told = "EndedElsewhereError: the first process has ended the work: KeyError: 'pruned'"
     assert together(3, tmp_path, work) == ["KeyError: 'pruned'", told, told]
 
 

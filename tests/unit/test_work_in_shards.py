@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 import preparing
+from attune.data.ingest import compute
 from attune.data.ingest.chunks import MOST, chunks
 from attune.data.ingest.rules import Rules
 from attune.data.ingest.write import write_prepared
-from attune.data.quarantine import Quarantine
-from attune.data.rows import BadRow, Pair, Prompt, Quota
+from attune.data.quarantine import Quarantine, RejectedRow
+from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
 from attune.data.store import PreparedData
 from attune.distributed import Shard
 from attune.evaluation import images
@@ -173,6 +175,25 @@ def test_a_rule_that_changes_encodes_nothing(prepare, tmp_path):
     assert (counts["quarantined/too_small"], encoded) == (1, 0)
 
 
+def test_a_file_that_cannot_be_read_again_is_no_bad_image(prepare, tmp_path, monkeypatch):
+    """A network file system may fail for a moment; what a shard says must follow from bytes alone."""
+    file = tmp_path / "a.png"
+    file.write_bytes(image(1))
+    rows = [Pair("p", file, image(2), 1.0, 0.0, "train", "f", 0)]
+    decode = compute.decode_ref
+
+    def lost(ref, data=None):
+        if isinstance(ref, Path):
+            raise RejectedRow("missing_image", "Stale file handle")
+        return decode(ref, data)
+
+    monkeypatch.setattr(compute, "decode_ref", lost)
+    with pytest.raises(SourceError, match=r"a\.png.* could not be read again: Stale file handle; start once more"):
+        prepare(rows)
+    monkeypatch.undo()
+    assert prepare(rows)[0]["pairs"] == 1
+
+
 def test_an_image_of_two_chunks_has_one_row(prepare, tmp_path):
     rows = pairs(600)
     prepare(rows)
@@ -211,9 +232,13 @@ def test_a_damaged_shard_is_computed_again(tmp_path, caplog):
     names = list(tasks)
     shards.path(names[1]).write_bytes(shards.path(names[1]).read_bytes()[:-3])
     shards.path(names[2]).unlink()
+    turned = bytearray(shards.path(names[3]).read_bytes())
+    turned[-1] ^= 1
+    shards.path(names[3]).write_bytes(turned)
+    shards = Shards(tmp_path)  # another process
     compute_missing(tasks, shards, ALONE, "test")
-    assert made == [0, 1, 2, 3, 1, 2]
-    assert "is damaged" in caplog.text
+    assert made == [0, 1, 2, 3, 1, 2, 3]
+    assert "its hash is another" in caplog.text
     tensors, facts = shards.read(names[1])
     assert (tensors["x"].tolist(), facts["i"]) == ([1.0, 1.0], 1)
 

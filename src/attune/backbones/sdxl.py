@@ -6,7 +6,7 @@ Source: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2, and diffuser
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,9 +63,6 @@ class StableDiffusionXL:
         self.vae = _latent.load_vae(model, self.turn.start)
         self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
-        # original size, crop's corner, target size: "a picture of exactly this size, uncropped"
-        size = [self.resolution, self.resolution]
-        self.time_ids = torch.tensor([*size, 0.0, 0.0, *size], device=device)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
@@ -112,7 +109,7 @@ class StableDiffusionXL:
     def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         added = {
             "text_embeds": cond.tensors["text_embeds"].to(self.dtype),
-            "time_ids": self.time_ids.expand(len(x_t), 6),
+            "time_ids": time_ids(self.resolution, x_t.device).expand(len(x_t), 6),
         }
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
         output = self.turn(denoiser)(
@@ -123,6 +120,12 @@ class StableDiffusionXL:
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+
+@cache
+def time_ids(side: int, device: torch.device) -> Tensor:
+    """Original size, crop's corner, target size (6,): "a picture of exactly this size, uncropped". Sent once."""
+    return torch.tensor([side, side, 0.0, 0.0, side, side], device=device)
 
 
 def zeros_for_empty_prompt(model: Model) -> bool:

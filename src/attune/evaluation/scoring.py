@@ -79,7 +79,7 @@ def evaluate_folder(
     buffer = io.BytesIO()
     np.save(buffer, features)
     write_atomically(reports / "features" / f"{folder.name}.npy", buffer.getvalue())
-    for path in set(shards.folder.glob("*")) - {shards.path(name) for name in used}:
+    for path in set(shards.folder.glob("*.safetensors")) - {shards.path(name) for name in used}:
         path.unlink()
     return frame
 
@@ -116,15 +116,12 @@ def score_images(
     batches = list(read_batches(folder, frame, own_threads(shard.world_size)))
     for name, load in scorers.items():
         load = cache(load)  # once, and not for the next scorer's pass
-        tasks = {
-            shard_name(ids[name], features is None, rows.prompt.tolist(), digests): partial(
-                score_batch, name, load, folder, rows, features is None
-            )
-            for rows, digests in batches
-        }
+        names = [shard_name(ids[name], features is None, rows.prompt.tolist(), digests) for rows, digests in batches]
+        score = partial(score_batch, name, load, folder, with_features=features is None)
+        tasks = {each: partial(score, rows) for each, (rows, _) in zip(names, batches, strict=True)}
         compute_missing(tasks, shards, shard, f"{folder.name}: {name}")
-        found = [shards.read(task) for task in tasks]
-        used += tasks
+        found = [shards.read(each) for each in names]  # equal batches, of images that are alike, are one shard
+        used += names
         columns = {key: torch.cat([tensors[key] for tensors, _ in found]).numpy() for key in found[0][0]}
         features = columns.pop(FEATURES, features)
         check_mean(name, columns[name].mean(), found[0][1]["expected_range"])
@@ -144,7 +141,7 @@ def read_batches(folder: Path, frame: pd.DataFrame, threads: int) -> Iterator[tu
 
 
 def score_batch(
-    name: str, load: Callable[[], Reward], folder: Path, rows: pd.DataFrame, with_features: bool
+    name: str, load: Callable[[], Reward], folder: Path, rows: pd.DataFrame, *, with_features: bool
 ) -> Content:
     """Columns `name` and `name.part` of a batch, features if wanted and offered; and the interval of the mean."""
     from attune.interfaces import ExplainedReward, FeatureExtractor

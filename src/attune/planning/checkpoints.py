@@ -38,10 +38,13 @@ def saved_trainings(root: Path, profile: str, plans: Mapping[Path, str]) -> Iter
         plans: file -> text of the plans as they are now. A training whose plan is among them can be resumed, unless
             the outputs of stages before it have changed.
     """
-    current = {values_sha(json.loads(text)) for text in plans.values()}
+    given = [json.loads(text) for text in plans.values()]
+    current = {values_sha(plan) for plan in given} | {part for plan in given for part in plan.get("parts", {}).values()}
     for folder in sorted((root / CHECKPOINTS).glob("*/")):
         if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")) and not any(folder.glob("pieces.json")):
             continue  # other things are kept here as well, say the ids of tracked runs
+        if _is_done(folder):
+            continue  # the next stage removes it
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         yield SavedTraining(folder, size, _state(folder, profile, current))
 
@@ -59,6 +62,13 @@ def remove(training: SavedTraining) -> bool:
     return True
 
 
+def _is_done(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "about.json").read_text()).get("done"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _state(folder: Path, profile: str, current: set[str]) -> State:
     lock = folder.with_suffix(".lock")
     try:
@@ -71,6 +81,6 @@ def _state(folder: Path, profile: str, current: set[str]) -> State:
         about = json.loads((folder / "about.json").read_text())
         if about["profile"] != profile:
             return "of another profile"
-        return "resumable" if about["plan"] in current else "stale"
+        return "resumable" if current & {about["plan"], *about.get("parts", ())} else "stale"
     except (OSError, ValueError, TypeError, LookupError):  # there is none, or it is damaged
         return "stale"

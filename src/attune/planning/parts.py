@@ -13,16 +13,19 @@ from attune.files import values_sha
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 
+ELSEWHERE = {"offload", "lora_dtype", "quantize"}  # settings of the model that change no latents and no embeddings
 COMPUTE = "attune.data.ingest.compute"
 
 
 def prepared_parts(settings: Settings, digests: Digests) -> dict[str, str]:
     """Of `prepare`: `latents`, `prompts`, `generated` (images that a source wants), and `scores/<scorer>`."""
     model, backbone = settings.model, plugins.module_name("backbones", settings.model.backbone)
-    paths, modules = paths_in(model), [backbone, COMPUTE]
+    paths, encoded = paths_in(model), model.model_dump(exclude=ELSEWHERE)
+    latents = {key: value for key, value in encoded.items() if key != "dtype"}
+    prompts = {key: value for key, value in encoded.items() if key not in ("vae", "vae_dtype", "channels_last")}
     parts = {
-        "latents": _part(model.model_dump(exclude={"dtype"}), paths, modules, digests),
-        "prompts": _part(model.model_dump(exclude={"vae", "vae_dtype"}), paths, modules, digests),
+        "latents": _part(latents, paths, [backbone, COMPUTE], digests),
+        "prompts": _part(prompts, paths, [backbone, "attune.data.ingest.prompts"], digests),
         "generated": generated_part(settings, settings.sampling, [], digests),
     }
     return parts | {
@@ -32,8 +35,9 @@ def prepared_parts(settings: Settings, digests: Digests) -> dict[str, str]:
 
 def generated_part(settings: Settings, sampling: Sampling, paths: Iterable[str], digests: Digests) -> str:
     """Images of a model; `paths`: local files that they depend on besides the base model's."""
-    modules = [plugins.module_name("backbones", settings.model.backbone), "attune.diffusion.generate"]
-    values = [settings.model.model_dump(), sampling.model_dump(), settings.seed]
+    backbone = plugins.module_name("backbones", settings.model.backbone)
+    modules = [backbone, "attune.build", "attune.diffusion.generate", "attune.diffusion.policy"]
+    values = [settings.model.model_dump(exclude={"offload"}), sampling.model_dump(), settings.seed]
     return _part(values, [*paths_in(settings.model), *paths], modules, digests)
 
 

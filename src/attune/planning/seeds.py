@@ -14,12 +14,12 @@ UNCOUNTED = ("report", "session", "sweep-")
 
 def settings_sha(plans: Mapping[Path, StrictModel]) -> str:
     """Identifies the settings of all stages up to the scores, without seed and code; and the local files they read."""
-    return values_sha(_work(plans, without={"seed", "code"}))
+    return values_sha(_work(plans, without={"seed", "code", "parts"}))
 
 
 def work_sha(plans: Mapping[Path, StrictModel]) -> str:
     """Identifies everything that the scores come from: settings, seed, local files and code."""
-    return values_sha(_work(plans, without=set()))
+    return values_sha(_work(plans, without={"parts"}))
 
 
 def _work(plans: Mapping[Path, StrictModel], without: set[str]) -> dict[str, object]:

@@ -28,6 +28,7 @@ from attune.stop import stoppable
 if TYPE_CHECKING:  # imports torch, for which stages wait
     from attune.training.checkpoint import Checkpoint
 
+LOG = logging.getLogger("attune.stages")
 LESS_MEMORY = {
     "prepare": "sampling.batch_size, or model.resolution",
     "train_preference": "preference.batch_size, with accumulation as many times higher",
@@ -38,6 +39,7 @@ LESS_MEMORY = {
 """What a stage's need of memory depends on."""
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+ABOUT = "about.json"  # in a folder of shards: whose they are
 TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
 
 P = TypeVar("P", bound=StagePlan)
@@ -65,30 +67,61 @@ class ShardFolder:
 
 @contextmanager
 def shard_folder(name: str, plan: StagePlan) -> Iterator[ShardFolder]:
-    """A stage's folder for shards, held under a lock by the main process; removed when the with-body has succeeded.
+    """A stage's folder for shards, held under a lock by the main process.
 
     Shards are named by their content, so those of other settings do no harm, and are found when settings come back.
+    When the with-body has succeeded the folder is marked as done; the next stage removes it, for by then DVC has
+    stored what was made of it.
 
     Args:
         name: of stage, profile and run, say `generate-sd15-spo`.
     """
     folder = project_root() / CHECKPOINTS / name
-    resumed = folder.exists()
     if not is_main_process():
-        yield ShardFolder(folder, resumed)
+        yield ShardFolder(folder, is_resumed=False)
         return
-    lock = FileLock(folder.with_suffix(".lock"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder.with_suffix(".lock"), name):
+        resumed = folder.exists() and not is_done(folder)
+        work, parts = values_sha(plan.model_dump(mode="json")), sorted(plan.parts.values())
+        about = {"stage": name, "profile": plan.profile, "plan": work, "parts": parts}
+        write_atomically(folder / ABOUT, json.dumps(about).encode() + b"\n")
+        yield ShardFolder(folder, resumed)
+        (folder / TRACKED_AS).unlink(missing_ok=True)
+        write_atomically(folder / ABOUT, json.dumps(about | {"done": True}).encode() + b"\n")
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a folder holds the shards of a stage that has ended."""
+    try:
+        return bool(json.loads((folder / ABOUT).read_text()).get("done"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def remove_done(but: Path | None) -> None:
+    """Removes the shards of stages that have ended, but for one folder."""
+    for note in (project_root() / CHECKPOINTS).glob(f"*/{ABOUT}"):
+        if note.parent != but and is_done(note.parent):
+            shutil.rmtree(note.parent, ignore_errors=True)
+
+
+@contextmanager
+def held(file: Path, name: str) -> Iterator[None]:
+    """A lock of the main process, for which it waits; nothing in the others, which wait for the main one anyway."""
+    if not is_main_process():
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        sys.exit(f"another process is already running {name}: it holds {lock.lock_file}")
-    about = {"stage": name, "profile": plan.profile, "plan": values_sha(plan.model_dump(mode="json"))}
-    write_atomically(folder / "about.json", json.dumps(about).encode() + b"\n")
-    yield ShardFolder(folder, resumed)
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
+        LOG.warning("another process is running %s and holds %s: this one waits for its end", name, file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -107,8 +140,10 @@ def stage(
     """
     session, resumed = read(Session, "session"), kept is not None and kept.is_resumed
     work = values_sha(plan.model_dump(mode="json"))
+    if is_main_process():
+        remove_done(but=kept.folder if kept else None)
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
-    where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(kept)}
+    where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(kept, work)}
     try:
         with (
             stoppable(name),
@@ -116,7 +151,7 @@ def stage(
             tracking.run(name, settings, **where) as run,
         ):
             if kept is not None and run.handle is not None:
-                write_atomically(kept.folder / TRACKED_AS, json.dumps(run.handle).encode())
+                write_atomically(kept.folder / TRACKED_AS, json.dumps({**run.handle, "plan": work}).encode())
             yield run
             log_cost(run, name, spent := cost())
     except (MemoryError, RuntimeError) as error:
@@ -128,15 +163,17 @@ def stage(
         note_seconds(name, spent.seconds)
 
 
-def tracked_before(kept: Kept | None) -> dict[str, Any] | None:
-    """The tracking run of an earlier part of the work, as `Run.handle` gave it; None if there was none."""
+def tracked_before(kept: Kept | None, work: str) -> dict[str, Any] | None:
+    """The tracking run of an earlier part of the same work, as `Run.handle` gave it; None if there was none."""
     if kept is None:
         return None
     try:
         known = json.loads((kept.folder / TRACKED_AS).read_text())
     except (OSError, ValueError):
         return None
-    return known if isinstance(known, dict) else None
+    if not isinstance(known, dict) or known.pop("plan", work) != work:
+        return None  # its settings were others
+    return known
 
 
 def log_cost(run: tracking.Run, name: str, cost: Cost) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attune.config.plan import EvaluatePlan
 from attune.files import values_sha
 from attune.paths import TRACKED_RUNS, Paths, project_root
-from attune.stages.common import launch, planned, stage
+from attune.stages.common import held, launch, planned, stage
 from attune.stop import stoppable
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def evaluate(plan: EvaluatePlan) -> pd.DataFrame | None:
     Returns:
         The table; None in all processes but the main one.
     """
-    from attune.build import load_scorer, shard
+    from attune.build import device, load_scorer, shard
     from attune.evaluation.protocol import scorer_identity
     from attune.evaluation.scoring import UnexpectedMean, evaluate_folder, evaluation_protocol
     from attune.shards import Shards, process_group
@@ -48,10 +48,10 @@ def evaluate(plan: EvaluatePlan) -> pd.DataFrame | None:
     paths, ours = Paths(plan.profile), shard()
     folder, shards = paths.generated(plan.run), Shards(project_root() / paths.kept_scores(plan.run))
     identities = [scorer_identity(name, scorer.config) for name, scorer in plan.scorers.items()]
-    loaders = {name: cache(partial(load_scorer, scorer)) for name, scorer in plan.scorers.items()}
-    ids = {name: values_sha([plan.parts[name], versions()]) for name in plan.scorers}
+    loaders = {name: partial(load_scorer, scorer) for name, scorer in plan.scorers.items()}
+    ids = {name: values_sha([plan.parts[name], versions(), device().type]) for name in plan.scorers}
     try:
-        with process_group(ours):
+        with held(shards.folder.with_suffix(".lock"), f"evaluate@{plan.run}"), process_group(ours):
             protocol = evaluation_protocol(folder, identities)
             return evaluate_folder(folder, loaders, protocol, paths.reports, ids, shards, ours)
     except UnexpectedMean as error:

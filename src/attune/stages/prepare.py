@@ -104,7 +104,7 @@ def work_of(plan: PreparePlan, ours: Shard) -> Work:
         device=device(),
         backbone=cache(lambda: load_backbone(plan.model)),
         scorers={name: cache(partial(load_scorer, scorer)) for name, scorer in plan.score_with.items()},
-        ids={part: values_sha([identity, versions()]) for part, identity in plan.parts.items()},
+        ids={part: values_sha([identity, versions(), device().type]) for part, identity in plan.parts.items()},
         threads=own_threads(ours.world_size),
     )
 
@@ -144,12 +144,11 @@ def generate_images(
         return {"images": torch.from_numpy(images)}, {}
 
     size = plan.sampling.batch_size
-    tasks = {}
-    for rows in (slice(start, start + size) for start in range(0, len(prompts), size)):
-        name = shard_name(work.ids["generated"], list(prompts[rows]), list(map(int, ordinals[rows])))
-        tasks[f"generated/{name}"] = partial(batch, rows)
-    compute_missing(tasks, shards, ours, desc)
-    return np.concatenate([shards.read(name)[0]["images"].numpy() for name in tasks])
+    parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+    told = [(list(prompts[rows]), list(map(int, ordinals[rows]))) for rows in parts]
+    names = [f"generated/{shard_name(work.ids['generated'], *each)}" for each in told]
+    compute_missing({name: partial(batch, rows) for name, rows in zip(names, parts, strict=True)}, shards, ours, desc)
+    return np.concatenate([shards.read(name)[0]["images"].numpy() for name in names])
 
 
 def _rows_are_quick(source: ModuleType, config: SourceConfig) -> bool:

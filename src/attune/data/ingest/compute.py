@@ -20,7 +20,7 @@ from attune.data.ingest.reader import DecodedImage, content_digest, decode_ref, 
 from attune.data.ingest.rules import clean_prompt, label, verdict
 from attune.data.ingest.scorer import ImageScorer
 from attune.data.quarantine import RejectedRow
-from attune.data.rows import BadImage, ImageRef, LabelledImage, Pair, Row
+from attune.data.rows import BadImage, ImageRef, LabelledImage, Pair, Row, SourceError
 from attune.interfaces import Backbone, Reward
 from attune.shards import Content, Shards, in_order, shard_name
 
@@ -127,6 +127,8 @@ def _encoded(unique: Mapping[bytes, ImageRef], work: Work) -> Content:
         try:
             image = decode_ref(ref)
         except RejectedRow as reason:
+            if str(reason) == "missing_image":  # it was there a moment ago; what is kept depends on its bytes alone
+                raise SourceError(f"{ref!r} could not be read again: {reason.detail}; start once more") from None
             return [str(reason), reason.detail], None
         return [content_digest(image).hex(), *image.size], resize_center_crop(image, backbone.resolution)
 

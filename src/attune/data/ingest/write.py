@@ -8,34 +8,30 @@ from __future__ import annotations
 
 import logging
 import shutil
-import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from attune.data import manifest
 from attune.data.ingest.chunks import chunks
 from attune.data.ingest.compute import ComputedChunk, Work, compute
 from attune.data.ingest.ingest import Ingest
+from attune.data.ingest.prompts import encode_prompts
 from attune.data.ingest.reader import DecodedImage, ImageReader
 from attune.data.ingest.rules import Rules, check_enough
-from attune.data.quarantine import TEXT_CHARS, Quarantine
-from attune.data.rows import Row, SourceError
+from attune.data.quarantine import Quarantine
+from attune.data.rows import Row
 from attune.data.splits import SPLITS
 from attune.distributed import Shard
-from attune.interfaces import Backbone
-from attune.shards import ALONE, Content, Shards, compute_missing, link, shard_name
+from attune.shards import ALONE, Shards, link
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_PER_BATCH = 64
-FEWEST_PROMPTS, MOST_PROMPTS = 256, 2048  # of a shard; it ends at a prompt that says so, like a chunk of rows
 TEST_PROMPTS = "test_prompts.parquet"
 NO_LATENTS = "latents/none"
 
@@ -50,14 +46,14 @@ class Known:
         self._count = 0
         self.latents: dict[str, None] = {}  # names of shards, in the order of their rows
         self.scored: dict[str, None] = {}
-        self.bad_rows: Collection[int] = set()
+        self.bad_rows: set[int] = set()
 
     def add_chunk(self, chunk: ComputedChunk) -> None:
         """Takes what a chunk has computed. An image that is known keeps the row that it has."""
         if chunk.latents is not None and any(digest not in self._rows for digest in chunk.digests):
             for row, digest in enumerate(chunk.digests, self._count):
                 self._rows.setdefault(digest, row)
-            self.bad_rows = {*self.bad_rows, *(self._count + row for row in chunk.not_finite)}
+            self.bad_rows.update(self._count + row for row in chunk.not_finite)
             self._count += len(chunk.digests)
             self.latents[chunk.latents] = None
         for scorer, name in chunk.scores.items():
@@ -184,51 +180,3 @@ def _warn(counts: Mapping[str, float]) -> None:
         logger.warning("%d pairs show the same image twice", counts["identical_images"])
     if counts["cut_prompts"]:
         logger.warning("%d prompts are longer than the text encoder reads; their ends are cut", counts["cut_prompts"])
-
-
-def encode_prompts(prompts: Sequence[str], work: Work, shards: Shards, shard: Shard) -> list[str]:
-    """The names of the shards that hold the conditioning tensors of the prompts, in their order."""
-    tasks = {
-        f"prompts/{shard_name(work.ids['prompts'], some)}": partial(_encoded, some, work) for some in _cut(prompts)
-    }
-    compute_missing(tasks, shards, shard, "encode prompts")
-    return list(tasks)
-
-
-def _cut(prompts: Sequence[str]) -> Iterator[list[str]]:
-    """The prompts in parts, whose ends depend on the prompts there, as those of chunks of rows do."""
-    some: list[str] = []
-    for prompt in prompts:
-        some.append(prompt)
-        says_so = len(some) >= FEWEST_PROMPTS and zlib.crc32(prompt.encode()) % FEWEST_PROMPTS == 0
-        if says_so or len(some) == MOST_PROMPTS:
-            yield some
-            some = []
-    if some:
-        yield some
-
-
-def _encoded(prompts: Sequence[str], work: Work) -> Content:
-    """Conditioning tensors (P, ...) in the dtype that the text encoder gives, and how many prompts it cut."""
-    backbone = work.backbone()
-    starts = range(0, len(prompts), PROMPTS_PER_BATCH)
-    parts = [encode_finite(prompts[start : start + PROMPTS_PER_BATCH], backbone) for start in starts]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return tensors, {"cut": sum(map(backbone.is_cut, prompts))}
-
-
-def encode_finite(prompts: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
-    """Conditioning tensors on the CPU.
-
-    Raises:
-        SourceError: embeddings are not finite, so that no run could learn from the prompt.
-    """
-    tensors = {name: value.cpu() for name, value in backbone.encode_prompts(prompts).tensors.items()}
-    for name, rows in tensors.items():
-        bad = (~torch.isfinite(rows).flatten(1).all(1)).nonzero()
-        if len(bad):
-            prompt = prompts[int(bad[0])][:TEXT_CHARS]
-            raise SourceError(
-                f"{name} of the prompt {prompt!r} is not finite; remove the prompt, or set model.dtype float32"
-            )
-    return tensors
