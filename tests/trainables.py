@@ -115,7 +115,8 @@ class Line:
         return list(self.module.parameters())
 
     def minibatches(self, batch: int, draws: Draws) -> list[Part[tuple[float, ...]]]:
-        return [Part(rows, len(rows)) for rows in self.per_batch[batch % len(self.per_batch)]]
+        some = self.per_batch[batch % len(self.per_batch)]
+        return [Part(rows[self.shard.rows(len(rows))], len(rows)) for rows in some]
 
     def loss(self, rows: tuple[float, ...]) -> tuple[Tensor, dict[str, Any]]:
         x = sum(rows) / len(rows)

@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import tiny
+from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.fsdp import is_sharded, local, shard_with_frozen_copy
 from attune.training.guard import NonFiniteError
-from attune.training.loop import batch_generator
 from attune.training.step import TrainStep
 from forked import together
 from trainables import equal, every_weight, flat, method
@@ -79,8 +79,9 @@ def held(policy, data):
     """Bytes of weights, gradients, optimizer state and reference in this process, with two minibatches accumulated."""
     built = method("dpo", policy)
     step = TrainStep(policy, built.config)
-    drawn = [data.rows_for("pairs")[1](rows) for rows in ([0, 1], [2, 3])]
-    group = [minibatch for batch in drawn for minibatch in built.minibatches(batch, batch_generator(0, 0))]
+    ours = policy.shard.rows(2)
+    drawn = [data.rows_for("pairs")[1](rows[ours]) for rows in ([0, 1], [2, 3])]
+    group = [part for batch in drawn for part in built.minibatches(batch, Draws.of_batch(0, 0, 2, policy.shard))]
     step(built, group, 1, 1e-3)
     step.gradient(built, group, 2)
     parameters = policy.parameters()

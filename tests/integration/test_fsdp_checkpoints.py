@@ -23,7 +23,7 @@ from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.step import init_distributed
 from forked import together
-from trainables import Interrupted, Line, every_weight, flat, interrupted, method
+from trainables import Interrupted, Line, at_batch, every_weight, flat, interrupted, method, numbers
 
 pytestmark = pytest.mark.integration
 
@@ -61,7 +61,7 @@ def training(shard, root=None, stop=None, first=0, batches=BATCHES):
     kept = None if root is None else Checkpoint(root, "align@x", "key", 0, writes=shard.is_main_process)
     scores = iter(SCORES[first:])
     options = {"checkpoint": kept, "early_stopping": EarlyStopping(lambda: next(scores), every=1, patience=9)}
-    drawn = (lambda b, generator: b) if stop is None else interrupted(lambda b, generator: b, stop)
+    drawn = numbers if stop is None else interrupted(numbers, stop)
     try:
         history, _ = net.train(batches, options, drawn, batch_size=3, weight_decay=0.1)
     except Interrupted:
@@ -111,15 +111,10 @@ def test_the_same_of_a_denoiser(new_policy, data, tmp_path):
         policy = every_weight(new_policy(adapter=False), replace(shard, sharded_weights=True))
         built = method("dpo", policy, batches=2)
         kept = None if root is None else Checkpoint(root, "align@x", "key", 60, writes=shard.is_main_process)
-        drawn = tiny.batches(data, built)
-
-        def batches(b, generator):
-            if b == stop and not shard.is_main_process:
-                signal.raise_signal(signal.SIGTERM)  # it saves after this batch, and ends
-            return drawn(b, generator)
-
+        if stop is not None and not shard.is_main_process:
+            at_batch(built, stop, lambda: signal.raise_signal(signal.SIGTERM))  # it saves after this batch, and ends
         try:
-            return tiny.run(built, data, checkpoint=kept, batches=batches), flat(policy.parameters())
+            return tiny.run(built, data, checkpoint=kept), flat(policy.parameters())
         except Stopped:
             return "stopped"
 
