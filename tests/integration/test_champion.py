@@ -175,7 +175,8 @@ def test_a_large_champion_is_a_reference_to_the_checkouts_adapter(place, monkeyp
     found = registry.get_by_alias(NAME, "champion", *place)
     assert "spo is champion already" in _promote(place)
     assert found.tags["dvc.path"] == "models/spo"
-    client = MlflowClient(tracking_uri=f"sqlite:///{place[1]}/mlflow.db")
+    uri = f"sqlite:///{place[1]}/mlflow.db"
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # whatever registry a test before has named
     assert {file.path for file in client.list_artifacts(found.run_id)} == {"adapter.reference.json", "spo.parquet"}
     assert "dvc checkout models/spo" in client.get_model_version(NAME, found.number).description
     pipe = registry.load(NAME, *place).load_pipeline(torch_dtype=torch.float32)
