@@ -22,7 +22,9 @@ from attune.config import plugins
 from attune.config.plan import Plugin
 from attune.config.settings import MethodConfig, Model
 from attune.distributed import Shard
+from attune.files import values_sha
 from attune.interfaces import Backbone, Method, Reward, StepReward
+from attune.versions import versions
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -49,6 +51,11 @@ def device() -> torch.device:
         return torch.device("cuda")
     torch.cuda.set_device(own)  # what asks for "the" GPU means this one, say the account of memory and energy
     return torch.device("cuda", own)
+
+
+def shard_ids(parts: Mapping[str, str]) -> dict[str, str]:
+    """Part of a plan -> what identifies its shards: what it is made from, the libraries, and the kind of device."""
+    return {part: values_sha([identity, versions(), device().type]) for part, identity in parts.items()}
 
 
 def shard() -> Shard:

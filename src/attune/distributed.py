@@ -183,6 +183,10 @@ class Shard:
             ) from None
 
 
+ALONE = Shard()
+"""Of a process that works by itself."""
+
+
 def _comm_device() -> torch.device:
     """The device on which tensors must be to be sent."""
     nccl = dist.get_backend() == "nccl"

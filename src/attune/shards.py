@@ -31,7 +31,6 @@ from tqdm import tqdm
 from attune.distributed import EndedElsewhereError, LostProcessError, Shard
 from attune.files import replaced_file, write_atomically
 
-ALONE = Shard()
 LOG = logging.getLogger("attune.shards")
 TIMEOUT = timedelta(hours=12)  # a process that is done waits for the slowest; one that dies ends the others at once
 AHEAD = 4  # items per thread that are worked on before they are asked for

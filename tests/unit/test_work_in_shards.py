@@ -17,9 +17,9 @@ from attune.data.ingest.write import write_prepared
 from attune.data.quarantine import Quarantine, RejectedRow
 from attune.data.rows import BadRow, Pair, Prompt, Quota, SourceError
 from attune.data.store import PreparedData
-from attune.distributed import Shard
+from attune.distributed import ALONE, Shard
 from attune.evaluation import images
-from attune.shards import ALONE, Shards, compute_missing, in_order, shard_name
+from attune.shards import Shards, compute_missing, in_order, shard_name
 from raw_data import image
 
 

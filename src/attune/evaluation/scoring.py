@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from attune.distributed import Shard
+from attune.distributed import ALONE, Shard
 from attune.evaluation.images import image_bytes, read_images
 from attune.evaluation.protocol import Protocol, write_scores
 from attune.files import write_atomically
-from attune.shards import ALONE, Content, Shards, compute_missing, in_order, own_threads, shard_name
+from attune.shards import Content, Shards, compute_missing, in_order, own_threads, shard_name
 from attune.versions import versions
 
 if TYPE_CHECKING:

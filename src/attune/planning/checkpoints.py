@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from attune.files import values_sha
 from attune.paths import CHECKPOINTS
 
+ABOUT = "about.json"  # in a folder of checkpoints or shards: whose they are, and whether their stage has ended
+
 State = Literal["running", "resumable", "stale", "of another profile"]
 
 
@@ -41,9 +43,9 @@ def saved_trainings(root: Path, profile: str, plans: Mapping[Path, str]) -> Iter
     given = [json.loads(text) for text in plans.values()]
     current = {values_sha(plan) for plan in given} | {part for plan in given for part in plan.get("parts", {}).values()}
     for folder in sorted((root / CHECKPOINTS).glob("*/")):
-        if not any(folder.glob("about.json")) and not any(folder.glob("*.pt")) and not any(folder.glob("pieces.json")):
+        if not any(folder.glob(ABOUT)) and not any(folder.glob("*.pt")) and not any(folder.glob("pieces.json")):
             continue  # other things are kept here as well, say the ids of tracked runs
-        if _is_done(folder):
+        if is_done(folder):
             continue  # the next stage removes it
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         yield SavedTraining(folder, size, _state(folder, profile, current))
@@ -62,11 +64,19 @@ def remove(training: SavedTraining) -> bool:
     return True
 
 
-def _is_done(folder: Path) -> bool:
+def is_done(folder: Path) -> bool:
+    """Whether a folder holds the shards of a stage that has ended."""
     try:
-        return bool(json.loads((folder / "about.json").read_text()).get("done"))
+        return bool(json.loads((folder / ABOUT).read_text()).get("done"))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def remove_done(root: Path, but: Path | None) -> None:
+    """Removes the shards of stages that have ended, but for one folder; by now DVC has stored what they went into."""
+    for about in (root / CHECKPOINTS).glob(f"*/{ABOUT}"):
+        if about.parent != but and is_done(about.parent):
+            shutil.rmtree(about.parent, ignore_errors=True)
 
 
 def _state(folder: Path, profile: str, current: set[str]) -> State:
@@ -78,7 +88,7 @@ def _state(folder: Path, profile: str, current: set[str]) -> State:
     except Timeout:
         return "running"
     try:
-        about = json.loads((folder / "about.json").read_text())
+        about = json.loads((folder / ABOUT).read_text())
         if about["profile"] != profile:
             return "of another profile"
         return "resumable" if current & {about["plan"], *about.get("parts", ())} else "stale"

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
 from attune.costs import Cost, measured
 from attune.files import values_sha, write_atomically
 from attune.paths import CHECKPOINTS, TIMES, TRACKED_RUNS, project_root
+from attune.planning.checkpoints import ABOUT, is_done, remove_done
 from attune.stop import stoppable
 
 if TYPE_CHECKING:  # imports torch, for which stages wait
@@ -39,7 +39,6 @@ LESS_MEMORY = {
 """What a stage's need of memory depends on."""
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-ABOUT = "about.json"  # in a folder of shards: whose they are
 TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
 
 P = TypeVar("P", bound=StagePlan)
@@ -90,21 +89,6 @@ def shard_folder(name: str, plan: StagePlan) -> Iterator[ShardFolder]:
         write_atomically(folder / ABOUT, json.dumps(about | {"done": True}).encode() + b"\n")
 
 
-def is_done(folder: Path) -> bool:
-    """Whether a folder holds the shards of a stage that has ended."""
-    try:
-        return bool(json.loads((folder / ABOUT).read_text()).get("done"))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def remove_done(but: Path | None) -> None:
-    """Removes the shards of stages that have ended, but for one folder."""
-    for note in (project_root() / CHECKPOINTS).glob(f"*/{ABOUT}"):
-        if note.parent != but and is_done(note.parent):
-            shutil.rmtree(note.parent, ignore_errors=True)
-
-
 @contextmanager
 def held(file: Path, name: str) -> Iterator[None]:
     """A lock of the main process, for which it waits; nothing in the others, which wait for the main one anyway."""
@@ -141,7 +125,7 @@ def stage(
     session, resumed = read(Session, "session"), kept is not None and kept.is_resumed
     work = values_sha(plan.model_dump(mode="json"))
     if is_main_process():
-        remove_done(but=kept.folder if kept else None)
+        remove_done(project_root(), but=kept.folder if kept else None)
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
     where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(kept, work)}
     try:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from attune.config.plan import EvaluatePlan
-from attune.files import values_sha
 from attune.paths import TRACKED_RUNS, Paths, project_root
 from attune.stages.common import held, launch, planned, stage
 from attune.stop import stoppable
@@ -39,17 +38,16 @@ def evaluate(plan: EvaluatePlan) -> pd.DataFrame | None:
     Returns:
         The table; None in all processes but the main one.
     """
-    from attune.build import device, load_scorer, shard
+    from attune.build import load_scorer, shard, shard_ids
     from attune.evaluation.protocol import scorer_identity
     from attune.evaluation.scoring import UnexpectedMean, evaluate_folder, evaluation_protocol
     from attune.shards import Shards, process_group
-    from attune.versions import versions
 
     paths, ours = Paths(plan.profile), shard()
     folder, shards = paths.generated(plan.run), Shards(project_root() / paths.kept_scores(plan.run))
     identities = [scorer_identity(name, scorer.config) for name, scorer in plan.scorers.items()]
     loaders = {name: partial(load_scorer, scorer) for name, scorer in plan.scorers.items()}
-    ids = {name: values_sha([plan.parts[name], versions(), device().type]) for name in plan.scorers}
+    ids = shard_ids(plan.parts)
     try:
         with held(shards.folder.with_suffix(".lock"), f"evaluate@{plan.run}"), process_group(ours):
             protocol = evaluation_protocol(folder, identities)

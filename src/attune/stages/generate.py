@@ -61,17 +61,16 @@ def batches(plan: GeneratePlan, index: pd.DataFrame, ours: Shard) -> dict[str, C
     import numpy as np
     import torch
 
-    from attune.build import device
+    from attune.build import shard_ids
     from attune.diffusion.generate import generate_batch
     from attune.evaluation.images import png
     from attune.files import digest
     from attune.shards import in_order, own_threads, shard_name
-    from attune.versions import versions
 
     policy, size, seed = cache(lambda: load_model(plan)), plan.generate.sampling.batch_size, plan.seed
     source = model_of(plan)
     own = digest(Path(source)) if source is not None and Path(source).exists() else source
-    identity = [plan.parts["images"], own, versions(), device().type]
+    identity = [shard_ids(plan.parts)["images"], own]
 
     def batch(rows: pd.DataFrame) -> Content:
         images = generate_batch(policy(), rows.prompt.tolist(), rows.ordinal.tolist(), plan.generate.sampling, seed)

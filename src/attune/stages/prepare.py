@@ -15,7 +15,7 @@ from attune.config import plugins
 from attune.config.plan import PreparePlan, Session, read
 from attune.config.settings import SourceConfig
 from attune.data.rows import SourceError
-from attune.files import values_sha, write_atomically
+from attune.files import write_atomically
 from attune.last_output import last_output
 from attune.paths import Paths
 from attune.stages.common import is_main_process, launch, planned, shard_folder, stage
@@ -95,16 +95,15 @@ def prepare(plan: PreparePlan, kept: Path) -> dict[str, float]:
 
 def work_of(plan: PreparePlan, ours: Shard) -> Work:
     """What is computed of images and prompts. Networks are loaded when they are first asked for."""
-    from attune.build import device, load_backbone, load_scorer
+    from attune.build import device, load_backbone, load_scorer, shard_ids
     from attune.data.ingest.compute import Work
     from attune.shards import own_threads
-    from attune.versions import versions
 
     return Work(
         device=device(),
         backbone=cache(lambda: load_backbone(plan.model)),
         scorers={name: cache(partial(load_scorer, scorer)) for name, scorer in plan.score_with.items()},
-        ids={part: values_sha([identity, versions(), device().type]) for part, identity in plan.parts.items()},
+        ids=shard_ids(plan.parts),
         threads=own_threads(ours.world_size),
     )
 
@@ -145,8 +144,8 @@ def generate_images(
 
     size = plan.sampling.batch_size
     parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    told = [(list(prompts[rows]), list(map(int, ordinals[rows]))) for rows in parts]
-    names = [f"generated/{shard_name(work.ids['generated'], *each)}" for each in told]
+    asked = [(list(prompts[rows]), list(map(int, ordinals[rows]))) for rows in parts]
+    names = [f"generated/{shard_name(work.ids['generated'], *each)}" for each in asked]
     compute_missing({name: partial(batch, rows) for name, rows in zip(names, parts, strict=True)}, shards, ours, desc)
     return np.concatenate([shards.read(name)[0]["images"].numpy() for name in names])
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from attune.config.plan import StagePlan
-from attune.distributed import Shard
+from attune.distributed import ALONE, Shard
 from attune.files import digest, values_sha, write_atomically
 from attune.fsdp import is_sharded
 from attune.paths import CHECKPOINTS
@@ -33,7 +33,6 @@ from attune.versions import versions
 LOG = logging.getLogger("attune.checkpoint")
 SAVE_TIME_FACTOR = 20  # a save is followed by 20 times its own duration without one: at most 1/20 of the time is spent
 FIRST_SAVE = 5.0  # seconds
-ALONE = Shard()
 
 
 class Checkpoint:

@@ -112,10 +112,10 @@ def _latents(
     name = f"latents/{content}"
     if name not in shards:
         shards.write(name, *_encoded(unique, work))
-    read = shards.facts(name)
-    facts = {digest: _from_json(digest, fact) for digest, fact in zip(unique, read["images"], strict=True)}
+    found = shards.facts(name)
+    facts = {digest: _from_json(digest, fact) for digest, fact in zip(unique, found["images"], strict=True)}
     good = [digest for digest, fact in facts.items() if isinstance(fact, DecodedImage)]
-    return (name if good else None), good, read["not_finite"], facts
+    return (name if good else None), good, found["not_finite"], facts
 
 
 def _encoded(unique: Mapping[bytes, ImageRef], work: Work) -> Content:
@@ -123,7 +123,7 @@ def _encoded(unique: Mapping[bytes, ImageRef], work: Work) -> Content:
     backbone = work.backbone()
     facts: list[list[Any]] = []
 
-    def look(ref: ImageRef) -> tuple[list[Any], np.ndarray | None]:
+    def read(ref: ImageRef) -> tuple[list[Any], np.ndarray | None]:
         try:
             image = decode_ref(ref)
         except RejectedRow as reason:
@@ -133,7 +133,7 @@ def _encoded(unique: Mapping[bytes, ImageRef], work: Work) -> Content:
         return [content_digest(image).hex(), *image.size], resize_center_crop(image, backbone.resolution)
 
     def squares() -> Iterator[np.ndarray]:
-        for fact, square in in_order(look, unique.values(), work.threads):
+        for fact, square in in_order(read, unique.values(), work.threads):
             facts.append(fact)
             if square is not None:
                 yield square

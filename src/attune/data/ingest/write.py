@@ -27,8 +27,8 @@ from attune.data.ingest.rules import Rules, check_enough
 from attune.data.quarantine import Quarantine
 from attune.data.rows import Row
 from attune.data.splits import SPLITS
-from attune.distributed import Shard
-from attune.shards import ALONE, Shards, link
+from attune.distributed import ALONE, Shard
+from attune.shards import Shards, link
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +118,18 @@ def write_prepared(
     counts["cut_prompts"] = sum(shards.facts(name)["cut"] for name in encoded)
     _warn(counts)
     named = {"latents": [*known.latents] or [NO_LATENTS], "prompts": encoded, "scores": [*known.scored]}
-    files = {kind: [f"{name}.safetensors" for name in names] for kind, names in named.items()}
-    for file in (file for some in files.values() for file in some):
-        link(shards.folder / file, part / file)
-    manifest.write(part, files)
+    _link(shards, named, part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return counts
+
+
+def _link(shards: Shards, named: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Puts shards, named by kind, into a folder, and the list of them."""
+    files = {kind: [f"{name}.safetensors" for name in names] for kind, names in named.items()}
+    for file in (file for some in files.values() for file in some):
+        link(shards.folder / file, folder / file)
+    manifest.write(folder, files)
 
 
 def _computed(
