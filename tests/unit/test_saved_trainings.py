@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,25 @@ def test_a_folder_on_another_disk_is_removed_with_its_link(tmp_path):
     assert saved.remove(training)
     assert not elsewhere.exists()
     assert not folder.is_symlink()
+
+
+def test_shards_that_a_stage_takes_up_again_are_not_removed_by_one_beside_it(tmp_path):
+    folder = tmp_path / ".checkpoints/generate-tiny-dpo"
+    folder.mkdir(parents=True)
+    (folder / "about.json").write_text('{"done": true}')
+    with FileLock(folder.with_suffix(".lock")):
+        saved.remove_done(tmp_path)
+        assert folder.exists()
+    saved.remove_done(tmp_path)
+    assert not folder.exists()
+
+
+def test_stages_that_end_at_the_same_time_all_note_their_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "project_root", lambda: tmp_path)
+    (tmp_path / ".checkpoints").mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: common.note_seconds(f"generate@{i}", i), range(64)))
+    assert json.loads((tmp_path / ".checkpoints/seconds.json").read_text()) == {f"generate@{i}": i for i in range(64)}
 
 
 def test_the_plan_that_identifies_a_checkpoint_is_the_plan_file(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,11 +73,17 @@ def is_done(folder: Path) -> bool:
         return False
 
 
-def remove_done(root: Path, but: Path | None) -> None:
-    """Removes the shards of stages that have ended, but for one folder; by now DVC has stored what they went into."""
+def remove_done(root: Path) -> None:
+    """Removes the shards of stages that have ended; by now DVC has stored what they went into.
+
+    Not those that a stage holds, this process's or one that runs beside it: it may be about to take them up again.
+    """
     for about in (root / CHECKPOINTS).glob(f"*/{ABOUT}"):
-        if about.parent != but and is_done(about.parent):
-            shutil.rmtree(about.parent, ignore_errors=True)
+        folder = about.parent
+        if is_done(folder):
+            with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+                if is_done(folder):  # still, now that no stage can begin with it
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _state(folder: Path, profile: str, current: set[str]) -> State:

@@ -125,7 +125,7 @@ def stage(
     session, resumed = read(Session, "session"), kept is not None and kept.is_resumed
     work = values_sha(plan.model_dump(mode="json"))
     if is_main_process():
-        remove_done(project_root(), but=kept.folder if kept else None)
+        remove_done(project_root())
     where: dict[str, Any] = {"uri": session.tracking, "tools": session.tools}
     where |= {"tags": {"profile": plan.profile, **tags}, "resume": tracked_before(kept, work)}
     try:
@@ -268,8 +268,9 @@ def remember_run(name: str, run_id: str | None) -> None:
 def note_seconds(stage: str, seconds: float) -> None:
     """Notes how long a stage took, for the next plan's table; nothing depends on it."""
     file = project_root() / TIMES
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
-    write_atomically(file, json.dumps({**known, stage: round(seconds, 1)}).encode())
+    with FileLock(file.with_suffix(".lock")):  # stages may run side by side
+        try:
+            known = json.loads(file.read_text())
+        except (OSError, ValueError):
+            known = {}
+        write_atomically(file, json.dumps({**known, stage: round(seconds, 1)}).encode())
