@@ -62,6 +62,7 @@ SLOW = {"transformers", "diffusers", "peft", "accelerate", "mlflow", "optuna"}
 ENVIRONMENT = (
     "__main__",
     "stages.common",
+    "stages.preloaded",
     "config.plan",
     "build",
     "last_output",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,6 @@ def _without_signs(folder: Path) -> Path:
     if not set("%?#") & set(str(folder)):
         return folder
     holder = Path(tempfile.mkdtemp(prefix="attune-"))
-    atexit.register(shutil.rmtree, holder, ignore_errors=True)
+    Finalize(None, shutil.rmtree, (holder,), {"ignore_errors": True}, exitpriority=0)  # also at the end of a fork
     (holder / "root").symlink_to(folder, target_is_directory=True)
     return holder / "root"

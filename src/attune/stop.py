@@ -5,17 +5,19 @@ A process that was asked to stop ends with 128 + the signal's number, 130 or 143
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 LOG = logging.getLogger("attune")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Stopped(SystemExit):
@@ -80,3 +82,9 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[
         for number, old in before.items():
             if signal.getsignal(number) is handler:  # and not one that the with-body has set for good
                 signal.signal(number, old)
+
+
+def end_with_parent() -> None:
+    """Lets the system stop this process, as SIGTERM does, when the one that has started it is gone (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

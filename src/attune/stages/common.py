@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -23,7 +21,8 @@ from attune.costs import Cost, measured
 from attune.files import values_sha, write_atomically
 from attune.paths import CHECKPOINTS, TIMES, TRACKED_RUNS, project_root
 from attune.planning.checkpoints import ABOUT, is_done, remove_done
-from attune.stop import stoppable
+from attune.stages.preloaded import hand_over
+from attune.stop import end_with_parent, stoppable
 
 if TYPE_CHECKING:  # imports torch, for which stages wait
     from attune.training.checkpoint import Checkpoint
@@ -38,7 +37,6 @@ LESS_MEMORY = {
 }
 """What a stage's need of memory depends on."""
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 TRACKED_AS = "tracked.json"  # in a checkpoint's folder: the tracking run
 
 P = TypeVar("P", bound=StagePlan)
@@ -192,6 +190,7 @@ def planned(kind: type[P], stage: str) -> P:
 
     Sets the number of CPU threads too, which torch reads when it is imported.
     """
+    hand_over()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
         plan = read(kind, stage, run_of_stage() if "run" in kind.model_fields else None)
@@ -214,8 +213,8 @@ def launch(module: str) -> None:
     environment, as DVC does: torchrun would take `--run` for an abbreviation of its own `--run-path`.
     """
     env = os.environ
-    if "RANK" in env:
-        end_with_the_launcher()
+    if "RANK" in env:  # launchers start workers in sessions of their own, which would wait for each other for hours
+        end_with_parent()
     processes, launcher = env.get("ATTUNE_PROCESSES", ""), shlex.split(env.get("ATTUNE_LAUNCH", ""))
     if "RANK" in env or (processes in ("", "1") and not launcher):
         return
@@ -234,15 +233,6 @@ def launch(module: str) -> None:
         os.execvp(launcher[0], [*launcher, "-m", module])
     except OSError as error:
         sys.exit(f"ATTUNE_LAUNCH: {launcher[0]}: {error.strerror}")
-
-
-def end_with_the_launcher() -> None:
-    """Lets the system stop this process, as SIGTERM does, when the one that has started it is gone (Linux).
-
-    Launchers start workers in sessions of their own; if one is killed, its workers would wait for each other for hours.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 _HINT = "`accelerate launch --cpu` does so whatever number it is given, and ATTUNE_PROCESSES is the way instead"
