@@ -238,7 +238,8 @@ def test_a_training_run_holds_its_parameters_curve_and_scores(project, method):
 
 
 # what is no part of the work: settings, which are in the plan, views, and where an earlier output is looked for
-VIEW = tuple(f"attune.{name}" for name in ("tracking", "config", "costs", "text", "last_output", "copies"))
+NAMES = ("tracking", "config", "costs", "text", "last_output", "copies", "planning", "stages.preloaded")
+VIEW = tuple(f"attune.{name}" for name in NAMES)
 
 
 @pytest.mark.parametrize("stage", STAGES)

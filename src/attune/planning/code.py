@@ -14,10 +14,11 @@ from pathlib import Path
 
 SRC = Path(__file__).parents[2]
 TEMPLATES = (".j2", ".css")
-NAMES = ("config", "costs", "last_output", "licenses", "planning", "sharing", "text", "tracking")
+NAMES = ("config", "costs", "last_output", "licenses", "planning", "sharing", "stages.preloaded", "text", "tracking")
 NO_EFFECT = tuple(f"attune.{name}" for name in NAMES)
 """What changes no result: tracking is a view, costs are measured beside the work, what config decides is in the plan
-itself, model cards, licences and messages are for people, and a last output is only what would be made again."""
+itself, model cards, licences and messages are for people, a last output is only what would be made again, and it does
+not matter which process has imported a library."""
 
 
 def code_digests(start: Iterable[str], without: str = "") -> dict[str, str]:
