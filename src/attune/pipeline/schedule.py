@@ -69,14 +69,18 @@ class Run:
         self.screen.show(self.whole, bars)
         return ended
 
+    @property
+    def place(self) -> str:
+        """How many stages have ended, of how many."""
+        return f"{len(self.whole.ended)} of {len(self.whole.graph.order)}"
+
     def end(self, stage: str, code: int = 0) -> None:
         """Notes and says how a stage has ended."""
         how = STOPPED if code and self.is_stopped() else FAILED if code else self.whole.how.get(stage, RAN)
         ended = self.whole.end(stage, how)
         took = "" if how == UNCHANGED else f", {duration(ended.seconds)}"
         left = "" if code or self.code else self.whole.left()
-        place = f"{len(self.whole.ended)} of {len(self.whole.graph.order)}"
-        self.screen.say(f"[{place}] {stage}: {how}{took}" + (f"; {left}" if left else ""))
+        self.screen.say(f"[{self.place}] {stage}: {how}{took}" + (f"; {left}" if left else ""))
 
 
 def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
@@ -91,6 +95,8 @@ def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
         return task.name
 
     while True:
+        if not run.tasks and run.whole.ended and not run.code:
+            _skip_unchanged(run)
         while stage := _next(run):
             others = len(run.whole.began) + len(_ready(run.whole)) - 1
             run.whole.begin(stage)
@@ -100,6 +106,18 @@ def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
         for task, code in run.wait(hear):
             run.end(task.name, code)
             run.code = run.code or code
+
+
+def _skip_unchanged(run: Run) -> None:
+    """Ends the stages that DVC would skip: asked once for all, it need not be asked for each."""
+    if run.is_stopped() or len(run.whole.not_run) < 2 or not run.workers.has_idle():
+        return
+    unchanged = run.workers.ask("unchanged", done=sorted(run.whole.done)).get("stages", ())
+    for stage in unchanged:
+        run.whole.begin(stage)
+        run.whole.end(stage, UNCHANGED)
+    if unchanged:
+        run.screen.say(f"[{run.place}] unchanged: {', '.join(unchanged)}")
 
 
 def one_by_one(run: Run) -> None:

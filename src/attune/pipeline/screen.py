@@ -59,7 +59,7 @@ def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
     for stage, elapsed in whole.running.items():
         bar = bars.get(stage)
         percent = None if bar is None else bar.percent
-        drawn = ProgressBar(total=100, completed=percent or 0, width=BAR_WIDTH)
+        drawn = Text() if percent is None else ProgressBar(total=100, completed=percent, width=BAR_WIDTH)
         counted = "" if bar is None else f"{bar.what} {bar.count}"
         number = "" if percent is None else f"{percent:3d} %"
         table.add_row(Text(f"  {stage}"), drawn, Text(number), Text(duration(elapsed)), Text(counted, no_wrap=True))

@@ -38,6 +38,7 @@ from attune.text import printable
 LARGEST_NAME = 20  # characters of a run's name in the table
 WIDTH = 99  # characters of a line
 LOGS = CHECKPOINTS / "logs"
+WORKER = (sys.executable, "-m", "attune.stages.repro_worker")
 LOCK_ORDER = CHECKPOINTS / "lock_order.json"
 LAST_LINES = 100  # of the log of a stage that failed
 SPLIT = ("prepare", "generate", "evaluate")
@@ -75,9 +76,8 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         jobs: stages at a time; None: as many as the machine can run.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
-    groups, command = Groups(), [sys.executable, "-m", "attune.stages.repro_worker"]
-    (LOGS / "workers.log").write_text("")
-    with only_one_here() as lock, workers(command, groups, LOGS / "workers.log", lock) as pool, screen() as shown:
+    groups, began = Groups(), time.monotonic()
+    with only_one_here() as lock, workers(WORKER, groups, LOGS / "workers.log", lock) as pool, screen() as shown:
         pool.start(1)
         jobs = jobs or default_jobs(settings)  # while the worker imports DVC
         found = pool.ask("graph")
@@ -85,16 +85,14 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         jobs = min(jobs, widest(graph)) if graph else 1
         whole = Whole(graph or Graph((), {}), jobs, noted_seconds())
         run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped))
-        began = time.monotonic()
         if not groups.stopped and jobs == 1:
             one_by_one(run)
         elif not groups.stopped:
             pool.start(jobs)
             with lock_in_order(pool, whole.graph):
                 side_by_side(run, alone=lambda stage: processes_for(stage, whole.seconds(), jobs))
-        note_lost_seconds(whole)
-        for line in outcome(whole, run.code, time.monotonic() - began):
-            shown.say(line)
+    note_lost_seconds(whole)
+    sys.stdout.writelines(f"{line}\n" for line in outcome(whole, run.code, time.monotonic() - began))
     return 128 + groups.stopped if groups.stopped else run.code
 
 
@@ -118,13 +116,19 @@ def only_one_here() -> Iterator[int]:
 def default_jobs(settings: Settings) -> int:
     """How many stages this machine can run at a time: on a GPU, or where a stage is split by the user, one."""
     env = os.environ
-    here = machine()
-    has_gpu = here.gpu_bytes > 0 and env.get("ATTUNE_DEVICE") != "cpu"
-    if has_gpu or env.get("ATTUNE_PROCESSES", "1") != "1" or env.get("ATTUNE_LAUNCH"):
+    if has_gpu() or env.get("ATTUNE_PROCESSES", "1") != "1" or env.get("ATTUNE_LAUNCH"):
         return 1
     given = env.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdecimal() and int(given) else settings.threads
     return max(1, min(cores() // threads, stages_in_memory(settings)))
+
+
+def has_gpu() -> bool:
+    """Whether stages use a GPU. Torch, which takes a second to import, is asked only where a driver is there."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    if os.environ.get("ATTUNE_DEVICE") == "cpu" or (sys.platform == "linux" and not any(map(os.path.exists, drivers))):
+        return False
+    return machine().gpu_bytes > 0
 
 
 def cores() -> int:

@@ -4,6 +4,7 @@ A task is a line of JSON on stdin, its answer one on stdout:
 
     {"task": "graph"}                                      -> {"order": [...], "needs": {stage: [...]}}
     {"task": "dvc", "words": [...], "log": ..., "env": {}} -> {"code": of `dvc <words>`}
+    {"task": "unchanged", "done": [...]}                   -> {"stages": [...]}
     {"task": "sort", "names": [...]}                       -> {}
 
 The leader of a process group, which holds the stage that runs. It ends when its stdin does; if `attune repro` is
@@ -43,16 +44,30 @@ def graph() -> dict[str, Any]:
     """The stages of dvc.yaml and all that they need, in the order of `dvc repro`; {} where DVC cannot read them."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
     try:
         with Repo() as repo:
-            active = get_active_graph(repo.index.graph)
-            steps = plan_repro(active, collect_stages(repo, ["dvc.yaml"]))
-            needs = {stage.addressing: [need.addressing for need in active.successors(stage)] for stage in steps}
+            needs = {stage.addressing: [need.addressing for need in some] for stage, some in _steps(repo)}
     except DvcException:  # `dvc repro` says it better
         return {}
     return {"order": list(needs), "needs": needs}
+
+
+def unchanged(done: list[str]) -> dict[str, Any]:
+    """The stages that `dvc repro` would skip: with nothing changed in them, in what they need and in what they made.
+
+    Args:
+        done: stages that have just been looked after.
+    """
+    from dvc.repo import Repo
+
+    found: list[str] = []
+    with Repo(_wait_for_lock=True) as repo, repo.lock:
+        for stage, needs in _steps(repo):
+            is_open = {need.addressing for need in needs} <= {*done, *found} and stage.addressing not in done
+            if is_open and not stage.changed():
+                found.append(stage.addressing)
+    return {"stages": found}
 
 
 def run_dvc(words: list[str], log: str, env: Mapping[str, str]) -> dict[str, Any]:
@@ -78,7 +93,20 @@ def sort_lock(names: list[str]) -> dict[str, Any]:
     return {}
 
 
-TASKS: Mapping[str, Callable[..., dict[str, Any]]] = {"graph": graph, "dvc": run_dvc, "sort": sort_lock}
+TASKS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "graph": graph,
+    "dvc": run_dvc,
+    "unchanged": unchanged,
+    "sort": sort_lock,
+}
+
+
+def _steps(repo: Any) -> list[tuple[Any, list[Any]]]:
+    """DVC's stages in the order of `dvc repro`, with those that each needs."""
+    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+
+    active = get_active_graph(repo.index.graph)
+    return [(stage, list(active.successors(stage))) for stage in plan_repro(active, collect_stages(repo, ["dvc.yaml"]))]
 
 
 def _own_pipes() -> tuple[Any, Any]:
