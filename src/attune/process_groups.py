@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -14,6 +15,7 @@ import psutil
 
 from attune.stop import handling
 
+POLL = 0.2  # s
 Leader = subprocess.Popen[Any]
 
 
@@ -43,6 +45,14 @@ class Groups:
         if self.stopped and children - self._told[leader]:
             interrupt(leader)
         self._told[leader] = self._told[leader] | children if self.stopped else children
+
+    def wait(self, leader: Leader) -> int:
+        """The exit code of a leader, which is looked at until it ends."""
+        self.add(leader)
+        while leader.poll() is None:
+            self.look(leader)
+            time.sleep(POLL)
+        return leader.returncode
 
     def end(self, leader: Leader) -> None:
         """Forgets a leader that has died, and interrupts what it has left running."""

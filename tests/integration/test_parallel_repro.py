@@ -1,11 +1,10 @@
-"""`attune repro` on small pipelines of real DVC: side by side as one by one, stopped, failed, killed, and gone on with."""
+"""`attune repro` on small pipelines of real DVC: side by side as one by one, stopped, failed and killed."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -211,6 +210,7 @@ def test_a_worker_that_is_killed_is_a_stage_that_failed(small):
     a.parent().kill()
     said = running.communicate(timeout=60)[0]
     assert running.returncode == 1, said
+    assert "a | the process that ran DVC for it is gone (exit code -9)" in said
     assert "failed: a\nnot run: last\n" in said
     assert psutil.wait_procs([a], timeout=10)[1] == []
     assert (small.folder / "b.txt").exists()

@@ -10,7 +10,7 @@ from attune.pipeline.graph import first_of, longest_paths
 from attune.pipeline.logs import Log
 from attune.pipeline.screen import Screen
 from attune.pipeline.whole import FAILED, RAN, STOPPED, UNCHANGED, Whole, duration
-from attune.pipeline.workers import Answer, Worker, Workers
+from attune.pipeline.workers import LOST, Worker, Workers
 
 POLL = 0.2  # s
 NOISE = (
@@ -19,6 +19,7 @@ NOISE = (
     "To enable auto staging",
     "dvc config core.autostage",
     "Use `dvc ",
+    "Waiting to acquire lock",
 )
 DIED = 1  # exit code, where the worker has not lived to tell DVC's
 ALL = "repro"  # the task that is all stages
@@ -58,8 +59,14 @@ class Run:
         Args:
             hear: takes a line of a task in, and says which stage it is of.
         """
-        ended = [(self.tasks.pop(worker), _code(answer)) for worker, answer in self.workers.answers(POLL)]
-        bars = {}
+        ended, bars = [], {}
+        for worker, answer in self.workers.answers(POLL):
+            task = self.tasks.pop(worker)
+            if answer is LOST:
+                self.screen.say(
+                    f"{task.name} | the process that ran DVC for it is gone (exit code {worker.returncode})"
+                )
+            ended.append((task, answer.get("code", DIED)))
         for task in (*self.tasks.values(), *(task for task, _ in ended)):
             for line in task.log.new_lines():
                 stage = hear(task, line)
@@ -152,7 +159,3 @@ def _next(run: Run) -> str | None:
     if run.code or run.is_stopped() or not run.workers.has_idle():
         return None
     return first_of(_ready(run.whole), longest_paths(run.whole.graph, run.whole.seconds()))
-
-
-def _code(answer: Answer) -> int:
-    return answer.get("code", DIED)

@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -60,13 +61,24 @@ def main() -> None:
         settings = load()
     except ConfigError as error:
         sys.exit(str(error))
-    code = subprocess.call([sys.executable, "-m", "dvc", "repro", *words]) if words else run_all(settings, given.jobs)
+    try:
+        code = run_dvc(words) if words else run_all(settings, given.jobs)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     if code:
         sys.exit(code)
     reports = Paths(settings.profile).reports
     summary, report = reports / "summary.json", reports / "report.html"
     if summary.exists() and report.exists():
         sys.stdout.write(f"{table(summary.read_text(encoding='utf-8'))}report: {report}\n")
+
+
+def run_dvc(words: list[str]) -> int:
+    """Runs `dvc repro` with words of its own, on the terminal; the exit code."""
+    groups = Groups()
+    with groups.stoppable():
+        code = groups.wait(subprocess.Popen([sys.executable, "-m", "dvc", "repro", *words], start_new_session=True))
+    return 128 + groups.stopped if groups.stopped else code
 
 
 def run_all(settings: Settings, jobs: int | None) -> int:
@@ -92,7 +104,9 @@ def run_all(settings: Settings, jobs: int | None) -> int:
             with lock_in_order(pool, whole.graph):
                 side_by_side(run, alone=lambda stage: processes_for(stage, whole.seconds(), jobs))
     note_lost_seconds(whole)
-    sys.stdout.writelines(f"{line}\n" for line in outcome(whole, run.code, time.monotonic() - began))
+    sys.stdout.writelines(
+        f"{line}\n" for line in outcome(whole, run.code, bool(groups.stopped), time.monotonic() - began)
+    )
     return 128 + groups.stopped if groups.stopped else run.code
 
 
@@ -187,14 +201,14 @@ def note_lost_seconds(whole: Whole) -> None:
         write_atomically(project_root() / TIMES, json.dumps({**ran, **noted}).encode())
 
 
-def outcome(whole: Whole, code: int, seconds: float) -> Iterator[str]:
+def outcome(whole: Whole, code: int, is_stopped: bool, seconds: float) -> Iterator[str]:
     """What the user is told at the end: of a failure all that the stage wrote, and what did not run."""
     failed, stopped, todo = whole.that(FAILED), whole.that(STOPPED), whole.not_run
-    for name in failed or ([ALL] if code and not stopped else []):
+    for name in failed or ([ALL] if code and not (is_stopped or whole.ended) else []):
         log = LOGS / f"{ALL if whole.jobs == 1 else name}.log"
         yield f"\n{name} failed; the end of {log}:"
         yield from (f"  {line}" for line in last_lines(log, LAST_LINES))
-    if failed or stopped or code:
+    if code or is_stopped:
         yield ""
         yield from [f"failed: {', '.join(failed)}"] if failed else []
         yield from [f"stopped: {', '.join(stopped)}"] if stopped else []

@@ -31,6 +31,7 @@ LOCK = "dvc.lock"
 def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt_group)
     end_with_the_launcher()
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")  # s; ten times a second, a day's bars are 70 MB of log
     with suppress(KeyboardInterrupt, BrokenPipeError):
         tasks, answers = _own_pipes()
         for line in tasks:

@@ -33,7 +33,6 @@ from attune.process_groups import Groups
 from attune.stages.plan import say
 
 LAST_LINES = 3  # of a log, shown where a seed failed
-POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,7 @@ def repro(seed: Seed, tracked: bool, groups: Groups) -> int | None:
     """The exit code of the seed's `dvc repro`; None if it was not begun because all are to stop."""
     if groups.stopped:
         return None
-    process = start_repro(seed.home, seed.log, environment(tracked))
-    groups.add(process)
-    while process.poll() is None:
-        groups.look(process)
-        time.sleep(POLL)
-    return process.returncode
+    return groups.wait(start_repro(seed.home, seed.log, environment(tracked)))
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def sanitize_key(name: str) -> str:
 
 
 def _pipeline_process() -> str | None:
-    """Identity of the process that runs the pipeline, DVC or `attune repro`: host, pid, start in s; None without one."""
+    """Identity of the process that runs the pipeline: host, pid, start in s; None without one."""
     with suppress(psutil.Error):
         for ancestor in psutil.Process().parents():
             if _runs_pipeline(ancestor):
