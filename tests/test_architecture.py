@@ -22,7 +22,7 @@ LAYERS = (
     "__main__",
     "stages",
     "inspection",
-    "search | planning | sharing",
+    "search | planning | sharing | pipeline",
     "finetune",
     "build | labelling | tracking",
     "methods | rewards | spm | diffusion.generate",
@@ -36,14 +36,14 @@ LAYERS = (
     "copies",
     "config",
     "weights | licenses",
-    "costs | hub | hub_upload | shards",
+    "costs | hub | hub_upload | process_groups | shards",
     "files | paths | distributed | fsdp | stop | text | versions",
 )
 # library -> the only places that may import it
 OWNERS = {
     "mlflow": ("tracking", "search"),
     "optuna": ("search",),
-    "dvc": (),
+    "dvc": ("stages.repro_worker",),
     "peft": ("diffusion",),
     "accelerate": ("training",),
     "argparse": ("__main__", "stages"),
@@ -52,6 +52,7 @@ OWNERS = {
     "diffusers": ("backbones", "diffusion.lora", "diffusion.lora_files", "pretrained", "sharing.pipeline"),
     "huggingface_hub": ("hub", "hub_upload"),
     "fastapi": ("labelling.app",),
+    "rich": ("pipeline.screen",),
     "uvicorn": ("labelling.server",),
     "sqlite3": ("labelling.store", "tracking"),
     "yaml": (),  # PyYAML reads DVC's 1e-05 as a string
@@ -63,6 +64,8 @@ ENVIRONMENT = (
     "__main__",
     "stages.common",
     "stages.preloaded",
+    "stages.repro",
+    "stages.repro_worker",
     "config.plan",
     "build",
     "last_output",

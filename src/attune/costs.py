@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from attune.files import write_atomically
-from attune.paths import COSTS, project_root
+from attune.paths import COSTS, TIMES, project_root
 
 FIRST_NOTE, SHARE, LAST_NOTE = (
     1.0,
@@ -116,6 +116,14 @@ def read_costs(profile: str, works: Mapping[str, str] | None = None) -> dict[str
         if each:
             found[stage] = reduce(side_by_side, each)
     return found
+
+
+def noted_seconds() -> dict[str, float]:
+    """Stage -> how long it took here the last time."""
+    with suppress(OSError, ValueError, AttributeError):
+        known = json.loads((project_root() / TIMES).read_text()).items()
+        return {stage: float(seconds) for stage, seconds in known if isinstance(seconds, int | float)}
+    return {}
 
 
 def one_after_another(first: Cost, second: Cost) -> Cost:

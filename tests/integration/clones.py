@@ -89,9 +89,12 @@ class Project:
 
     def repro(self, tracking: str = "off") -> list[str]:
         """Reproduces; the stages that really ran, in order, without `plan`, which always does."""
-        ran = re.findall(r"Running stage '([^']+)'", self.dvc("repro", tracking=tracking))
-        assert ran[0] == "plan"
-        return ran[1:]
+        return ran_of(self.dvc("repro", tracking=tracking))
+
+    def side_by_side(self, tracking: str = "off") -> list[str]:
+        """The same by `attune repro`, two stages at a time."""
+        words = ("-m", "attune.stages.repro", "--jobs", "2")
+        return ran_of(self.run("env", "PYTHONPATH=src", sys.executable, *words, tracking=tracking))
 
     def read(self, name: str) -> str:
         return (self.folder / name).read_text()
@@ -126,6 +129,12 @@ class Project:
         block[key] = value
         yaml.dump(values, stream)
         return stream.getvalue()
+
+
+def ran_of(said: str) -> list[str]:
+    ran = re.findall(r"Running stage '([^']+)'", said)
+    assert ran[0] == "plan"
+    return ran[1:]
 
 
 def tracked_runs(project: Project) -> list[Any]:

@@ -1,4 +1,4 @@
-"""One `dvc repro` of the `short` profile, which all tests of the pipeline share."""
+"""One `attune repro` of the `short` profile, which all tests of the pipeline share."""
 
 import shutil
 
@@ -8,7 +8,7 @@ from clones import CODE, JUNK, PARAMS, ROOT, RUNS, STAGES, TRACER, Project
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Project:
-    """A clone in which `dvc repro` has succeeded once."""
+    """A clone in which `attune repro` has succeeded once, two stages at a time; all later ones are `dvc repro`."""
     folder = tmp_path_factory.mktemp("clone")
     made = Project(folder, tmp_path_factory.mktemp("loaded"))
     for name in CODE:
@@ -24,7 +24,7 @@ def project(tmp_path_factory) -> Project:
     made.run("git", "init", "--quiet")
     made.run("git", "add", "--all")
     made.run("git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "clone")
-    ran = made.repro(tracking="on")
+    ran = made.side_by_side(tracking="on")
     assert sorted(ran) == sorted(STAGES)
     assert ran[0] == "prepare"
     assert ran[-1] == "report"

@@ -1,6 +1,6 @@
-"""The whole pipeline, as a user runs it: a fresh clone, `dvc repro`, and what changes afterwards.
+"""The whole pipeline, as a user runs it: a fresh clone, `make repro`, and what changes afterwards.
 
-One `dvc repro` of the `short` profile serves all tests (a fixture); the tests that change the project put it
+One `attune repro` of the `short` profile serves all tests (a fixture); the tests that change the project put it
 back. Nothing is replaced by a stand-in: real DVC, MLflow, models and training.
 """
 
@@ -163,7 +163,7 @@ def test_git_is_left_with_small_files_only(project):
     left = [
         path.name
         for path in kept.iterdir()
-        if path.name not in ("runs", "tracking", "costs", "digests.json", "seconds.json")
+        if path.name not in ("runs", "tracking", "costs", "logs", "digests.json", "seconds.json")
     ]
     assert left == [], "checkpoints are removed on success"
     assert list(kept.rglob("records.jsonl")) == [], "all that was tracked has been sent"

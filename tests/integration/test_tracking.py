@@ -390,4 +390,4 @@ def test_an_ancestor_that_has_ended_is_no_dvc():
     process = labels.psutil.Process(child.pid)
     child.kill()
     child.wait()
-    assert labels._is_dvc(process) is False
+    assert labels._runs_pipeline(process) is False

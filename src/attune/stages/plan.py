@@ -18,8 +18,9 @@ from attune.config.profile import BASE
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError, StrictModel
 from attune.config.settings import locations
+from attune.costs import noted_seconds
 from attune.files import write_atomically
-from attune.paths import CHECKPOINTS, TIMES, Paths, project_root
+from attune.paths import CHECKPOINTS, Paths, project_root
 from attune.planning import costs
 from attune.planning.checkpoints import saved_trainings
 from attune.planning.data_problems import notes
@@ -38,7 +39,7 @@ def main() -> None:
         settings = load()
     except ConfigError as error:
         sys.exit(str(error))
-    here, table = machine(), list(costs.rows(settings, _downloads(settings), _seconds(), _rows_here(settings)))
+    here, table = machine(), list(costs.rows(settings, _downloads(settings), noted_seconds(), _rows_here(settings)))
     found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, here)]
     found += [*too_large(settings, table, here), *(_missing_on_the_hub(settings) if given.online else ())]
     if given.show:
@@ -81,14 +82,6 @@ def say_saved(settings: Settings) -> None:
 def say(text: str) -> None:
     """Writes to the terminal; this is what `make plan` is asked for."""
     sys.stdout.write(text + "\n")
-
-
-def _seconds() -> dict[str, float]:
-    """Stage -> how long it took here the last time."""
-    try:
-        return json.loads((project_root() / TIMES).read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def _rows_here(settings: Settings) -> dict[str, int]:

@@ -7,38 +7,32 @@ is there and still current is not run again. Ctrl-C stops all; the same command 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
-import psutil
 from filelock import FileLock, Timeout
 
 from attune.config.resolve import Settings, load
 from attune.config.schema import ConfigError
 from attune.copies import copy_checkout, dvc_cache, environment, start_repro
+from attune.costs import noted_seconds
 from attune.files import write_atomically
-from attune.paths import CHECKPOINTS, TIMES, Paths, project_root
+from attune.paths import CHECKPOINTS, Paths, project_root
 from attune.planning import costs
 from attune.planning.local_files import Digests
 from attune.planning.make import make, needs_preference_model
 from attune.planning.seeds import settings_sha, work_sha
+from attune.process_groups import Groups
 from attune.stages.plan import say
-from attune.stop import handling
 
 LAST_LINES = 3  # of a log, shown where a seed failed
-POLL = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -52,47 +46,11 @@ class Seed:
     work: str
 
 
-class Runs:
-    """The `dvc repro` of several seeds, all of which stop at Ctrl-C or SIGTERM as one in a terminal does."""
-
-    def __init__(self) -> None:
-        self.stopped = 0  # the signal that asked for it
-        self._running: list[subprocess.Popen[bytes]] = []
-
-    def stop(self, signum: int, frame: FrameType | None) -> None:
-        """Passes the wish to stop on: a training saves before it ends; asked again, it ends at once."""
-        self.stopped = signum
-        for process in self._running:
-            if process.poll() is None:
-                _interrupt(process)
-
-    def repro(self, seed: Seed, tracked: bool) -> int | None:
-        """The exit code of the seed's `dvc repro`; None if it was not begun because all are to stop."""
-        if self.stopped:
-            return None
-        process = start_repro(seed.home, seed.log, environment(tracked))
-        self._running.append(process)
-        told: set[int] = set()  # stages that have been told to stop, or ran before that
-        while process.poll() is None:
-            stages = _children(process)
-            if self.stopped and stages - told:  # the one before had just ended when it was told, and DVC went on
-                _interrupt(process)
-            told = told | stages if self.stopped else stages
-            time.sleep(POLL)
-        return process.returncode
-
-
-def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-
-
-def _children(process: subprocess.Popen[bytes]) -> set[int]:
-    """Ids of the processes that DVC runs as stages."""
-    try:
-        return {child.pid for child in psutil.Process(process.pid).children()}
-    except psutil.NoSuchProcess:
-        return set()
+def repro(seed: Seed, tracked: bool, groups: Groups) -> int | None:
+    """The exit code of the seed's `dvc repro`; None if it was not begun because all are to stop."""
+    if groups.stopped:
+        return None
+    return groups.wait(start_repro(seed.home, seed.log, environment(tracked)))
 
 
 def main() -> None:
@@ -168,39 +126,29 @@ def needed(settings: Settings, n: int, jobs: int) -> str:
     return f"{n} to run, {jobs} at a time: {time_needed}, {disk}"
 
 
-def noted_seconds() -> dict[str, float]:
-    """Stage -> how long it took here the last time."""
-    try:
-        return json.loads((project_root() / TIMES).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def run(todo: Sequence[Seed], seeds: Sequence[Seed], settings: Settings, jobs: int) -> None:
     """Runs seeds, so many at a time, and keeps their summaries; exits where one failed or all were stopped."""
-    runs, cache = Runs(), dvc_cache(project_root())
+    groups, cache = Groups(), dvc_cache(project_root())
 
     def one(seed: Seed) -> bool:
         own, began = seed.number == settings.seed, time.monotonic()
         if not own:
             copy_checkout(project_root(), seed.home, {"seed": seed.number}, cache=cache)
-        code = runs.repro(seed, tracked=own)
+        code = repro(seed, tracked=own, groups=groups)
         if code == 0:
             place = f"{seeds.index(seed) + 1} of {len(seeds)}"
             say(f"seed {seed.number} ({place}): {keep(seed, settings, time.monotonic() - began)}")
-        elif not runs.stopped:
+        elif not groups.stopped:
             written = seed.log.read_text(errors="replace").replace("\r", "\n")  # a progress bar writes over itself
             said = [line.strip() for line in written.splitlines() if line.strip()][-LAST_LINES:]
             say("\n".join([f"seed {seed.number} failed, {seed.log}:", *(f"  {line}" for line in said)]))
         return code == 0
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background, which children would inherit
-        signal.signal(signal.SIGINT, runs.stop)
-    with handling(runs.stop), ThreadPoolExecutor(jobs) as pool:
+    with groups.stoppable(), ThreadPoolExecutor(jobs) as pool:
         done = sum(pool.map(one, todo))
-    if runs.stopped:
+    if groups.stopped:
         say(f"stopped; {done} of {len(todo)} done. `make seeds N={len(seeds)}` goes on where trainings have saved")
-        sys.exit(128 + runs.stopped)
+        sys.exit(128 + groups.stopped)
     if done < len(todo):
         sys.exit(f"{len(todo) - done} of {len(todo)} seeds failed; `make seeds N={len(seeds)}` goes on from there")
 

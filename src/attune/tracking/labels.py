@@ -63,7 +63,7 @@ def is_alive(pid: int, born: float) -> bool:
 def pipeline_run(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """Identity, name, start (ms) and tags of the run that groups the stages of one `dvc repro`; None outside of DVC."""
     name = os.environ.get("DVC_EXP_NAME")
-    identity = sanitize_key(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _dvc_process()
+    identity = sanitize_key(f"{name}-{os.environ.get('DVC_EXP_BASELINE_REV', '')}") if name else _pipeline_process()
     if identity is None:
         return None
     shared = {key: tags[key] for key in tags.keys() & {"git.commit", "git.dirty", "profile", "dvc.exp"}}
@@ -101,22 +101,23 @@ def sanitize_key(name: str) -> str:
     return os.path.normpath(re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)).lstrip("/.")[:250] or "_"
 
 
-def _dvc_process() -> str | None:
-    """Identity of the dvc process that runs this one: host, pid, start in s; None without one."""
+def _pipeline_process() -> str | None:
+    """Identity of the process that runs the pipeline: host, pid, start in s; None without one."""
     with suppress(psutil.Error):
         for ancestor in psutil.Process().parents():
-            if _is_dvc(ancestor):
+            if _runs_pipeline(ancestor):
                 return f"{HOST}-{ancestor.pid}-{ancestor.create_time():.0f}"
     return None
 
 
-def _is_dvc(process: psutil.Process) -> bool:
-    """Whether a process is dvc; False if it has ended meanwhile."""
+def _runs_pipeline(process: psutil.Process) -> bool:
+    """Whether a process is dvc, or `attune repro`, whose workers run DVC; False if it has ended meanwhile."""
     try:
         words = [Path(word).name for word in process.as_dict(["cmdline"], ad_value=[])["cmdline"][:3]]
     except psutil.NoSuchProcess:
         return False
-    return bool(words) and (words[0] == "dvc" or (words[0].startswith("python") and "dvc" in words))
+    programs = {"dvc", "attune.stages.repro"}
+    return bool(words) and (words[0] == "dvc" or (words[0].startswith("python") and bool(programs & set(words))))
 
 
 def _git(*words: str) -> str | None:

@@ -34,7 +34,10 @@ def find_or_create(store: Store, pipeline: Mapping[str, Any]) -> str:
 
 
 def extend(store: Store, run_id: str) -> None:
-    """Where a run that has ended belongs to a pipeline, that ends no earlier, and as the last of its stages has."""
+    """Where a run that has ended belongs to a pipeline, that ends no earlier, and as the last of its stages has.
+
+    A stage that ran beside one that failed does not make up for it.
+    """
     stage = store.client.get_run(run_id)
     parent = stage.data.tags.get("mlflow.parentRunId")
     if parent is None:
@@ -42,7 +45,9 @@ def extend(store: Store, run_id: str) -> None:
     pipeline = store.client.get_run(parent)
     is_pipeline = pipeline.data.tags.get("kind") == "pipeline" and pipeline.info.lifecycle_stage == "active"
     if is_pipeline and stage.info.end_time > (pipeline.info.end_time or 0):
-        store.client.set_terminated(parent, stage.info.status, end_time=stage.info.end_time)
+        was_beside = stage.info.start_time < (pipeline.info.end_time or 0)
+        status = pipeline.info.status if was_beside and pipeline.info.status != "FINISHED" else stage.info.status
+        store.client.set_terminated(parent, status, end_time=stage.info.end_time)
 
 
 def describe(store: Store, run_id: str, record: Mapping[str, Any]) -> None:

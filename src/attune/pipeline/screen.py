@@ -1,0 +1,76 @@
+"""What `attune repro` shows: lines, and on a terminal below them what runs, how far it is and how much is left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from attune.pipeline.logs import Bar
+from attune.pipeline.whole import FAILED, Whole, duration
+
+BAR_WIDTH = 24  # characters
+FRAMES = 4  # a second
+
+
+class Screen:
+    """Standard output. Of what is not a terminal only lines are asked."""
+
+    def __init__(self, console: Console, live: Live | None) -> None:
+        self._console, self._live = console, live
+
+    def say(self, line: str) -> None:
+        """Writes a line; on a terminal above what runs."""
+        if self._live is None:
+            self._console.file.write(line + "\n")
+            self._console.file.flush()
+        else:
+            self._console.print(Text(line), soft_wrap=True)
+
+    def show(self, whole: Whole, bars: Mapping[str, Bar | None]) -> None:
+        """Shows how far all of it is."""
+        if self._live is not None:
+            self._live.update(picture(whole, bars))
+
+
+@contextmanager
+def screen() -> Iterator[Screen]:
+    """Standard output for the with-body; what was shown of the running stages is removed at its end."""
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield Screen(console, None)
+        return
+    live = Live(
+        console=console, transient=True, refresh_per_second=FRAMES, redirect_stdout=False, redirect_stderr=False
+    )
+    with live:
+        yield Screen(console, live)
+
+
+def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
+    """A line for all of it, and one for each stage that runs."""
+    table = Table.grid(padding=(0, 2))
+    for stage, elapsed in whole.running.items():
+        bar = bars.get(stage)
+        percent = None if bar is None else bar.percent
+        drawn = Text() if percent is None else ProgressBar(total=100, completed=percent, width=BAR_WIDTH)
+        counted = "" if bar is None else f"{bar.what} {bar.count}"
+        number = "" if percent is None else f"{percent:3d} %"
+        table.add_row(Text(f"  {stage}"), drawn, Text(number), Text(duration(elapsed)), Text(counted, no_wrap=True))
+    return Group(Text(headline(whole), style="bold"), table)
+
+
+def headline(whole: Whole) -> str:
+    """How many stages have ended, which one that makes the running ones, and how long the rest will take."""
+    ended, running, count = len(whole.ended), len(whole.began), len(whole.graph.order)
+    stages = f"stage {ended + 1}" if running < 2 else f"stages {ended + 1} to {ended + running}"
+    now = f"{stages} of {count}" if running else f"{ended} of {count} stages have ended"
+    failed = f"; failed: {', '.join(whole.that(FAILED))}" if whole.that(FAILED) else ""
+    left = "" if failed else whole.left()
+    return now + (f"; {left}" if left else "") + failed
