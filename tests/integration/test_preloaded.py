@@ -42,10 +42,10 @@ sys.exit(int(what))
 
 
 @pytest.fixture(scope="module")
-def served():
+def served(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    with serving(environment) as found:
-        yield found
+    with serving(environment, tmp_path_factory.mktemp("served") / "errors") as found:
+        yield environment | found
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def test_a_fork_ends_with_the_process_that_asked_for_it(asked):
 def test_forks_end_with_the_server(tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
-    with serving(environment) as found:
+    with serving(environment, tmp_path / "errors") as found:
         command, pipe = [sys.executable, "-m", "probe", "waits"], subprocess.PIPE
-        process = subprocess.Popen(command, env=found, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, env=environment | found, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
         fork = json.loads(process.stdout.readline())["pid"]
     _, error = process.communicate(timeout=SECONDS)
     assert ended(fork)

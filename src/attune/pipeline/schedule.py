@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attune.pipeline.graph import first_of, longest_paths
-from attune.pipeline.logs import Log
+from attune.pipeline.logs import Bar, Log
 from attune.pipeline.screen import Screen
 from attune.pipeline.whole import FAILED, RAN, STOPPED, UNCHANGED, Whole, duration
 from attune.pipeline.workers import LOST, Worker, Workers
@@ -90,11 +90,12 @@ class Run:
         self.screen.say(f"[{self.place}] {stage}: {how}{took}" + (f"; {left}" if left else ""))
 
 
-def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
+def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mapping[str, str]]) -> None:
     """Runs every stage, those with the longest paths first. After a failure none is begun, and those that run end.
 
     Args:
-        alone: what is put into the environment of a stage that has nothing beside it.
+        env: what is put into the environment of every stage.
+        alone: what is added for a stage that has nothing beside it.
     """
 
     def hear(task: Task, line: str) -> str:
@@ -107,7 +108,8 @@ def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
         while stage := _next(run):
             others = len(run.whole.began) + len(_ready(run.whole)) - 1
             run.whole.begin(stage)
-            run.give(stage, ["--wait-for-lock", "repro", "--single-item", stage], {} if others else alone(stage))
+            more = {} if others else alone(stage)
+            run.give(stage, ["--wait-for-lock", "repro", "--single-item", stage], {**env, **more})
         if not run.tasks:
             return
         for task, code in run.wait(hear):

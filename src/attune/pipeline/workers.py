@@ -67,7 +67,7 @@ class Workers:
         for worker in self._busy:
             self._groups.look(worker)
         for key, _ in self._selector.select(timeout):
-            worker: Worker = key.data
+            worker = key.data
             line = worker.stdout.readline()  # type: ignore[union-attr]
             had_task, is_whole = worker in self._busy, line.endswith("\n")
             (self._busy if had_task else self._idle).remove(worker)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from attune.stop import end_with_parent, handling
 
@@ -106,18 +107,25 @@ def hand_over() -> None:
 
 
 @contextmanager
-def serving(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Runs a server during the with-body; gives the environment in which stages find it."""
+def serving(environment: Mapping[str, str], errors: Path) -> Iterator[dict[str, str]]:
+    """Runs a server during the with-body; gives the variables by which stages find it.
+
+    Args:
+        environment: of the server.
+        errors: file for what it writes.
+    """
     if sys.platform != "linux":
-        yield dict(environment)
+        yield {}
         return
     folder = Path(tempfile.mkdtemp(prefix="attune-"))  # for this user alone
     address = str(folder / "socket")
     command = [sys.executable, "-m", "attune.stages.preloaded", address]
     # a session of its own: Ctrl-C of a terminal reaches the stages, which pass it on; twice would mean at once
-    server = subprocess.Popen(command, env=dict(environment), start_new_session=True, stdin=subprocess.DEVNULL)
+    options: dict[str, Any] = {"start_new_session": True, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with errors.open("w") as file:
+        server = subprocess.Popen(command, env=dict(environment), stderr=file, **options)
     try:
-        yield {**environment, ADDRESS: address}
+        yield {ADDRESS: address}
     finally:
         server.terminate()
         server.wait()

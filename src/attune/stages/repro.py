@@ -34,6 +34,7 @@ from attune.pipeline.workers import Workers, workers
 from attune.planning import costs
 from attune.planning.problems import machine
 from attune.process_groups import Groups
+from attune.stages.preloaded import serving
 from attune.text import printable
 
 LARGEST_NAME = 20  # characters of a run's name in the table
@@ -101,8 +102,9 @@ def run_all(settings: Settings, jobs: int | None) -> int:
             one_by_one(run)
         elif not groups.stopped:
             pool.start(jobs)
-            with lock_in_order(pool, whole.graph):
-                side_by_side(run, alone=lambda stage: processes_for(stage, whole.seconds(), jobs))
+            threads = {"OMP_NUM_THREADS": str(settings.threads), **os.environ}
+            with lock_in_order(pool, whole.graph), serving(threads, LOGS / "preloaded.log") as preloaded:
+                side_by_side(run, preloaded, lambda stage: processes_for(stage, whole.seconds(), jobs))
     note_lost_seconds(whole)
     sys.stdout.writelines(
         f"{line}\n" for line in outcome(whole, run.code, bool(groups.stopped), time.monotonic() - began)
