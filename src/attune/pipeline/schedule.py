@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from attune.pipeline.graph import first_of, longest_paths
-from attune.pipeline.logs import Log
+from attune.pipeline.logs import Bar, Log
 from attune.pipeline.screen import Screen
 from attune.pipeline.whole import FAILED, RAN, STOPPED, UNCHANGED, Whole, duration
 from attune.pipeline.workers import LOST, Worker, Workers
@@ -59,7 +59,8 @@ class Run:
         Args:
             hear: takes a line of a task in, and says which stage it is of.
         """
-        ended, bars = [], {}
+        ended: list[tuple[Task, int]] = []
+        bars: dict[str, Bar | None] = {}
         for worker, answer in self.workers.answers(POLL):
             task = self.tasks.pop(worker)
             if answer is LOST:
@@ -102,22 +103,27 @@ def side_by_side(run: Run, alone: Callable[[str], Mapping[str, str]]) -> None:
         return task.name
 
     while True:
-        if not run.tasks and run.whole.ended and not run.code:
+        if not (run.code or run.is_stopped()):
+            run.workers.start(run.whole.jobs)  # again, if one has died
+        if not run.tasks and run.whole.ended:
             _skip_unchanged(run)
         while stage := _next(run):
             others = len(run.whole.began) + len(_ready(run.whole)) - 1
             run.whole.begin(stage)
             run.give(stage, ["--wait-for-lock", "repro", "--single-item", stage], {} if others else alone(stage))
         if not run.tasks:
-            return
+            break
         for task, code in run.wait(hear):
             run.end(task.name, code)
             run.code = run.code or code
+    if run.whole.not_run and not (run.code or run.is_stopped()):
+        run.screen.say(f"the processes that run DVC are gone; {run.logs / 'workers.log'} may say why")
+        run.code = DIED
 
 
 def _skip_unchanged(run: Run) -> None:
     """Ends the stages that DVC would skip: asked once for all, it need not be asked for each."""
-    if run.is_stopped() or len(run.whole.not_run) < 2 or not run.workers.has_idle():
+    if run.code or run.is_stopped() or len(run.whole.not_run) < 2:
         return
     unchanged = run.workers.ask("unchanged", done=sorted(run.whole.done)).get("stages", ())
     for stage in unchanged:

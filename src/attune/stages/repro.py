@@ -97,10 +97,11 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         jobs = min(jobs, widest(graph)) if graph else 1
         whole = Whole(graph or Graph((), {}), jobs, noted_seconds())
         run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped))
+        if not groups.stopped:
+            pool.start(jobs)
         if not groups.stopped and jobs == 1:
             one_by_one(run)
         elif not groups.stopped:
-            pool.start(jobs)
             with lock_in_order(pool, whole.graph):
                 side_by_side(run, alone=lambda stage: processes_for(stage, whole.seconds(), jobs))
     note_lost_seconds(whole)
