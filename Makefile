@@ -37,8 +37,8 @@ inspect: $(READY)  ## look at the data before training: reports/<profile>/data.h
 label: $(READY)  ## a page to choose between images: make label A=base [B=dpo] [EXPORT=data/raw/labels]
 	@$(ATTUNE) label --a "$$A" $(if $(B),--b "$$B") $(if $(EXPORT),--export "$$EXPORT") $(WITH)
 
-repro: $(READY)  ## run the whole pipeline (what has changed of it) and print the result
-	@$(ATTUNE) repro
+repro: $(READY)  ## run the whole pipeline (what has changed of it) and print the result: make repro [WITH="--jobs 1"]
+	@$(ATTUNE) repro $(WITH)
 
 seeds: $(READY)  ## the whole pipeline for N seeds, compared in the report: make seeds N=3 [WITH="--jobs 2"]
 	@$(ATTUNE) seeds $(if $(N),--n $(N)) $(WITH)

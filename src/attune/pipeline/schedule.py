@@ -59,7 +59,8 @@ class Run:
         Args:
             hear: takes a line of a task in, and says which stage it is of.
         """
-        ended, bars = [], {}
+        ended: list[tuple[Task, int]] = []
+        bars: dict[str, Bar | None] = {}
         for worker, answer in self.workers.answers(POLL):
             task = self.tasks.pop(worker)
             if answer is LOST:
@@ -103,7 +104,9 @@ def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mappin
         return task.name
 
     while True:
-        if not run.tasks and run.whole.ended and not run.code:
+        if not (run.code or run.is_stopped()):
+            run.workers.start(run.whole.jobs)  # again, if one has died
+        if not run.tasks and run.whole.ended:
             _skip_unchanged(run)
         while stage := _next(run):
             others = len(run.whole.began) + len(_ready(run.whole)) - 1
@@ -111,15 +114,18 @@ def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mappin
             more = {} if others else alone(stage)
             run.give(stage, ["--wait-for-lock", "repro", "--single-item", stage], {**env, **more})
         if not run.tasks:
-            return
+            break
         for task, code in run.wait(hear):
             run.end(task.name, code)
             run.code = run.code or code
+    if run.whole.not_run and not (run.code or run.is_stopped()):
+        run.screen.say(f"the processes that run DVC are gone; {run.logs / 'workers.log'} may say why")
+        run.code = DIED
 
 
 def _skip_unchanged(run: Run) -> None:
     """Ends the stages that DVC would skip: asked once for all, it need not be asked for each."""
-    if run.is_stopped() or len(run.whole.not_run) < 2 or not run.workers.has_idle():
+    if run.code or run.is_stopped() or len(run.whole.not_run) < 2:
         return
     unchanged = run.workers.ask("unchanged", done=sorted(run.whole.done)).get("stages", ())
     for stage in unchanged:

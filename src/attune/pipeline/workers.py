@@ -64,8 +64,8 @@ class Workers:
 
     def answers(self, timeout: float) -> Iterator[tuple[Worker, Answer]]:
         """The answers that arrive within so many seconds; LOST for a worker that has died at its task."""
-        for worker in self._busy:
-            self._groups.look(worker)
+        for busy in self._busy:
+            self._groups.look(busy)
         for key, _ in self._selector.select(timeout):
             worker = key.data
             line = worker.stdout.readline()  # type: ignore[union-attr]
@@ -74,7 +74,7 @@ class Workers:
             if is_whole:
                 self._idle.append(worker)
             else:
-                self._selector.unregister(worker.stdout)  # type: ignore[arg-type]
+                self._selector.unregister(worker.stdout)
                 self._groups.end(worker)
             if had_task:
                 yield worker, json.loads(line) if is_whole else LOST

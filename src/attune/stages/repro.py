@@ -98,10 +98,11 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         jobs = min(jobs, widest(graph)) if graph else 1
         whole = Whole(graph or Graph((), {}), jobs, noted_seconds())
         run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped))
+        if not groups.stopped:
+            pool.start(jobs)
         if not groups.stopped and jobs == 1:
             one_by_one(run)
         elif not groups.stopped:
-            pool.start(jobs)
             threads = {"OMP_NUM_THREADS": str(settings.threads), **os.environ}
             with lock_in_order(pool, whole.graph), serving(threads, LOGS / "preloaded.log") as preloaded:
                 side_by_side(run, preloaded, lambda stage: processes_for(stage, whole.seconds(), jobs))

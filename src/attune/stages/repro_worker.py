@@ -60,10 +60,11 @@ def unchanged(done: list[str]) -> dict[str, Any]:
     Args:
         done: stages that have just been looked after.
     """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     found: list[str] = []
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
+    with suppress(DvcException), Repo(_wait_for_lock=True) as repo, repo.lock:
         for stage, needs in _steps(repo):
             is_open = {need.addressing for need in needs} <= {*done, *found} and stage.addressing not in done
             if is_open and not stage.changed():
