@@ -10,10 +10,11 @@ features (B, D).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from attune import pretrained
@@ -22,6 +23,13 @@ from attune.hub import parse
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+
+ScorerDtype = Annotated[
+    Literal["float32", "bfloat16"],
+    Field(description="of the CLIP's matrix products; bfloat16 is faster and halves its memory, for other last digits"),
+]
+"""What a scorer that is a CLIP computes in, see `in_dtype`."""
 
 
 # ---------------------------------------------------------------- loading

@@ -208,12 +208,6 @@ Preprocess = Annotated[
 ]
 """How a scorer that is a plain CLIP is shown images: a key of `clip.pixels.PREPARATIONS`."""
 
-ScorerDtype = Annotated[
-    Literal["float32", "bfloat16"],
-    Field(description="of the CLIP's matrix products; bfloat16 is faster and halves its memory, for other last digits"),
-]
-"""What a scorer that is a CLIP computes in; see `clip.model.in_dtype`."""
-
 
 class ScorerConfig(StrictModel):
     """What every scorer's block has in common.
@@ -240,10 +234,9 @@ class ScorerConfig(StrictModel):
         return locations(self)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that change scores, whatever the weights are."""
+        """The fields that change scores, whatever the weights are; that `dtype` is float32 goes without saying."""
         beside = {"expected_range", "license", *self.location_fields()}
         found = {name: value for name, value in self if name not in beside and not name.endswith("sha256")}
-        # float32 goes without saying, as it did when there was no choice: those scores can still be compared
         return {name: value for name, value in found.items() if (name, value) != ("dtype", "float32")}
 
     def range_of_mean(self, published: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:

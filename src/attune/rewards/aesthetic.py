@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.clip.model import full_precision, in_dtype, load_model, precision, prepared_features
+from attune.clip.model import ScorerDtype, full_precision, in_dtype, load_model, precision, prepared_features
 from attune.clip.pixels import PREPARATIONS, check_images
-from attune.config.settings import Location, Preprocess, ScorerConfig, ScorerDtype, Sha256
+from attune.config.settings import Location, Preprocess, ScorerConfig, Sha256
 from attune.hub import fetch_file, parse
 from attune.rewards._head import Head, head_of
 from attune.weights import read_tensors

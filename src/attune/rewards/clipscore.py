@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.clip.model import (
+    ScorerDtype,
     TextFeatures,
     in_dtype,
     load_model,
@@ -25,7 +26,7 @@ from attune.clip.model import (
     vision_config,
 )
 from attune.clip.pixels import PREPARATIONS, check_images
-from attune.config.settings import Location, Preprocess, ScorerConfig, ScorerDtype
+from attune.config.settings import Location, Preprocess, ScorerConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer

@@ -18,10 +18,18 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, in_dtype, load_tokenizer, precision, prepared_features, text_config
+from attune.clip.model import (
+    ScorerDtype,
+    TextFeatures,
+    in_dtype,
+    load_tokenizer,
+    precision,
+    prepared_features,
+    text_config,
+)
 from attune.clip.open_clip import load_open_clip
 from attune.clip.pixels import check_images, normalise, square_pixels
-from attune.config.settings import Location, ScorerConfig, ScorerDtype, Sha256
+from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.hub import fetch_file, parse
 from attune.pretrained import check_clip_tokenizer
 

@@ -15,9 +15,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, in_dtype, load_model, load_tokenizer, precision, prepared_features
+from attune.clip.model import (
+    ScorerDtype,
+    TextFeatures,
+    in_dtype,
+    load_model,
+    load_tokenizer,
+    precision,
+    prepared_features,
+)
 from attune.clip.pixels import PREPARATIONS, check_images
-from attune.config.settings import Location, Preprocess, ScorerConfig, ScorerDtype
+from attune.config.settings import Location, Preprocess, ScorerConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
