@@ -60,6 +60,52 @@ def by_pillow(images, size):
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 255
 
 
+# ---------------------------------------------------------------- dtype
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_half_precision_moves_scores_little_and_halves_the_matrices(name):
+    """Scores move by a small part of what they differ by, whatever the caller's autocast, and are still float32."""
+    images = (
+        torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        * torch.linspace(0.2, 1, 16)[:, None, None, None]
+    )
+    prompts = [PROMPTS[i % 3] for i in range(16)]
+    full, half = build(name, dtype="float32"), build(name, dtype="bfloat16")
+    expected, found = full(images, prompts), half(images, prompts)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 0.1 * expected.std()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(full(images, prompts), expected)
+        assert torch.equal(half(images, prompts), found)
+    kinds = {type(m).__name__: m.weight.dtype for m in half.model.modules() if hasattr(m, "weight")}
+    assert kinds["Linear"] == kinds["Conv2d"] == torch.bfloat16
+    assert kinds["LayerNorm"] == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "pickscore"])
+def test_gradients_pass_half_precision(name):
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    shown_with = {} if name == "hpsv2" else {"preprocess": "tensor"}
+    found = [
+        torch.autograd.grad(build(name, dtype=dtype, **shown_with)(images, PROMPTS).sum(), images)[0]
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert F.cosine_similarity(found[0].flatten(), found[1].flatten(), dim=0) > 0.98
+
+
+def test_only_another_dtype_makes_another_protocol():
+    module = plugins.load("rewards", "hpsv2")
+    default, full, half = (
+        module.Config(**(BLOCKS["hpsv2"] | given)).settings()
+        for given in ({}, {"dtype": "float32"}, {"dtype": "bfloat16"})
+    )
+    assert default == full
+    assert "dtype" not in full
+    assert half == full | {"dtype": "bfloat16"}
+
+
 # ---------------------------------------------------------------- preprocess, antialias
 
 

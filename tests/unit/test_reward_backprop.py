@@ -95,7 +95,8 @@ def test_both_parts_together_are_a_whole_run(build, k, eta):
     trajectory = rollout_no_grad(policy, PromptBatch(PROMPTS, cond), config, k, sources[1])
     assert trajectory.noise.shape[:2] == (3, k)
     assert not trajectory.x_t.requires_grad
-    assert torch.equal(rollout(policy, trajectory, config).detach(), whole)
+    with policy.merged():  # as whole runs are sampled
+        assert torch.equal(rollout(policy, trajectory, config), whole)
 
 
 def test_timesteps_end_at_zero_and_a_slice_of_none_does_nothing(policy):
@@ -138,17 +139,35 @@ def test_the_gradient_is_the_slope_of_the_loss(build):
     assert (losses[0] - losses[1]) / 0.04 == pytest.approx(slope.norm().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("checkpoint_steps", [False, True])
-def test_a_decoder_in_half_precision_loses_no_gradient(build, checkpoint_steps):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_decoder_in_half_precision_loses_no_gradient(build, checkpointed):
     """A pixel of this loss has a gradient of 1e-4 / 2,304 = 4e-8, less than the smallest float16."""
     settings = {"truncation": "fixed", "truncation_range": [0.8], "loss_coeff": 1e-4}
-    method = build("alignprop", checkpoint_steps=checkpoint_steps, **settings)
+    method = build("alignprop", checkpoint_decoder=checkpointed, **settings)
     method.policy.backbone.vae = copy.deepcopy(method.policy.backbone.vae)
     minibatch = first(method)
     full = gradient(method, minibatch)
     method.policy.backbone.vae.to(torch.float16)
     half = gradient(method, minibatch)
     assert (half - full).norm() < 0.02 * full.norm()
+
+
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("pixels", [16**2, 2 * 16**2, 512**2])
+def test_steps_and_decoder_are_checkpointed_apart(build, monkeypatch, steps, pixels):
+    """Three images are decoded once, or with a checkpoint twice and a few at a time; the gradient is the same."""
+    monkeypatch.setattr("attune.methods._reward_backprop.CHECKPOINTED_PIXELS", pixels)
+    policy, found = build("draft").policy, {}
+    for decoder in (False, True):
+        method, rows = build("draft", policy, checkpoint_steps=steps, checkpoint_decoder=decoder), []
+        hook = policy.backbone.vae.decoder.register_forward_pre_hook(lambda _, given, to=rows: to.append(len(given[0])))
+        counted = calls(method)[0]
+        hook.remove()
+        found[decoder] = gradient(method, first(method))
+        parts = {16**2: [1, 1, 1], 2 * 16**2: [1, 2]}.get(pixels, [3])
+        assert sorted(rows) == sorted([*parts, *parts] if decoder else [3])
+        assert counted == 5 + steps  # K = 1
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-7)
 
 
 def test_more_steps_see_more_of_the_gradient(build):

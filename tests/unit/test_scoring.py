@@ -17,6 +17,7 @@ from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError, Float
 from attune.config.settings import Location, ScorerConfig, Sha256
 from attune.evaluation import scoring
+from attune.evaluation.images import read_images
 from attune.evaluation.protocol import Protocol, hash_prompts, read_made_with, read_scores, scorer_identity
 from attune.evaluation.report.page import to_html
 from attune.evaluation.signs import measure_signs
@@ -223,7 +224,7 @@ def test_batches_give_the_scores_of_one_call(generated):
     assert list(stored) == list(frame.columns)
     assert {"oracle.faithfulness", "oracle.appeal"} <= set(stored)
     scorer = pickscore.load(pickscore.Config(path="models/embedded/pickscore"))
-    pixels = scoring.read_pixels(Path("data/tiny/generated/base"), frame.file)
+    pixels = scoring.as_pixels(read_images(Path("data/tiny/generated/base"), frame.file))
     with torch.no_grad():
         whole = scorer(pixels, frame.prompt.tolist()).double().numpy()
     np.testing.assert_allclose(stored.pickscore, whole, rtol=1e-5, atol=1e-5)

@@ -149,16 +149,32 @@ def test_every_step_of_every_prompt_makes_a_pair_if_the_preference_model_is_conf
     seen = []
 
     def preference_model(images, prompts, t):
-        assert images.shape == (2, 3, 16, 16)  # one candidate of every prompt at a time
-        assert list(prompts) == list(batch.prompts)
-        seen.append(t.tolist())
+        assert images.shape == (len(prompts), 3, 16, 16)  # candidate by candidate, so that prompts take turns
+        seen.append((t[0].item(), list(prompts)))
+        assert (t == t[0]).all()
         return tiny.brightness(images, prompts, t)
 
     pairs = rollout(Method(config(), policy, preference_model), batch)
-    assert seen == [[t, t] for t in (201, 1, 0) for _ in range(3)]
+    assert seen == [(t, list(batch.prompts) * 3) for t in (201, 1, 0)]
     assert pairs.t.tolist() == [401, 401, 201, 201, 1, 1]
     assert pairs.x_t.shape == pairs.chosen.shape == pairs.rejected.shape == (6, 4, 8, 8)
     assert (pairs.chosen - pairs.rejected).flatten(1).abs().amax(1).min() > 0
+
+
+def test_many_images_are_judged_in_parts(policy, batch, monkeypatch):
+    """Six images of three candidates, at most four at a time; the pairs are those of one call."""
+    whole, sizes = rollout(Method(config(), policy, tiny.brightness), batch), []
+    monkeypatch.setattr("attune.methods.spo.JUDGED_AT_ONCE", 4)
+
+    def preference_model(images, prompts, t):
+        assert len(images) == len(prompts) == len(t)
+        sizes.append(len(images))
+        return tiny.brightness(images, prompts, t)
+
+    parts = rollout(Method(config(), policy, preference_model), batch)
+    assert sizes == [4, 2] * 3
+    assert torch.equal(parts.chosen, whole.chosen)
+    assert torch.equal(parts.rejected, whole.rejected)
 
 
 def test_the_chosen_candidate_is_the_one_that_scores_higher(policy, batch):

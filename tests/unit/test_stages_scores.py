@@ -16,6 +16,7 @@ from scipy import stats
 import stages
 from attune.build import load_scorer
 from attune.config.plan import EvaluatePlan, Plugin, read
+from attune.evaluation.images import decode_rgb
 from attune.evaluation.protocol import read_scores
 from attune.evaluation.scoring import score_images
 from attune.evaluation.summary import Summary
@@ -102,6 +103,16 @@ def test_features_are_those_of_the_first_scorer_that_has_any(here, tmp_path):
         shards = Shards(tmp_path / "-".join(named))
         _, found, _ = score_images(folder, loaders, {name: name for name in named}, shards)
         np.testing.assert_allclose(found, own[order[0]], atol=1e-5)
+
+
+def test_an_image_is_decoded_once_for_all_scorers(here, tmp_path, monkeypatch):
+    plan, decoded = read(EvaluatePlan, "evaluate", "sft"), []
+    monkeypatch.setattr("attune.evaluation.images.decode_rgb", lambda data: (decoded.append(data), decode_rgb(data))[1])
+    loaders = {name: partial(load_scorer, scorer) for name, scorer in plan.scorers.items()}
+    frame, _, _ = score_images(GENERATED / "sft", loaders, {name: name for name in loaders}, Shards(tmp_path))
+    assert len(loaders) > 1
+    assert len(decoded) == len(frame)
+    pd.testing.assert_frame_equal(frame[list(loaders)], table_of("sft")[list(loaders)])
 
 
 @pytest.mark.parametrize("interval", [[2.0, 3.0], [-3.0, -2.0]])

@@ -290,6 +290,7 @@ def test_many_images_are_packed_and_read_alike(tmp_path, monkeypatch):
         pd.DataFrame({"file": files}).to_parquet(folder / "index.parquet")
         assert np.array_equal(images.read_images(folder, files), pictures)
         assert np.array_equal(images.read_images(folder, files[::-3]), pictures[::-3])
+        assert np.array_equal(images.image_reader(folder, 2, 10**6)(files[::-3]), pictures[::-3])
         found[folder.name] = sorted(path.name for path in folder.iterdir())
         uri = images.thumbnail_uri(folder / files[11], 10_000)
         assert uri == images.thumbnail_uri(images.Image.fromarray(pictures[11]), 10_000)
@@ -310,3 +311,19 @@ def test_latents_are_kept_in_the_autoencoders_precision(prepare, tmp_path, backb
     batch = half.pair_batch([3, 50])
     assert batch.latents_0.dtype == torch.float32
     torch.testing.assert_close(batch.latents_0, whole.pair_batch([3, 50]).latents_0, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("most_bytes", "decoded"), [(10**6, 8), (3 * 192, 8 + 5), (3 * 192 + 191, 8 + 5), (0, 16)])
+def test_images_are_decoded_once_as_far_as_memory_goes(tmp_path, monkeypatch, threads, most_bytes, decoded):
+    """Eight images of 8 x 8 x 3 = 192 bytes are read twice, in two batches whose order differs."""
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    files = [f"{i}.png" for i in range(8)]
+    for file, picture in zip(files, pictures, strict=True):
+        (tmp_path / file).write_bytes(images.png(picture))
+    count, decode = [], images.decode_rgb
+    monkeypatch.setattr(images, "decode_rgb", lambda data: (count.append(1), decode(data))[1])
+    read = images.image_reader(tmp_path, threads, most_bytes)
+    for order in ([0, 1, 2, 3, 4], [5, 6, 7], [7, 0, 6, 1], [5, 4, 3, 2]):
+        assert np.array_equal(read([files[i] for i in order]), pictures[order])
+    assert len(count) == decoded

@@ -234,9 +234,10 @@ class ScorerConfig(StrictModel):
         return locations(self)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that change scores, whatever the weights are."""
+        """The fields that change scores, whatever the weights are; that `dtype` is float32 goes without saying."""
         beside = {"expected_range", "license", *self.location_fields()}
-        return {name: value for name, value in self if name not in beside and not name.endswith("sha256")}
+        found = {name: value for name, value in self if name not in beside and not name.endswith("sha256")}
+        return {name: value for name, value in found.items() if (name, value) != ("dtype", "float32")}
 
     def range_of_mean(self, published: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
         """The interval a mean score must lie in: `expected_range`, or what is known of published weights.

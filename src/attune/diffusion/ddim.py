@@ -87,7 +87,8 @@ def sample(
     x_t = sample_noise((len(cond), *policy.backbone.latent_shape))
     noise = (sample_noise(tuple(x_t.shape)) for _ in range(steps)) if eta > 0 else None
     timesteps = timesteps_to_zero(policy, steps)
-    return ddim(policy, x_t, timesteps, cond, noise, eta=eta, guidance_scale=guidance_scale)
+    with policy.merged():
+        return ddim(policy, x_t, timesteps, cond, noise, eta=eta, guidance_scale=guidance_scale)
 
 
 def maybe_checkpoint(wanted: bool, f: Callable[..., Tensor], *values: Any) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -71,6 +73,53 @@ def add_lora(denoiser: Denoiser, ranks: Mapping[str, int], in_float32: bool = Fa
 def lora_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     """The modules that hold the network's adapter."""
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def set_lora(layers: Sequence[BaseTunerLayer], enabled: bool) -> None:
+    """Switches an adapter by a flag on each of its layers.
+
+    peft's setter freezes the weights as well, and diffusers' looks for the layers each time: 5 ms on a tiny UNet.
+    """
+    for layer in layers:
+        layer._disable_adapters = not enabled
+
+
+def can_merge(denoiser: nn.Module, layers: Sequence[BaseTunerLayer]) -> bool:
+    """Whether there is an adapter that is on, and `merged_lora` would lose nothing of it.
+
+    Weights in half precision have 8 or 11 bits: most of what an adapter adds early in training is below the last of
+    them and would be rounded away. Quantised weights cannot be added to. What is compiled expects its weights in place.
+    """
+    if getattr(denoiser, "_compiled_call_impl", None) is not None:
+        return False
+    return bool(layers) and all(
+        not layer._disable_adapters and _base_weight(layer).dtype == torch.float32 for layer in layers
+    )
+
+
+@contextmanager
+def merged_lora(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Inside, the base weights W are W + B A, the adapter is off, and there is no gradient.
+
+    The sums are other tensors in the weights' place, and the old ones are put back afterwards: the base is the same bit
+    for bit. Inside, memory holds the weights that the adapter touches twice.
+    """
+    weights = [_base_weight(layer) for layer in layers]
+    kept = [weight.data for weight in weights]
+    try:
+        with torch.no_grad():
+            for layer, weight in zip(layers, weights, strict=True):
+                weight.data = weight.data + layer.get_delta_weight(layer.active_adapters[0])
+            set_lora(layers, enabled=False)
+            yield
+    finally:
+        for weight, data in zip(weights, kept, strict=True):
+            weight.data = data.to(weight.device)  # `model.offload` may have moved the network meanwhile
+        set_lora(layers, enabled=True)
+
+
+def _base_weight(layer: BaseTunerLayer) -> nn.Parameter:
+    return cast("nn.Parameter", layer.get_base_layer().weight)
 
 
 def lora_ranks(denoiser: nn.Module) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from attune.shards import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +99,27 @@ def _members(pack: Path, changed: int) -> dict[str, tuple[int, int]]:
 def read_images(folder: Path, files: Sequence[str]) -> np.ndarray:
     """Images of one size as uint8 (B, H, W, 3). An alpha channel is dropped: scorers take RGB."""
     return np.stack([decode_rgb(image_bytes(folder / file)) for file in files])
+
+
+def image_reader(folder: Path, threads: int, most_bytes: int) -> Callable[[Sequence[str]], np.ndarray]:
+    """What reads images of a folder as `read_images` does, but decodes those that it is asked for again only once.
+
+    Args:
+        threads: that decode.
+        most_bytes: of the images that are kept, 3 per pixel; those beyond are decoded each time.
+    """
+    kept: dict[str, np.ndarray] = {}
+
+    def read(files: Sequence[str]) -> np.ndarray:
+        missing = [file for file in files if file not in kept]
+        decoded = in_order(lambda file: decode_rgb(image_bytes(folder / file)), missing, threads)
+        fresh = dict(zip(missing, decoded, strict=True))
+        images = np.stack([fresh[file] if file in fresh else kept[file] for file in files])
+        room = most_bytes - sum(image.nbytes for image in kept.values())
+        kept.update(list(fresh.items())[: max(0, room) // images[0].nbytes])
+        return images
+
+    return read
 
 
 def decode_rgb(data: bytes) -> np.ndarray:

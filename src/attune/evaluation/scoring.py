@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attune.distributed import ALONE, Shard
-from attune.evaluation.images import image_bytes, read_images
+from attune.evaluation.images import image_bytes, image_reader
 from attune.evaluation.protocol import Protocol, write_scores
 from attune.files import write_atomically
 from attune.shards import Content, Shards, compute_missing, in_order, own_threads, shard_name
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MADE_WITH = "made_with.json"  # beside images: versions and device
 FEATURES = "features"  # their name in a shard, which no scorer can have beside `features.part`
 BATCH_SIZE = 32  # images; 1024 px ones take 0.4 GB as float32
+KEPT_BYTES = 2**31  # of decoded images, which wait for the next scorer: 2,700 of 512 px
+Read = Callable[[Sequence[str]], np.ndarray]
+"""Images of files as uint8 (B, H, W, 3)."""
 
 
 class UnexpectedMean(ValueError):
@@ -99,7 +102,8 @@ def score_images(
 ) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
     """Scores the images of a folder, by all processes, batch by batch; a batch's scores by a scorer are a shard.
 
-    Scorers are loaded one after the other, and one that has been asked everything before is not loaded.
+    Scorers are loaded one after the other, and one that has been asked everything before is not loaded. Images are
+    decoded for the first of them and kept for the others, as far as `KEPT_BYTES` go.
 
     Args:
         folder: images with their index.parquet (columns prompt, ordinal, file).
@@ -113,11 +117,12 @@ def score_images(
         UnexpectedMean: a scorer's mean lies outside the interval it announces.
     """
     frame, features, used = pd.read_parquet(folder / "index.parquet"), None, list[str]()
-    batches = list(read_batches(folder, frame, own_threads(shard.world_size)))
+    threads = own_threads(shard.world_size)
+    batches, read = list(read_batches(folder, frame, threads)), image_reader(folder, threads, KEPT_BYTES)
     for name, load in scorers.items():
         load = cache(load)  # once, and not for the next scorer's pass
         names = [shard_name(ids[name], features is None, rows.prompt.tolist(), digests) for rows, digests in batches]
-        score = partial(score_batch, name, load, folder, with_features=features is None)
+        score = partial(score_batch, name, load, read, with_features=features is None)
         tasks = {each: partial(score, rows) for each, (rows, _) in zip(names, batches, strict=True)}
         compute_missing(tasks, shards, shard, f"{folder.name}: {name}")
         found = [shards.read(each) for each in names]  # equal batches, of images that are alike, are one shard
@@ -141,12 +146,12 @@ def read_batches(folder: Path, frame: pd.DataFrame, threads: int) -> Iterator[tu
 
 
 def score_batch(
-    name: str, load: Callable[[], Reward], folder: Path, rows: pd.DataFrame, *, with_features: bool
+    name: str, load: Callable[[], Reward], read: Read, rows: pd.DataFrame, *, with_features: bool
 ) -> Content:
     """Columns `name` and `name.part` of a batch, features if wanted and offered; and the interval of the mean."""
     from attune.interfaces import ExplainedReward, FeatureExtractor
 
-    scorer, prompts, pixels = load(), rows["prompt"].tolist(), read_pixels(folder, rows["file"])
+    scorer, prompts, pixels = load(), rows["prompt"].tolist(), as_pixels(read(rows["file"].tolist()))
     with torch.no_grad():
         columns = {name: scorer(pixels, prompts).cpu().double()}
     if isinstance(scorer, ExplainedReward):
@@ -158,9 +163,9 @@ def score_batch(
     return columns, {"expected_range": None if expected is None else list(expected)}
 
 
-def read_pixels(folder: Path, files: Sequence[str]) -> Tensor:
-    """Images as scorers take them: float32 (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(read_images(folder, files)).permute(0, 3, 1, 2).float() / 255
+def as_pixels(images: np.ndarray) -> Tensor:
+    """Images as scorers take them: float32 (B, 3, H, W) in [0, 1], of uint8 (B, H, W, 3)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def check_mean(name: str, mean: float, expected: tuple[float, float] | None) -> None:

@@ -28,15 +28,17 @@ if TYPE_CHECKING:
 
 # a pixel's gradient is about 1e-6, and a decoder in float16 has none below 6e-8; a power of two costs no digit
 DECODER_GRADIENT_SCALE = 2.0**12
+CHECKPOINTED_PIXELS = 512**2  # decoded at a time with a graph, where the decoder's activations are not kept
 
 
 # descriptions of fields whose defaults differ from method to method
 REWARDS = (
     "scorers of the profile and their weights in the sum r; a scorer of weight 0 is only logged, and stays held out"
 )
-CHECKPOINT_STEPS = (
-    "saves memory: only latents are kept between steps, and images are decoded one by one; each step with a gradient "
-    "is then computed twice"
+CHECKPOINT_STEPS = "saves memory: only latents are kept between steps; each step with a gradient is then computed twice"
+CHECKPOINT_DECODER = (
+    "saves memory: no activations of the decoder are kept, 3 GB for each image of 512 px in half precision and 6 in "
+    "float32; images are decoded again in the backward pass"
 )
 
 
@@ -53,6 +55,7 @@ class RewardConfig(MethodConfig):
     eta: Float = Field(1.0, ge=0, le=1, description="noise of the DDIM steps: 0 deterministic, 1 ancestral")
     guidance_scale: Float = Field(ge=0, description="classifier-free guidance in every step, 1 = off")
     checkpoint_steps: bool = Field(False, description=CHECKPOINT_STEPS)
+    checkpoint_decoder: bool = Field(False, description=CHECKPOINT_DECODER)
 
     @field_validator("rewards")
     @classmethod
@@ -96,7 +99,8 @@ def rollout_no_grad(
     timesteps, shape = timesteps_to_zero(policy, config.steps), (len(cond), *policy.backbone.latent_shape)
     x_T = sample_noise(shape)
     fresh = (sample_noise(shape) for _ in range(config.steps - k))
-    x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, eta=config.eta, guidance_scale=config.guidance_scale)
+    with policy.merged():
+        x_t = ddim(policy, x_T, timesteps[:-k], cond, fresh, eta=config.eta, guidance_scale=config.guidance_scale)
     noise = torch.stack([sample_noise(shape) for _ in range(k)], dim=1)
     return Trajectory(x_t, timesteps[-k - 1 :], noise, cond, list(batch.prompts))
 
@@ -119,7 +123,7 @@ def weighted_reward(
     policy: Policy, latents: Tensor, prompts: Sequence[str], rewards: Mapping[str, Reward], config: RewardConfig
 ) -> tuple[Tensor, Metrics]:
     """The weighted sum of scores (n,) of decoded latents, with a graph, and what to log about it."""
-    decoded = decode(policy.backbone, latents, one_by_one=config.checkpoint_steps)
+    decoded = decode(policy.backbone, latents, config.checkpoint_decoder)
     images, scores = decoded.clamp(0, 1), {}
     for name, weight in config.rewards.items():
         with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
@@ -133,14 +137,15 @@ def weighted_reward(
     }
 
 
-def decode(backbone: Backbone, latents: Tensor, one_by_one: bool) -> Tensor:
+def decode(backbone: Backbone, latents: Tensor, checkpoint_decoder: bool) -> Tensor:
     """Images (n, 3, H, W), float32, nominally in [0, 1]; gradients are scaled up while they pass the decoder.
 
     Args:
-        one_by_one: keep no activations of the decoder; each image is decoded again in the backward pass.
+        checkpoint_decoder: keep no activations of the decoder; images are decoded again in the backward pass, as many
+            at a time as have the pixels of one of 512 px.
     """
-    if one_by_one:
-        rows = latents.split(1)
+    if checkpoint_decoder and latents.requires_grad:
+        rows = latents.split(max(1, CHECKPOINTED_PIXELS // backbone.resolution**2))
         images = torch.cat([checkpoint(backbone.decode_latents, row, use_reentrant=False) for row in rows])
     else:
         images = backbone.decode_latents(latents)

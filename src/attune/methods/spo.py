@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LOSS_AT_REFERENCE = math.log(2)
 """The loss while the policy equals its reference."""
+JUDGED_AT_ONCE = 64  # images; a ViT-H/14 takes 1 GB for their activations
 
 
 class Config(MethodConfig):
@@ -145,7 +146,9 @@ class Method:
         self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
 
     def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[StepPairs]]:
-        shard, pairs = self.policy.shard, self.rollout(batch, draws.noise, draws.integers)
+        shard = self.policy.shard
+        with self.policy.merged():
+            pairs = self.rollout(batch, draws.noise, draws.integers)
         # which pairs there are is known after the rollout, so the processes share them out anew
         pairs = pairs if shard.world_size == 1 else self.gathered(pairs[: None if shard.count(draws.n) else 0])
         order = torch.randperm(len(pairs), generator=draws.shared)
@@ -204,9 +207,10 @@ class Method:
         Returns: pairs for each step of the segment; for each prompt its best and its worst candidate, (n,).
         """
         k, n = self.config.candidates, len(batch.prompts)
-        images = self.policy.backbone.decode_latents(x_0).chunk(k)
-        scores = [self.preference_model(candidate, batch.prompts, t.expand(n)) for candidate in images]
-        best, worst, confident = compare(torch.stack(scores), self.config.threshold)
+        images, prompts = self.policy.backbone.decode_latents(x_0), list(batch.prompts) * k
+        parts = (slice(start, start + JUDGED_AT_ONCE) for start in range(0, k * n, JUDGED_AT_ONCE))
+        scores = [self.preference_model(images[part], prompts[part], t.expand(len(images[part]))) for part in parts]
+        best, worst, confident = compare(torch.cat(scores).unflatten(0, (k, n)), self.config.threshold)
         rows = confident.nonzero().flatten()
         chosen, rejected = best[rows] * n + rows, worst[rows] * n + rows
         pairs = []

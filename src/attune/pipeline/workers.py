@@ -68,7 +68,7 @@ class Workers:
             self._groups.look(busy)
         for key, _ in self._selector.select(timeout):
             worker = key.data
-            line = worker.stdout.readline()  # type: ignore[union-attr]
+            line = worker.stdout.readline()
             had_task, is_whole = worker in self._busy, line.endswith("\n")
             (self._busy if had_task else self._idle).remove(worker)
             if is_whole:

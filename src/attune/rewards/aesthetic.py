@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.clip.model import full_precision, load_model, prepared_features
+from attune.clip.model import ScorerDtype, full_precision, in_dtype, load_model, precision, prepared_features
 from attune.clip.pixels import PREPARATIONS, check_images
 from attune.config.settings import Location, Preprocess, ScorerConfig, Sha256
 from attune.hub import fetch_file, parse
@@ -36,6 +36,7 @@ class Config(ScorerConfig):
     head_sha256: Sha256 | None = Field(None, description="what the head must hash to; the published one 21dd590f...")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have")
     preprocess: Preprocess = "pil"
+    dtype: ScorerDtype = "float32"
     license: str = Field("Apache-2.0 (head), MIT (OpenAI CLIP)", description="licence of the weights")
 
 
@@ -57,14 +58,16 @@ class Scorer:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
-        with full_precision(self.model.device):
-            return self.head(self._image(images)).to(images.device)
+        with precision(self.model):
+            features = self._image(images)
+        with full_precision(features.device):
+            return self.head(features).to(images.device)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Unit CLIP features (B, D), on the images' device, by which diversity and drift are measured."""
         check_images(images)
-        with full_precision(self.model.device):
+        with precision(self.model):
             return self._image(images).to(images.device)
 
 
@@ -72,5 +75,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     head = load_head(config.head, config.head_sha256)
     model = load_model(config.path, config.hidden_act)
-    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
     return Scorer(model, head.to(device), config)

@@ -16,10 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.clip.model import (
+    ScorerDtype,
     TextFeatures,
-    full_precision,
+    in_dtype,
     load_model,
     load_tokenizer,
+    precision,
     prepared_features,
     vision_config,
 )
@@ -45,6 +47,7 @@ class Config(ScorerConfig):
     path: Location = Field(description="that CLIP, e.g. openai/clip-vit-large-patch14")
     hidden_act: str = Field("quick_gelu", description="activation the CLIP must have; OpenAI's all have quick_gelu")
     preprocess: Preprocess = "pil"
+    dtype: ScorerDtype = "float32"
     license: str = Field("MIT", description="licence of the weights")
 
 
@@ -62,7 +65,7 @@ class Scorer:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
-        with full_precision(self.model.device):
+        with precision(self.model):
             cosine = (self._image(images) * self._text(prompts)).sum(-1)
             return (100 * cosine.clamp(min=0)).to(images.device)
 
@@ -70,7 +73,7 @@ class Scorer:
     def features(self, images: Tensor) -> Tensor:
         """Unit CLIP features (B, D), on the images' device, by which diversity and drift are measured."""
         check_images(images)
-        with full_precision(self.model.device):
+        with precision(self.model):
             return self._image(images).to(images.device)
 
 
@@ -85,5 +88,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     vision = vision_config(model.config)
     if (vision.patch_size, vision.image_size) != (int(patch), int(size or 224)):
         raise ValueError(f"{config.path} is no {config.model}: patches {vision.patch_size}, images {vision.image_size}")
-    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
     return Scorer(model, load_tokenizer(config.path, model.config), config)

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, full_precision, load_tokenizer, prepared_features, text_config
+from attune.clip.model import (
+    ScorerDtype,
+    TextFeatures,
+    in_dtype,
+    load_tokenizer,
+    precision,
+    prepared_features,
+    text_config,
+)
 from attune.clip.open_clip import load_open_clip
 from attune.clip.pixels import check_images, normalise, square_pixels
 from attune.config.settings import Location, ScorerConfig, Sha256
@@ -43,6 +51,7 @@ class Config(ScorerConfig):
     tokenizer: Location = Field(description="for published weights laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
     hidden_act: str = Field("gelu", description="activation the model must have")
     preprocess: Literal["hps", "square"] = Field("hps", description="hps: as published; square: AlignProp's")
+    dtype: ScorerDtype = "float32"
     antialias: bool = Field(
         True, description="resize as torchvision >= 0.17 does (true) or as at publication; never mix the two"
     )
@@ -91,7 +100,7 @@ class Scorer:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
-        with full_precision(self.model.device):
+        with precision(self.model):
             return (self._image(images) * self._text(prompts)).sum(-1).to(images.device)
 
 
@@ -101,5 +110,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     tokenizer = load_tokenizer(config.tokenizer)
     model = load_open_clip(file, tokenizer, config.hidden_act)
     check_clip_tokenizer(tokenizer, text_config(model.config), config.tokenizer)
-    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
     return Scorer(model, tokenizer, config)

@@ -15,7 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attune.clip.model import TextFeatures, full_precision, load_model, load_tokenizer, prepared_features
+from attune.clip.model import (
+    ScorerDtype,
+    TextFeatures,
+    in_dtype,
+    load_model,
+    load_tokenizer,
+    precision,
+    prepared_features,
+)
 from attune.clip.pixels import PREPARATIONS, check_images
 from attune.config.settings import Location, Preprocess, ScorerConfig
 
@@ -34,6 +42,7 @@ class Config(ScorerConfig):
     )
     hidden_act: str = Field("gelu", description="activation the checkpoint must have")
     preprocess: Preprocess = "pil"
+    dtype: ScorerDtype = "float32"
     license: str = Field("MIT (authors' repository; the Hub card names none)", description="licence of the weights")
 
 
@@ -51,7 +60,7 @@ class Scorer:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), on the images' device, of images (B, 3, H, W) in [0, 1]; ValueError if not."""
         check_images(images, prompts)
-        with full_precision(self.model.device):
+        with precision(self.model):
             cosine = (self._image(images) * self._text(prompts)).sum(-1)
             return (self.model.logit_scale.exp() * cosine).to(images.device)
 
@@ -59,5 +68,5 @@ class Scorer:
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     model = load_model(config.path, config.hidden_act)
-    model = model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
     return Scorer(model, load_tokenizer(config.tokenizer or config.path, model.config), config)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from attune.data.store import PreparedData
@@ -18,6 +19,7 @@ from attune.spm.objective import SPMObjective
 TIMESTEPS = (0, 251, 501, 701, 951)  # the paper's evaluation points
 
 
+@torch.no_grad()
 def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[str, dict[str, list[Any]]]:
     """How often each model picks the better image of validation pairs, from one-step predictions.
 
@@ -35,6 +37,7 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(objective.base.device)
     size = objective.config.batch_size
     parts = [range(start, min(start + size, len(truth))) for start in range(0, len(truth), size)]
+    texts: dict[tuple[str, int], Tensor] = {}  # by model and first row, the same at every t
     curves: dict[str, dict[str, list[Any]]] = {
         name: {"t": list(TIMESTEPS), "accuracy": [], "ci95": []} for name in models
     }
@@ -45,8 +48,9 @@ def accuracy_by_t(objective: SPMObjective, prepared: Path, seed: int) -> dict[st
                 data.pair_batch(rows), torch.full((len(rows),), t), noise[rows.start : rows.stop]
             )
             for name, model in models.items():
-                with torch.no_grad():
-                    scores_0, scores_1 = model(seen.pixel_values, seen.input_ids, seen.t)
+                if (name, rows.start) not in texts:
+                    texts[name, rows.start] = model.text_features(seen.input_ids)
+                scores_0, scores_1 = model.candidate_scores(seen.pixel_values, texts[name, rows.start], seen.t)
                 gaps[name] += (scores_0 - scores_1).tolist()
         for name, gap in gaps.items():
             mean, interval = accuracy(np.array(gap), truth.to_numpy(), data.pairs.prompt.tolist(), seed)

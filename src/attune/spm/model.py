@@ -143,7 +143,14 @@ class StepAwareCLIP(nn.Module):
             input_ids: (B, L) token ids.
             t: (B,) timesteps the images were predicted at.
         """
-        text = F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
+        return self.candidate_scores(pixel_values, self.text_features(input_ids), t)
+
+    def text_features(self, input_ids: Tensor) -> Tensor:
+        """Features (B, D), of unit length, of token ids (B, L)."""
+        return F.normalize(self.model.get_text_features(input_ids=input_ids).pooler_output, dim=-1)
+
+    def candidate_scores(self, pixel_values: Tensor, text: Tensor, t: Tensor) -> Tensor:
+        """`forward`, of text features (B, D) in the place of tokens."""
         k = len(pixel_values)
         return self.cosine_scores(pixel_values.flatten(0, 1), text.repeat(k, 1), t.repeat(k)).unflatten(0, (k, -1))
 
