@@ -72,9 +72,9 @@ class Row:
 
     def small(self, device: torch.device) -> Place:
         """The same work where it costs little, in float32: for the comparison of what both sides compute."""
-        small = {"clip": "small", "steps": 6} if self.work in ("HPSv2", "PickScore", "generation") else {}
+        small = {"clip": "small", "steps": 4} if self.work in ("HPSv2", "PickScore", "generation") else {}
         options = {name: small.get(name, value) for name, value in self.options.items()}
-        return Place(BASE, "float32", 32, min(self.n, 4), device, options)
+        return Place(BASE, "float32", 32, min(self.n, 2), device, options)
 
 
 def _rows(base: str, n: int, sizes: Mapping[str, int], long: bool) -> list[Row]:

@@ -28,8 +28,8 @@ GUIDANCE = 5.0
 
 
 def labels(n: int, device: torch.device) -> Tensor:
-    """Which image is better: the first, the second, or neither, in turn."""
-    return torch.tensor([(1.0, 0.0, 0.5)[i % 3] for i in range(n)], device=device)
+    """Which image is better: the first, neither, or the second, in turn."""
+    return torch.tensor([(1.0, 0.5, 0.0)[i % 3] for i in range(n)], device=device)
 
 
 def ours(place: Place) -> Side:
