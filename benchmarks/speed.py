@@ -5,7 +5,8 @@
     PYTHONPATH=src python benchmarks/speed.py --device cuda --rows sd15
 
 Of each row, both sides are first shown to compute the same, in float32 on the embedded model; then they are called in
-turn in one process; then each is called in a process of its own, which tells its peak of memory. Rows are added to the
+turn in one process; then each is called in a process of its own, which tells its peak of memory (of the embedded model
+only with --memory, as libraries are most of it). `--short` takes ten minutes on two idle cores. Rows are added to the
 report as they are measured, each with its date and commit, so they can be measured one at a time. Nothing is
 downloaded. `speed_rows.py` lists the rows; `speed_<topic>.py` say whose order of operations the reference keeps.
 """
@@ -34,7 +35,7 @@ REPEATS = {"tiny": 5, "sd15": 2}  # pairs of calls that are timed
 SHORT = {"tiny": 3, "sd15": 2}
 
 
-# ---------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------- one row
 
 
 def measured(what: str, row: Row, folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -49,10 +50,18 @@ def measured(what: str, row: Row, folder: Path, device: torch.device, repeats: i
     return {f"{what}_GiB": peak({"reference": work.reference, "ours": work.ours}[what], place)}
 
 
+def measured_here(row: Row, folder: Path, args: argparse.Namespace, repeats: int) -> dict[str, Any]:
+    """Equality and seconds, in this process; what went wrong, if something did."""
+    try:
+        return measured("time", row, folder, torch.device(args.device), repeats)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def in_a_process(words: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """What this program says when it is run with `words`; what went wrong, if something did."""
     command = [sys.executable, __file__, *words, "--device", args.device, "--threads", str(args.threads)]
-    own = {"ATTUNE_DEVICE": args.device, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    own = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     own |= {"DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -147,6 +156,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch finds no GPU: --device cpu")
     torch.set_num_threads(args.threads)
+    os.environ["ATTUNE_DEVICE"] = args.device
     if args.side == "write":
         write_pipeline("sd15", Path(args.folder), torch.bfloat16)
         sys.stdout.write("{}\n")

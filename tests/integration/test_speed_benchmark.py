@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,15 +65,8 @@ def test_a_gradient_through_fewer_steps_is_a_difference(rows):
         rows.differences(longer, tiny_rows(rows, "AlignProp")[0].small(CPU))
 
 
-def test_images_without_the_adapter_are_a_difference(rows):
-    work, row = rows.WORKS["generation"], tiny_rows(rows, "generation")[-1]
-    without = replace(work, ours=lambda place: work.ours(replace(place, options=place.options | {"lora": False})))
-    with pytest.raises(AssertionError, match="images differ by"):
-        rows.differences(without, row.small(CPU))
-
-
 def test_a_row_that_is_measured_joins_the_report(benchmark, tmp_path, monkeypatch, capsys):
-    """By the command, in a process of its own; the rows that were there stay."""
+    """By the command; the rows that were there stay."""
     out, row = tmp_path / "speed", tiny_rows(benchmark("speed_rows"), "HPSv2")[0]
     before = {"machine": {"device": "a CPU"}, "date": "2026-01-01", "commit": "abc", "device": "cpu"}
     failed = before | {"reference_is": "authors", "error": "MemoryError: 9 | <b>"}
@@ -91,11 +86,26 @@ def test_a_row_that_is_measured_joins_the_report(benchmark, tmp_path, monkeypatc
     assert f"| {row.name} |" in capsys.readouterr().out
 
 
-def test_memory_is_that_of_a_process_with_one_side(benchmark, rows):
+def test_memory_is_that_of_a_process_of_its_own(benchmark, rows):
     row = tiny_rows(rows, "PickScore")[0]
-    found = [benchmark("speed").measured(side, row, row.small(CPU).folder, CPU, 1) for side in ("reference", "ours")]
-    assert [list(each) for each in found] == [["reference_GiB"], ["ours_GiB"]]
-    assert all(0.1 < value < 100 for each in found for value in each.values())
+    args, words = Namespace(device="cpu", threads=1), ["--row", row.name, "--folder", str(row.small(CPU).folder)]
+    found = benchmark("speed").in_a_process(["--side", "ours", *words], args)
+    assert list(found) == ["ours_GiB"]
+    assert 0.1 < found["ours_GiB"] < 100
+
+
+def test_what_ends_a_process_is_said(benchmark, monkeypatch):
+    args = Namespace(device="cpu", threads=1)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert benchmark("speed").in_a_process([], args) == {"error": "ended with 1"}
+
+
+def test_a_row_of_different_sides_is_a_line_of_the_report(benchmark, rows, monkeypatch):
+    speed, row, work = benchmark("speed"), tiny_rows(rows, "generation")[-1], rows.WORKS["generation"]
+    without = replace(work, ours=lambda place: work.ours(replace(place, options=place.options | {"lora": False})))
+    monkeypatch.setitem(rows.WORKS, "generation", without)
+    found = speed.measured_here(row, row.small(CPU).folder, Namespace(device="cpu"), 1)
+    assert found["error"].startswith("AssertionError: reference and attune do not compute the same: images differ by")
 
 
 def test_a_slower_row_is_said_to_be_slower(benchmark):
