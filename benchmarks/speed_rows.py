@@ -16,6 +16,7 @@ import speed_scorers
 import speed_spm
 import speed_spo
 import torch
+from gpu_checks import without_tf32
 from measuring import peak_GiB, release_memory, synchronise
 from speed_sides import BASE, Place, Side
 from torch import Tensor
@@ -130,7 +131,8 @@ def differences(work: Work, place: Place) -> dict[str, float]:
     """
     sides = work.reference(place), work.ours(place)
     before = [[weight.detach().clone() for weight in side.trained] for side in sides]
-    theirs, ours = (side.step() for side in sides)
+    with without_tf32():
+        theirs, ours = (side.step() for side in sides)
     found = {name: relative(theirs[name], ours[name]) for name in theirs}
     wrong = [f"{name} differ by {error:.1e}" for name, error in found.items() if not error < OUTPUTS]
     if sides[0].trained:

@@ -4,7 +4,8 @@ HPSv2, package `hpsv2`, `img_score.py`: a call with a list of images is a loop, 
 through the network by themselves, the prompt padded to full length. The package reads its weights in each call, which
 is left out. PickScore, the model card's function: images of a prompt are processed by Pillow, and one call is for one
 image here, because images of different prompts cannot share one.
-Both sides hold the same network in float32. attune's scorer is new in each call, so that it has seen no prompt before.
+Both sides hold the same network in float32; on a GPU the package computes under autocast to float16.
+attune's scorer is new in each call, so that it has seen no prompt before.
 """
 
 from __future__ import annotations
@@ -83,9 +84,12 @@ def in_order_of_the_package(place: Place) -> Side:
         text_features = clip.get_text_features(input_ids=ids).pooler_output
         return (F.normalize(image, dim=-1) @ F.normalize(text_features, dim=-1).T).diagonal().cpu()
 
+    half = place.device.type == "cuda" and place.dtype != "float32"
+
     @torch.no_grad()
     def step() -> Mapping[str, Tensor]:
-        found = [score(picture, text) for picture, text in zip(pictures, texts(place), strict=True)]
+        with torch.autocast(place.device.type, torch.float16, enabled=half):
+            found = [score(picture, text) for picture, text in zip(pictures, texts(place), strict=True)]
         return {"scores": torch.cat(found)}
 
     return Side(step)
