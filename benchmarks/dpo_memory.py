@@ -17,13 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from plain import RANK, adamw_step, add_lora, frozen_unet, trained_weights
 from shapes import scheduler, write_pipeline
 from torch import Tensor, nn
 
@@ -36,11 +35,9 @@ from attune.interfaces import Conditioning
 from attune.methods import dpo
 from attune.training.step import TrainStep
 
-RANK, BETA = 4, 5000.0  # diffusers' beta; attune's has a factor of 2
-TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
-Batch = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # latents (2, C, h, w), noise (1, ...), t (1,), prompt embedding (1, L, D)
+BETA = 5000.0  # diffusers' beta; attune's has a factor of 2
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Latents (2n, C, h, w) of n pairs, noise (n, C, h, w), t (n,), prompt embeddings (n, L, D)."""
 
 
 def batch(side: int, where: torch.device) -> Batch:
@@ -51,50 +48,37 @@ def batch(side: int, where: torch.device) -> Batch:
     return latents, noise, torch.tensor([500], device=where), embeds
 
 
-def plain_unet(folder: Path, dtype: torch.dtype, where: torch.device) -> UNet2DConditionModel:
-    """As diffusers' script sets it up: frozen in `dtype`, with an adapter in float32."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).requires_grad_(False).to(where)
-    torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
-    for weight in unet.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-    return unet
+def plain_loss(
+    unet: UNet2DConditionModel,
+    alphas: Tensor,
+    batch: Batch,
+    dtype: torch.dtype,
+    beta: float = BETA,
+    reference: nn.Module | None = None,
+) -> Tensor:
+    """The loss of diffusers' script, under autocast as accelerate sets it up.
 
-
-def plain_loss(unet: UNet2DConditionModel, alphas: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """The loss of diffusers' script, under autocast as accelerate sets it up."""
+    Args:
+        reference: another network, as the authors of DPO have one; None: the UNet without its adapter, as diffusers.
+    """
     latents, noise, t, embeds = batch
     noise, t, embeds = noise.repeat(2, 1, 1, 1), t.repeat(2), embeds.repeat(2, 1, 1).to(dtype)
     a_t = alphas[t][:, None, None, None]
     noisy = (a_t.sqrt() * latents + (1 - a_t).sqrt() * noise).to(dtype)
 
-    def error() -> Tensor:
+    def error(network: nn.Module) -> Tensor:
         with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-            predicted = unet(noisy, t, embeds).sample
+            predicted = network(noisy, t, embeds).sample
         return F.mse_loss(predicted.float(), noise.float(), reduction="none").mean([1, 2, 3])
 
-    model_w, model_l = error().chunk(2)
-    unet.disable_adapters()
+    model_w, model_l = error(unet).chunk(2)
+    if reference is None:
+        unet.disable_adapters()
     with torch.no_grad():
-        reference_w, reference_l = error().chunk(2)
-    unet.enable_adapters()
-    return -F.logsigmoid(BETA * ((reference_w - reference_l) - (model_w - model_l))).mean()
-
-
-def plain_step(unet: UNet2DConditionModel, loss: Callable[[], Tensor]) -> Callable[[], float]:
-    weights = [weight for weight in unet.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, weight_decay=1e-2)
-
-    def step() -> float:
-        found = loss()
-        found.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return found.item()
-
-    return step
+        reference_w, reference_l = error(unet if reference is None else reference).chunk(2)
+    if reference is None:
+        unet.enable_adapters()
+    return -F.logsigmoid(beta * ((reference_w - reference_l) - (model_w - model_l))).mean()
 
 
 def attune_policy(folder: Path, dtype: str) -> Policy:
@@ -119,9 +103,9 @@ def train(which: str, folder: Path, resolution: int, dtype: str) -> dict[str, fl
     """Two steps of one side: losses, seconds of the second, and GiB at the peak."""
     where, pair, computes = device(), batch(resolution // 8, device()), getattr(torch, dtype)
     if which == "diffusers":
-        unet = plain_unet(folder, computes, where)
+        unet = add_lora(frozen_unet(folder, computes, where))
         alphas = scheduler().alphas_cumprod.to(where)
-        step = plain_step(unet, lambda: plain_loss(unet, alphas, pair, computes))
+        step = adamw_step(trained_weights(unet), lambda: plain_loss(unet, alphas, pair, computes), 1e-5, 1e-2, 1.0)
     else:
         method = attune_method(attune_policy(folder, dtype))
         train_step, minibatch = TrainStep(method.policy, method.config), Part(noised(pair), 1)
@@ -143,9 +127,9 @@ def compare(folder: Path) -> dict[str, float]:
         AssertionError: they are not the same.
     """
     where, pair = device(), batch(8, device())
-    unet = plain_unet(folder, torch.float32, where)
+    unet = add_lora(frozen_unet(folder, torch.float32, where))
     policy = attune_policy(folder, "float32")
-    trained = [weight for weight in unet.parameters() if weight.requires_grad]
+    trained = trained_weights(unet)
     generator = torch.Generator().manual_seed(1)
     for ours, theirs in zip(policy.parameters(), trained, strict=True):
         theirs.data.copy_(0.02 * torch.randn(theirs.shape, generator=generator))

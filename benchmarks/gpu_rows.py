@@ -90,7 +90,7 @@ def trained(objective: Objective, trainable: Any, batch: Any, n: int) -> Callabl
 
     def step() -> object:
         minibatch = next(iter(objective.minibatches(batch, draws)))
-        return train_step(objective, [minibatch], 1, 1e-5)
+        return train_step(objective, [minibatch], 1, objective.config.lr)
 
     return step
 

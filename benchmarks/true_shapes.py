@@ -17,19 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_rows import StepPairsOnly
 from shapes import UNETS, write_pipeline
 
 from attune.build import load_policy
 from attune.config.settings import Model
 from attune.data.batches import PairBatch
-from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
 from attune.distributed import Part
 from attune.interfaces import Conditioning
@@ -51,23 +49,6 @@ def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
 def random_conditioning(policy: Policy, n: int) -> Conditioning:
     shapes = {name: (n, *value.shape[1:]) for name, value in policy.uncond.tensors.items()}
     return Conditioning({name: torch.randn(shape, device=policy.device) for name, shape in shapes.items()})
-
-
-@dataclass
-class SPOInner:
-    """SPO's update alone, on random step pairs: what is repeated for every kept step of a rollout."""
-
-    method: spo.Method
-
-    def __post_init__(self) -> None:
-        self.config, self.policy, self.loss = self.method.config, self.method.policy, self.method.loss
-
-    def minibatches(self, batch: None, draws: Draws) -> Iterable[Part[spo.StepPairs]]:
-        n, device = self.config.minibatch_size, self.policy.device
-        shape = (n, *self.policy.backbone.latent_shape)
-        x_t, chosen, rejected = (draws.noise(shape).to(device) for _ in range(3))
-        t = torch.full((n,), 501, device=device)
-        yield Part(spo.StepPairs(x_t, chosen, rejected, t, random_conditioning(self.policy, n)), n)
 
 
 def build(method: str, policy: Policy, args: argparse.Namespace):
@@ -100,7 +81,8 @@ def build(method: str, policy: Policy, args: argparse.Namespace):
         guidance_scale=5,
         minibatch_size=args.batch,
     )
-    return SPOInner(spo.Method(config, policy, preference_model=None)), lambda b, shard: Part(None, args.batch)
+    cond = random_conditioning(policy, args.batch)
+    return StepPairsOnly(spo.Method(config, policy, preference_model=None)), lambda b, shard: Part(cond, args.batch)
 
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:

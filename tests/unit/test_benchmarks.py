@@ -21,7 +21,10 @@ from attune.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-SHARED = {"copies", "plans", "shapes", "measuring", "gpu_rows", "gpu_checks"}  # imported by others, and no programs
+SPEED = {
+    f"speed_{name}" for name in ("alignprop", "dpo", "generation", "report", "rows", "scorers", "sides", "spm", "spo")
+}
+SHARED = {"copies", "plans", "shapes", "measuring", "gpu_rows", "gpu_checks", "plain", *SPEED}  # imported; no programs
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Generation of images: attune's, and diffusers' own pipeline (DDIM, guidance 5), with and without an adapter.
+
+The pipeline is given the latents that attune starts from. It holds an adapter beside its weights, through peft
+(`load_lora_weights`). Prompts are encoded in each call on both sides; safety checker and progress bar are off.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from plain import schedule
+from speed_sides import Place, Side, base_policy, lora_policy, prompts
+from torch import Tensor
+
+from attune.config.settings import Sampling
+from attune.diffusion.generate import generate_batch
+from attune.diffusion.noise import noise_seed, per_row_noise
+
+SEED, GUIDANCE = 0, 5.0
+
+
+def ours(place: Place) -> Side:
+    """With options: `steps`, and whether there is a `lora`."""
+    sampling = Sampling(steps=place.options["steps"], eta=0, guidance_scale=GUIDANCE, batch_size=place.n)
+    policy = base_policy(place)
+    if place.options["lora"]:
+        with tempfile.TemporaryDirectory() as folder:
+            lora_policy(place).save(Path(folder))
+            policy.load(folder)
+
+    def step() -> Mapping[str, Tensor]:
+        images = generate_batch(policy, prompts(place.n), range(place.n), sampling, SEED)
+        return {"images": torch.from_numpy(images).float()}
+
+    return Side(step)
+
+
+def in_order_of_diffusers(place: Place) -> Side:
+    """Options as of `ours`."""
+    nobody = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline.from_pretrained(place.folder, dtype=place.computes, **nobody)
+    pipeline.scheduler = schedule(place.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(place.device)
+    if place.options["lora"]:
+        with tempfile.TemporaryDirectory() as folder:
+            lora_policy(place).save(Path(folder))
+            pipeline.load_lora_weights(folder)
+    seeds = [noise_seed(prompt, i, SEED) for i, prompt in enumerate(prompts(place.n))]
+    start = per_row_noise(seeds)((place.n, 4, place.latent_side, place.latent_side))
+    size = {"height": place.resolution, "width": place.resolution}
+    run = {"num_inference_steps": place.options["steps"], "guidance_scale": GUIDANCE, "eta": 0.0, "output_type": "np"}
+
+    def step() -> Mapping[str, Tensor]:
+        latents = start.to(place.device, place.computes)
+        images = pipeline(prompts(place.n), latents=latents, **size, **run).images
+        return {"images": torch.from_numpy((images * 255).round())}
+
+    return Side(step)
