@@ -11,7 +11,8 @@ import stages
 from attune.config.resolve import load
 from attune.pipeline.graph import Graph, estimates, first_of, longest_paths, time_left, widest
 from attune.pipeline.logs import Bar, Log, last_bar, plain
-from attune.pipeline.whole import CACHED, RAN, UNCHANGED, Whole
+from attune.pipeline.screen import headline
+from attune.pipeline.whole import CACHED, FAILED, RAN, UNCHANGED, Whole
 from attune.stages import repro
 
 RUNS = {"base": {"after": "data"}}
@@ -73,6 +74,20 @@ def test_the_whole_goes_by_what_dvc_says():
     assert whole.known["prepare"] == 40, "a stage that was skipped says nothing about its time"
     assert whole.known["plan"] < 1
     assert whole.left() == "about 75 s left"
+
+
+def test_the_headline_says_which_stages_run_and_what_is_left():
+    whole = Whole(GRAPH, 2, dict(SECONDS))
+    assert headline(whole) == "0 of 6 stages have ended; about 3 min left"
+    for stage in ("plan", "prepare"):
+        whole.begin(stage)
+        whole.end(stage, UNCHANGED)
+    whole.begin("spm")
+    assert headline(whole) == "stage 3 of 6; about 2 min left"
+    whole.begin("dpo")
+    assert headline(whole) == "stages 3 and 4 of 6; about 2 min left"
+    whole.end("dpo", FAILED)
+    assert headline(whole) == "stage 4 of 6; failed: dpo"
 
 
 def test_a_log_is_lines_and_a_bar(tmp_path):
@@ -154,12 +169,12 @@ def test_words_of_dvc_and_more_jobs_do_not_go_together(machine):
         stages.call("repro", "--jobs", "2", "-f")
 
 
-def test_times_that_two_stages_overwrote_are_noted(machine):
+def test_times_of_stages_that_note_none_are_noted(machine):
     whole = Whole(GRAPH, 2, {})
     for stage in ("spm", "dpo"):
         whole.begin(stage)
         whole.end(stage, RAN)
     repro.TIMES.parent.mkdir(exist_ok=True)
     repro.TIMES.write_text('{"dpo": 61.5, "old": 3.0}')
-    repro.note_lost_seconds(whole)
+    repro.note_other_seconds(whole)
     assert json.loads(repro.TIMES.read_text()) == {"spm": 0.0, "dpo": 61.5, "old": 3.0}

@@ -17,6 +17,7 @@ from attune.pipeline.whole import FAILED, Whole, duration
 
 BAR_WIDTH = 24  # characters
 FRAMES = 4  # a second
+STYLES = {"style": "bright_black", "complete_style": "green", "finished_style": "green"}  # which every terminal has
 
 
 class Screen:
@@ -59,7 +60,7 @@ def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
     for stage, elapsed in whole.running.items():
         bar = bars.get(stage)
         percent = None if bar is None else bar.percent
-        drawn = Text() if percent is None else ProgressBar(total=100, completed=percent, width=BAR_WIDTH)
+        drawn = Text() if percent is None else ProgressBar(completed=percent, width=BAR_WIDTH, **STYLES)
         counted = "" if bar is None else f"{bar.what} {bar.count}"
         number = "" if percent is None else f"{percent:3d} %"
         table.add_row(Text(f"  {stage}"), drawn, Text(number), Text(duration(elapsed)), Text(counted, no_wrap=True))
@@ -69,7 +70,8 @@ def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
 def headline(whole: Whole) -> str:
     """How many stages have ended, which one that makes the running ones, and how long the rest will take."""
     ended, running, count = len(whole.ended), len(whole.began), len(whole.graph.order)
-    stages = f"stage {ended + 1}" if running < 2 else f"stages {ended + 1} to {ended + running}"
+    last = f"{' and' if running == 2 else ' to'} {ended + running}" if running > 1 else ""
+    stages = f"stage{'s' if last else ''} {ended + 1}{last}"
     now = f"{stages} of {count}" if running else f"{ended} of {count} stages have ended"
     failed = f"; failed: {', '.join(whole.that(FAILED))}" if whole.that(FAILED) else ""
     left = "" if failed else whole.left()

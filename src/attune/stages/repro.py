@@ -106,7 +106,7 @@ def run_all(settings: Settings, jobs: int | None) -> int:
             threads = {"OMP_NUM_THREADS": str(settings.threads), **os.environ}
             with lock_in_order(pool, whole.graph), serving(threads, LOGS / "preloaded.log") as preloaded:
                 side_by_side(run, preloaded, lambda stage: processes_for(stage, whole.seconds(), jobs))
-    note_lost_seconds(whole)
+    note_other_seconds(whole)
     sys.stdout.writelines(
         f"{line}\n" for line in outcome(whole, run.code, bool(groups.stopped), time.monotonic() - began)
     )
@@ -196,8 +196,8 @@ def locked_stages() -> list[str]:
     return list(read_yaml(file).get("stages", ())) if file.exists() else []
 
 
-def note_lost_seconds(whole: Whole) -> None:
-    """Adds the times that stages lost by ending at the same moment, when each writes all that it has read."""
+def note_other_seconds(whole: Whole) -> None:
+    """Adds the times of stages that note none themselves, as `plan`."""
     noted = noted_seconds()
     ran = {stage: round(whole.ended[stage].seconds, 1) for stage in whole.that(RAN)}
     if ran.keys() - noted:
