@@ -17,7 +17,7 @@ from attune.pipeline.whole import FAILED, Whole, duration
 
 BAR_WIDTH = 24  # characters
 FRAMES = 4  # a second
-STYLES = {"style": "bright_black", "complete_style": "green", "finished_style": "green"}  # which every terminal has
+GREY, GREEN = "bright_black", "green"  # which every terminal has
 
 
 class Screen:
@@ -60,7 +60,11 @@ def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
     for stage, elapsed in whole.running.items():
         bar = bars.get(stage)
         percent = None if bar is None else bar.percent
-        drawn = Text() if percent is None else ProgressBar(completed=percent, width=BAR_WIDTH, **STYLES)
+        drawn: RenderableType = Text()
+        if percent is not None:
+            drawn = ProgressBar(
+                completed=percent, width=BAR_WIDTH, style=GREY, complete_style=GREEN, finished_style=GREEN
+            )
         counted = "" if bar is None else f"{bar.what} {bar.count}"
         number = "" if percent is None else f"{percent:3d} %"
         table.add_row(Text(f"  {stage}"), drawn, Text(number), Text(duration(elapsed)), Text(counted, no_wrap=True))
