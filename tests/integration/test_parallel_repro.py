@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -73,10 +74,11 @@ class Small:
         with (self.folder / "dvc.yaml").open("w") as file:
             YAML().dump({"stages": made}, file)
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
         env = {key: value for key, value in os.environ.items() if not key.startswith(stages.PREFIXES)}
         env |= {"PYTHONPATH": str(stages.ROOT / "src"), "DVC_SITE_CACHE_DIR": f"{self.folder}.site"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        env |= {"TERM": "xterm", "COLUMNS": "100"}
+        pipes = {"stdout": stdout, "stderr": subprocess.STDOUT}
         return subprocess.Popen([sys.executable, "-m", *words], cwd=self.folder, env=env, text=True, **pipes)
 
     def run(self, *words: str, code: int = 0) -> str:
@@ -141,6 +143,24 @@ def test_side_by_side_leaves_what_one_by_one_leaves(small, tmp_path):
     assert said.startswith("Stage 'prepare' didn't change, skipping\n"), "words that are DVC's go to DVC"
     assert "[4 of 4]" not in said
     assert set(json.loads((small.folder / ".checkpoints/seconds.json").read_text())) == {"prepare", "a", "b", "last"}
+
+
+def test_a_terminal_shows_what_runs_and_keeps_the_lines(small):
+    small.write({"a": "1", "b": "1"})
+    ours, theirs = os.openpty()
+    running = small.start("attune.stages.repro", "--jobs", "2", stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # EIO: the last one that had it open has ended
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert running.wait(timeout=60) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "")
+    assert "stages 2 and 3 of 4" in text
+    assert re.search(r"^  a +[━╸╺]+ +50 %  \d s  work 1/2", text, flags=re.MULTILINE)
+    assert re.search(r"^a \| a says hello$", text, flags=re.MULTILINE)
+    assert re.search(r"\n4 of 4 stages ran, in \d+ s; their output is in .checkpoints/logs\s*$", text)
 
 
 def test_after_a_failure_what_runs_ends_and_nothing_is_begun(small, tmp_path):
