@@ -50,7 +50,7 @@ def test_the_time_left_is_that_of_the_lanes():
     assert time_left(GRAPH, SECONDS, {"plan"}, {}, 1) == 40 + 50 + 60 + 70 + 5
     assert time_left(GRAPH, SECONDS, {"plan", "prepare", "spm"}, {"dpo": 20, "spo": 100}, 2) == 40 + 5
     assert time_left(GRAPH, SECONDS, set(GRAPH.order), {}, 2) == 0
-    assert time_left(GRAPH, {"plan": 2}, set(), {}, 2) is None
+    assert time_left(GRAPH, {"plan": 2, "dpo": 60}, set(), {}, 2) == 62
 
 
 def test_a_time_that_is_not_known_is_that_of_its_kind():
@@ -79,6 +79,8 @@ def test_the_whole_goes_by_what_dvc_says():
 def test_the_headline_says_which_stages_run_and_what_is_left():
     whole = Whole(GRAPH, 2, dict(SECONDS))
     assert headline(whole) == "0 of 6 stages have ended; about 3 min left"
+    assert headline(Whole(GRAPH, 2, {"dpo": 60.0})) == "0 of 6 stages have ended; at least 60 s left"
+    assert headline(Whole(GRAPH, 2, {})) == "0 of 6 stages have ended"
     for stage in ("plan", "prepare"):
         whole.begin(stage)
         whole.end(stage, UNCHANGED)

@@ -53,22 +53,22 @@ def first_of(ready: Iterable[str], lengths: Mapping[str, float]) -> str | None:
 
 def time_left(
     graph: Graph, seconds: Mapping[str, float], done: Collection[str], running: Mapping[str, float], jobs: int
-) -> float | None:
-    """Seconds until all is done, so many stages at a time; None where a stage's time is not known.
+) -> float:
+    """Seconds until all is done, so many stages at a time.
 
     Args:
-        seconds: stage -> how long it takes.
+        seconds: stage -> how long it takes; a stage that is not there counts as none.
         running: stage -> seconds since it began.
     """
-    if any(stage not in seconds for stage in graph.order if stage not in done):
-        return None
     lengths, now, over, begun = longest_paths(graph, seconds), 0.0, set(done), set(done) | set(running)
-    ends = [(max(seconds[stage] - elapsed, 0.0), stage) for stage, elapsed in running.items() if stage not in done]
+    ends = [
+        (max(seconds.get(stage, 0.0) - elapsed, 0.0), stage) for stage, elapsed in running.items() if stage not in done
+    ]
     heapq.heapify(ends)
     while True:
         while len(ends) < jobs and (stage := first_of(graph.ready(over, begun), lengths)):
             begun.add(stage)
-            heapq.heappush(ends, (now + seconds[stage], stage))
+            heapq.heappush(ends, (now + seconds.get(stage, 0.0), stage))
         if not ends:
             return now
         now, ended = heapq.heappop(ends)

@@ -74,9 +74,13 @@ class Whole:
         return estimates(self.graph.order, self.known)
 
     def left(self) -> str:
-        """How long the rest will take, in words; nothing where that is not known, or nothing is left."""
-        seconds = time_left(self.graph, self.seconds(), self.done, self.running, self.jobs)
-        return "" if seconds is None or len(self.done) == len(self.graph.order) else f"about {duration(seconds)} left"
+        """How long the rest will take, in words; nothing where nothing of it is known, or nothing is left."""
+        known, todo = self.seconds(), [stage for stage in self.graph.order if stage not in self.done]
+        unknown = [stage for stage in todo if stage not in known]
+        if len(unknown) == len(todo):
+            return ""
+        seconds = time_left(self.graph, known, self.done, self.running, self.jobs)
+        return f"{'at least' if unknown else 'about'} {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
