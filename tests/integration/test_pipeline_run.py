@@ -52,6 +52,16 @@ def test_its_end_moves_on_with_its_stages_and_is_as_the_last(here):
     }
 
 
+def test_a_stage_that_ran_beside_one_that_failed_does_not_make_up_for_it(here):
+    with tracking.run("align@spo", {}, tags={"profile": "x"}, root=here), pytest.raises(SystemExit):
+        stage(here, "align@dpo", SystemExit("a loss that is NaN"))
+    beside = parent_in(here).info
+    stage(here, "align@dpo")
+    runs = {run.info.run_name: run for run in runs_in(f"sqlite:///{here}/mlflow.db", "tags.kind = 'stage'")}
+    assert (beside.status, beside.end_time) == ("FAILED", runs["align@spo"].info.end_time)
+    assert parent_in(here).info.status == "FINISHED", "one that began afterwards does"
+
+
 def test_what_comes_late_does_not_move_it_back(here):
     stage(here, "prepare")
     store = stores.connect(stores.resolve_uri("default"), here)
