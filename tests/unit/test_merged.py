@@ -93,13 +93,24 @@ def test_the_reference_is_refused_inside_and_right_afterwards(new, inputs):
         assert torch.equal(policy.predict_noise(*inputs), base)
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_inside_the_reference_nothing_is_merged(new, inputs, continued):
-    """SPIN samples its opponents there; a reference that is a copy shares the base's weights with the policy."""
+def test_a_reference_that_is_a_copy_has_its_own_adapter_merged(new, inputs):
+    """SPIN samples its opponents so. The base's weights are shared with the policy, and are themselves afterwards."""
     policy = new(moved=0.3)
-    if continued:
-        policy.snapshot_reference()
-        tiny.move(policy, 0.2)
+    policy.snapshot_reference()
+    tiny.move(policy, 0.2)
+    before, tensors = policy.predict_noise(*inputs), base_weights(policy)
+    with policy.reference():
+        expected = policy.predict_noise(*inputs)
+        with policy.merged():
+            assert not same_tensors(base_weights(policy), tensors)
+            torch.testing.assert_close(policy.predict_noise(*inputs), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(policy.predict_noise(*inputs), expected)
+    assert same_tensors(base_weights(policy), tensors)
+    assert torch.equal(policy.predict_noise(*inputs), before)
+
+
+def test_a_reference_without_its_adapter_has_nothing_to_merge(new, inputs):
+    policy = new(moved=0.3)
     with policy.reference():
         expected, tensors = policy.predict_noise(*inputs), base_weights(policy)
         with policy.merged():

@@ -213,9 +213,11 @@ def test_draft_lv_scores_every_copy(new_policy, n):
 
 
 @pytest.mark.parametrize(("wanted", "sizes"), [(True, {1}), (False, {3})])
-def test_images_are_decoded_one_by_one_where_memory_is_to_be_saved(new_policy, wanted, sizes):
+def test_images_are_decoded_one_by_one_where_memory_is_to_be_saved(new_policy, monkeypatch, wanted, sizes):
+    """Where an image has as many pixels as are decoded at a time."""
+    monkeypatch.setattr("attune.methods._reward_backprop.CHECKPOINTED_PIXELS", 16**2)
     policy = new_policy(moved=0.1)
-    method, decoded = build("draft", policy, checkpoint_steps=wanted), []
+    method, decoded = build("draft", policy, checkpoint_decoder=wanted), []
     decode = policy.backbone.decode_latents
     policy.backbone.decode_latents = lambda latents: decoded.append(len(latents)) or decode(latents)
     method.loss(first(method))

@@ -53,7 +53,7 @@ def test_branching_is_counted_from_the_first_step_with_candidates(policy, data, 
     """A segment is a step that branches and `inner_steps` more; it is judged where the next one begins, or at 0."""
     judge = Judge()
     pairs = rollout(build(policy, judge, **options), data)
-    assert judge.calls == [(t, 2) for t in judged_at for _ in range(2)]
+    assert judge.calls == [(t, 2 * 2) for t in judged_at]
     assert pairs.t.tolist() == [t for t in steps for _ in range(2)]
 
 
@@ -76,8 +76,8 @@ def test_candidates_are_as_many_as_asked_and_the_extremes_of_them_are_compared(p
         return scores[-1]
 
     pairs = rollout(build(policy, remembered, start_step=4, candidates=candidates), data)
-    assert judge.calls == [(0, 2)] * candidates
-    found = torch.stack(scores)
+    assert judge.calls == [(0, 2 * candidates)]
+    found = scores[0].unflatten(0, (candidates, 2))
     for side, wanted in ((pairs.chosen, found.max(0)), (pairs.rejected, found.min(0))):
         own = tiny.brightness(policy.backbone.decode_latents(side), ["", ""], torch.zeros(2))
         torch.testing.assert_close(own, wanted.values)
@@ -86,8 +86,8 @@ def test_candidates_are_as_many_as_asked_and_the_extremes_of_them_are_compared(p
 @pytest.mark.parametrize(("threshold", "kept"), [(0.0, [0, 1, 2]), (0.4, [1, 2]), (0.5, [2])])
 def test_a_pair_is_kept_if_the_softmax_gap_exceeds_the_threshold(policy, data, threshold, kept):
     """Gaps of 0.5, 1 and 2 between two candidates: tanh of half of them is 0.245, 0.462 and 0.762."""
-    given = iter([torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3)])
-    method = build(policy, lambda *_: next(given), start_step=4, threshold=threshold)
+    given = torch.tensor([0.5, 1.0, 2.0, 0, 0, 0])
+    method = build(policy, lambda *_: given, start_step=4, threshold=threshold)
     found = rollout(method, data, prompts=(0, 1, 2))
     (name,) = found.cond.tensors
     assert torch.equal(found.cond.tensors[name], data.prompt_batch([0, 1, 2]).cond.tensors[name][kept])

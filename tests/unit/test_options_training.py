@@ -22,7 +22,7 @@ from attune.distributed import Shard
 from attune.files import write_atomically
 from attune.finetune import training_batches
 from attune.spm.accuracy import TIMESTEPS, accuracy_by_t
-from attune.spm.model import from_clip
+from attune.spm.model import StepAwareCLIP, from_clip
 from attune.spm.objective import Config as PreferenceConfig
 from attune.spm.objective import SPMObjective
 from attune.training.checkpoint import Checkpoint, resumable
@@ -339,6 +339,28 @@ def test_the_model_that_training_started_from_does_not_know_the_time(objective, 
     after = accuracy_by_t(objective, tmp_path, seed=0)
     assert after["untimed"] == before["untimed"]
     assert after["spm"]["accuracy"] != before["spm"]["accuracy"]
+
+
+def test_texts_are_encoded_once_for_all_timesteps(objective, data, tmp_path, monkeypatch):
+    """Both models, 24 pairs in batches of 5; image towers are asked at every t, and scores are those of `forward`."""
+    preparing.write_split(tmp_path, data, data.pairs, "validation")
+    calls = {"text": 0, "image": 0}
+
+    def counted(name, method):
+        def call(self, *args):
+            calls[name] += 1
+            return method(self, *args)
+
+        return call
+
+    for name in calls:
+        method = getattr(StepAwareCLIP, f"{name}_features")
+        monkeypatch.setattr(StepAwareCLIP, f"{name}_features", counted(name, method))
+    accuracy_by_t(objective, tmp_path, seed=0)
+    assert calls == {"text": 2 * 5, "image": 2 * 5 * len(TIMESTEPS)}
+    pixels, ids, t = torch.rand(2, 3, 3, 16, 16), torch.tensor([[52, 1, 53]] * 3), torch.tensor([1, 5, 900])
+    model = objective.model
+    assert torch.equal(model(pixels, ids, t), model.candidate_scores(pixels, model.text_features(ids), t))
 
 
 def test_a_policys_parameters_are_what_moves(new_policy):

@@ -20,6 +20,7 @@ from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from peft.tuners.lora.layer import Linear
 
     Denoiser = UNet2DConditionModel
     """The networks that are trained: modules of diffusers that save themselves and take adapters."""
@@ -109,7 +110,7 @@ def merged_lora(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer, weight in zip(layers, weights, strict=True):
-                weight.data = weight.data + layer.get_delta_weight(layer.active_adapters[0])
+                weight.data = weight.data + cast("Linear", layer).get_delta_weight(layer.active_adapters[0])
             set_lora(layers, enabled=False)
             yield
     finally:

@@ -130,12 +130,15 @@ class Policy:
     def merged(self) -> Iterator[None]:
         """Inside, predictions carry no graph and are faster, because the adapter is added to the base's weights.
 
-        They differ from those outside by the rounding of float32. Nothing is merged where more would be lost
-        (`lora.can_merge`), under autocast, inside `reference`, or in another such block.
+        They differ from those outside by the rounding of float32. Inside `reference` it is the reference's adapter, if
+        that has one. Nothing is merged where more would be lost (`lora.can_merge`), under autocast, or in another
+        such block.
         """
-        ours = self.module is not self.reference_model and self.autocast is None and not self._merged
-        merges = ours and can_merge(self.denoiser, self._adapter())
-        with torch.no_grad(), merged_lora(self._adapter()) if merges else nullcontext():
+        reference = self.reference_model if self.module is self.reference_model else None
+        network = self.denoiser if reference is None else reference
+        layers = self._adapter() if reference is None else lora_layers(reference)
+        merges = not self._merged and self.autocast is None and can_merge(network, layers)
+        with torch.no_grad(), merged_lora(layers) if merges else nullcontext():
             self._merged |= merges
             try:
                 yield
