@@ -115,6 +115,9 @@ def test_a_slower_row_is_said_to_be_slower(benchmark):
     page = report.as_markdown({"sd15 SPO": times | about | {"differences": {"loss": 0.0}}})
     assert "attune is slower in 1 of 1 rows: sd15 SPO." in page
     assert "| **0.50** [0.50, 0.50] | 1 |" in page
+    faster, slower = (rows.ratios([pair]) for pair in ((3.0, 2.0), (1.0, 2.0)))
+    assert not report.is_slower({"ratio": faster, "ratio_processor": faster})
+    assert report.is_slower({"ratio": faster, "ratio_processor": slower})
 
 
 def test_a_row_that_does_not_exist_is_an_error(benchmark, monkeypatch):
