@@ -49,6 +49,14 @@ def test_reference_and_attune_compute_the_same(rows, work):
         assert ("changes of weights" in found) == (work in TRAINS)
 
 
+def test_a_pipeline_of_random_weights_is_read_by_both_sides(benchmark, rows, tmp_path):
+    """As rows of SD 1.5 have one, in bfloat16, but small."""
+    benchmark("shapes").write_pipeline("sd15", tmp_path, torch.float32, small=True)
+    row = next(row for row in rows.ROWS if row.name.startswith("sd15 generation with a LoRA"))
+    place = replace(row.place(tmp_path, CPU), dtype="float32", resolution=64)
+    assert list(rows.differences(rows.WORKS[row.work], place)) == ["images"]
+
+
 def test_every_work_is_compared_and_has_a_row_of_each_model(rows):
     assert set(rows.WORKS) == {*TRAINS, *ROLLS_OR_SCORES}
     assert {(row.work, row.base) for row in rows.ROWS} == {
