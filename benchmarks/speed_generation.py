@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from plain import schedule
+from plain import frozen_unet, frozen_vae, schedule
 from speed_sides import Place, Side, base_policy, lora_policy, prompts
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from attune.config.settings import Sampling
 from attune.diffusion.generate import generate_batch
@@ -41,11 +42,17 @@ def ours(place: Place) -> Side:
 
 def in_order_of_diffusers(place: Place) -> Side:
     """Options as of `ours`."""
-    nobody = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline.from_pretrained(place.folder, dtype=place.computes, **nobody)
-    pipeline.scheduler = schedule(place.folder)
+    pipeline = StableDiffusionPipeline(
+        unet=frozen_unet(place.folder, place.computes, place.device),
+        vae=frozen_vae(place.folder, place.computes, place.device),
+        text_encoder=CLIPTextModel.from_pretrained(place.folder / "text_encoder", dtype=place.computes),
+        tokenizer=CLIPTokenizer.from_pretrained(place.folder / "tokenizer"),
+        scheduler=schedule(place.folder),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(place.device)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(place.device)
     if place.options["lora"]:
         with tempfile.TemporaryDirectory() as folder:
             lora_policy(place).save(Path(folder))

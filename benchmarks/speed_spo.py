@@ -46,11 +46,8 @@ class Plain:
     vae: AutoencoderKL
     encode: Callable[[list[str]], Tensor]
     judge: Callable[[Tensor, list[str], Tensor], Tensor]
+    negative: Tensor  # the empty prompt, (1, L, D)
     alphas: Tensor
-
-    @property
-    def negative(self) -> Tensor:
-        return self.encode([""])
 
 
 class Prediction(NamedTuple):
@@ -148,13 +145,15 @@ def _plain(place: Place) -> Plain:
     clip = clip.to(place.device).eval().requires_grad_(False)
     reference, unet = (frozen_unet(place.folder, place.computes, place.device) for _ in range(2))
     move(trained_weights(add_lora(unet)))
+    encode = text_encoder(place.folder, place.computes, place.device)
     return Plain(
         place,
         unet,
         reference,
         frozen_vae(place.folder, place.computes, place.device),
-        text_encoder(place.folder, place.computes, place.device),
+        encode,
         lambda images, texts, t: _preferences(clip, words, images, texts, t),
+        encode([""]),
         schedule(place.folder).alphas_cumprod.to(place.device),
     )
 
@@ -206,11 +205,11 @@ def judged(p: Plain, of: Step, x_0: Tensor, t: Tensor, embeds: Tensor) -> Pairs:
 def rollout(p: Plain, draws: Draws) -> Pairs:
     """The kept step pairs of n prompts, in the order of `multi_sample_pipeline`."""
     c, n, device, dtype = settings(p.place), p.place.n, p.place.device, p.place.computes
-    embeds, negative, side, k = p.encode(prompts(n)), p.negative, p.place.latent_side, c["candidates"]
+    embeds, side, k = p.encode(prompts(n)), p.place.latent_side, c["candidates"]
     x_t, last, kept = draws.noise((n, 4, side, side)).to(device, dtype), None, []
     for i, t in enumerate(_timesteps(c["steps"], device)):
         copies = len(x_t) // n
-        both = torch.cat([negative.repeat(copies * n, 1, 1), embeds.repeat(copies, 1, 1)])
+        both = torch.cat([p.negative.repeat(copies * n, 1, 1), embeds.repeat(copies, 1, 1)])
         predicted = prediction(p, x_t, t.expand(len(x_t)), guided(p.unet, x_t, t, both))
         if last is not None:
             kept.append(judged(p, last, predicted.x_0, t, embeds))
@@ -237,9 +236,9 @@ def log_prob(p: Plain, x_t: Tensor, t: Tensor, noise: Tensor, x_prev: Tensor, st
     return density.mean(dim=(1, 2, 3))
 
 
-def update_loss(p: Plain, m: Pairs, negative: Tensor) -> Tensor:
+def update_loss(p: Plain, m: Pairs) -> Tensor:
     """The loss of a minibatch in the order of `train_spo.py`: four calls of networks."""
-    embeds, t = torch.cat([negative.repeat(len(m.t), 1, 1), m.embeds]), torch.cat([m.t] * 2)
+    embeds, t = torch.cat([p.negative.repeat(len(m.t), 1, 1), m.embeds]), torch.cat([m.t] * 2)
     x_t, steps = m.x_t.to(p.place.computes), settings(p.place)["steps"]
     predicted = [guided(network, x_t, t, embeds) for _ in range(2) for network in (p.unet, p.reference)]
     x_prev = (m.chosen, m.chosen, m.rejected, m.rejected)
@@ -263,15 +262,15 @@ def their_rollout(place: Place) -> Side:
 
 def their_update(place: Place) -> Side:
     p = _plain(place)
-    weights, negative, m = trained_weights(p.unet), p.negative, Pairs(*given_steps(place), p.encode(prompts(place.n)))
-    step = adamw_step(weights, lambda: update_loss(p, m, negative), LR, WEIGHT_DECAY, max_grad_norm=None)
+    weights, m = trained_weights(p.unet), Pairs(*given_steps(place), p.encode(prompts(place.n)))
+    step = adamw_step(weights, lambda: update_loss(p, m), LR, WEIGHT_DECAY, max_grad_norm=None)
     return Side(lambda: {"loss": scalar(step())}, weights)
 
 
 def their_whole(place: Place) -> Side:
     p, draws = _plain(place), draws_of(place.n)
-    weights, negative = trained_weights(p.unet), p.negative
-    update = adamw_step(weights, lambda m: update_loss(p, m, negative), LR, WEIGHT_DECAY, max_grad_norm=None)
+    weights = trained_weights(p.unet)
+    update = adamw_step(weights, lambda m: update_loss(p, m), LR, WEIGHT_DECAY, max_grad_norm=None)
 
     def step() -> Mapping[str, Tensor]:
         pairs = rollout(p, draws)

@@ -49,6 +49,14 @@ def test_reference_and_attune_compute_the_same(rows, work):
         assert ("changes of weights" in found) == (work in TRAINS)
 
 
+def test_a_pipeline_of_random_weights_is_read_by_both_sides(benchmark, rows, tmp_path):
+    """As rows of SD 1.5 have one, in bfloat16, but small."""
+    benchmark("shapes").write_pipeline("sd15", tmp_path, torch.float32, small=True)
+    row = next(row for row in rows.ROWS if row.name.startswith("sd15 generation with a LoRA"))
+    place = replace(row.place(tmp_path, CPU), dtype="float32", resolution=64)
+    assert list(rows.differences(rows.WORKS[row.work], place)) == ["images"]
+
+
 def test_every_work_is_compared_and_has_a_row_of_each_model(rows):
     assert set(rows.WORKS) == {*TRAINS, *ROLLS_OR_SCORES}
     assert {(row.work, row.base) for row in rows.ROWS} == {
@@ -115,6 +123,9 @@ def test_a_slower_row_is_said_to_be_slower(benchmark):
     page = report.as_markdown({"sd15 SPO": times | about | {"differences": {"loss": 0.0}}})
     assert "attune is slower in 1 of 1 rows: sd15 SPO." in page
     assert "| **0.50** [0.50, 0.50] | 1 |" in page
+    faster, slower = (rows.ratios([pair]) for pair in ((3.0, 2.0), (1.0, 2.0)))
+    assert not report.is_slower({"ratio": faster, "ratio_processor": faster})
+    assert report.is_slower({"ratio": faster, "ratio_processor": slower})
 
 
 def test_a_row_that_does_not_exist_is_an_error(benchmark, monkeypatch):
