@@ -178,7 +178,8 @@ def alignprop_step(row: Row, place: Place) -> Work:
     """K = 8 of 10 steps with a gradient."""
     policy = policy_of(row, place)
     own = {"steps": 10, "truncation": "fixed", "truncation_range": [0.2], "rewards": {"pickscore": 1.0}}
-    config = alignprop.Config(**{**loop(row), **own, "checkpoint_steps": bool(row.switches.get("checkpointing"))})
+    saves = bool(row.switches.get("checkpointing"))
+    config = alignprop.Config(**{**loop(row), **own, "checkpoint_steps": saves, "checkpoint_decoder": saves})
     method = alignprop.Method(config, policy, {"pickscore": scorer(place)})
     return Work(trained(method, policy, prompts(policy, row.batch), row.batch), row.batch, "images")
 
