@@ -73,7 +73,11 @@ class Row:
 
     def small(self, device: torch.device) -> Place:
         """The same work where it costs little, in float32: for the comparison of what both sides compute."""
-        small = {"clip": "small", "steps": 4} if self.work in ("HPSv2", "PickScore", "generation") else {}
+        small = (
+            {"clip": "small", "steps": 4, "dtype": "float32"}
+            if self.work in ("HPSv2", "PickScore", "generation")
+            else {}
+        )
         options = {name: small.get(name, value) for name, value in self.options.items()}
         return Place(BASE, "float32", 32, min(self.n, 2), device, options)
 
@@ -103,8 +107,9 @@ def _rows(base: str, n: int, sizes: Mapping[str, int], long: bool) -> list[Row]:
         row("AlignProp", shown, "K=1 checkpointed", k=1, checkpoint=True),
         row("AlignProp", shown, "K=8", k=8, checkpoint=False),
         row("AlignProp", shown, "K=8 checkpointed", short=True, k=8, checkpoint=True),
-        row("HPSv2", 20, scorer="hpsv2", clip=clip),
-        row("PickScore", 20, scorer="pickscore", clip=clip),
+        row("HPSv2", 20, scorer="hpsv2", clip=clip, dtype="float32"),
+        row("HPSv2", 20, "in bfloat16", scorer="hpsv2", clip=clip, dtype="bfloat16"),
+        row("PickScore", 20, scorer="pickscore", clip=clip, dtype="float32"),
         row("generation", images, steps=steps, lora=False),
         row("generation", images, "with a LoRA", short=True, steps=steps, lora=True),
     ]

@@ -4,7 +4,8 @@ HPSv2, package `hpsv2`, `img_score.py`: a call with a list of images is a loop, 
 through the network by themselves, the prompt padded to full length. The package reads its weights in each call, which
 is left out. PickScore, the model card's function: images of a prompt are processed by Pillow, and one call is for one
 image here, because images of different prompts cannot share one.
-Both sides hold the same network in float32; on a GPU the package computes under autocast to float16.
+Both sides hold the same network in float32; on a GPU the package computes under autocast to float16. With `dtype`
+bfloat16 attune's has its matrix products in that, as a profile may say.
 attune's scorer is new in each call, so that it has seen no prompt before.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from attune.clip.model import load_model, load_tokenizer
+from attune.clip.model import in_dtype, load_model, load_tokenizer
 from attune.clip.pixels import normalise
 from attune.rewards import hpsv2, pickscore
 
@@ -32,15 +33,15 @@ HPS_CONFIG = {"version": "2.1", "path": str(HPS / "open_clip_model.safetensors")
 
 
 @cache
-def network(name: str, size: str, device: torch.device) -> tuple[CLIPModel, CLIPTokenizer]:
-    """The scorer's CLIP, small and trained or a random ViT-H/14, and its tokenizer; one for both sides."""
+def network(name: str, size: str, device: torch.device, dtype: str = "float32") -> tuple[CLIPModel, CLIPTokenizer]:
+    """The scorer's CLIP, small and trained or a random ViT-H/14, and its tokenizer; one for both sides in float32."""
     if size == "vit-h":
         torch.manual_seed(0)
         words = tokenizer()
-        return random_clip(words, device), words
+        return in_dtype(random_clip(words, device), dtype), words
     if name == "hpsv2":
-        return hpsv2.load(hpsv2.Config(**HPS_CONFIG), device).model, load_tokenizer(str(HPS))
-    return load_model(str(CLIP)).to(device), load_tokenizer(str(CLIP))
+        return hpsv2.load(hpsv2.Config(**HPS_CONFIG, dtype=dtype), device).model, load_tokenizer(str(HPS))
+    return in_dtype(load_model(str(CLIP)).to(device), dtype), load_tokenizer(str(CLIP))
 
 
 def files(place: Place) -> np.ndarray:
@@ -55,9 +56,9 @@ def texts(place: Place) -> list[str]:
 
 
 def ours(place: Place) -> Side:
-    """With options: `scorer` and `clip`, "small" or "vit-h". Images come as bytes, as evaluation reads them."""
-    name = place.options["scorer"]
-    clip, words = network(name, place.options["clip"], place.device)
+    """With options: `scorer`, `clip` ("small" or "vit-h") and `dtype`. Images come as bytes, as evaluation reads them."""
+    name, dtype = place.options["scorer"], place.options["dtype"]
+    clip, words = network(name, place.options["clip"], place.device, dtype)
     images, module = files(place), {"hpsv2": hpsv2, "pickscore": pickscore}[name]
     config = hpsv2.Config(**HPS_CONFIG) if name == "hpsv2" else pickscore.Config(path=str(CLIP))
 
