@@ -56,7 +56,7 @@ def texts(place: Place) -> list[str]:
 
 
 def ours(place: Place) -> Side:
-    """With options: `scorer`, `clip` ("small" or "vit-h") and `dtype`. Images come as bytes, as evaluation reads them."""
+    """With options: `scorer`, `clip` ("small" or "vit-h") and `dtype`. Images come as bytes, as in evaluation."""
     name, dtype = place.options["scorer"], place.options["dtype"]
     clip, words = network(name, place.options["clip"], place.device, dtype)
     images, module = files(place), {"hpsv2": hpsv2, "pickscore": pickscore}[name]
