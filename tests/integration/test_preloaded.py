@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ import json, os, signal, sys, time
 from attune.stages.preloaded import hand_over
 hand_over()
 print(json.dumps({"pid": os.getpid(), "words": sys.argv[1:], "folder": os.getcwd(), "told": os.environ.get("TOLD"),
+                  "sockets": sum("socket:" in os.path.realpath(f"/proc/self/fd/{n}") for n in range(64)),
                   "torch": "torch" in sys.modules, "address": os.environ.get("ATTUNE_PRELOADED")}), flush=True)
 what = sys.argv[1]
 if what == "fails":
@@ -38,6 +40,14 @@ if what == "stops":
 if what in ("stops", "waits"):
     time.sleep(600)
 sys.exit(int(what))
+"""
+STARTS = """
+import json, os, time
+from pathlib import Path
+from attune.stages.preloaded import serving
+with serving(os.environ, Path("errors")) as found:
+    print(json.dumps(found), flush=True)
+    time.sleep(600)
 """
 
 
@@ -77,6 +87,7 @@ def ended(pid: int) -> bool:
 
 
 def test_a_fork_has_what_its_process_was_started_with(asked, tmp_path):
+    assert asked("waits").stdout.readline(), "another one runs beside it"
     process = asked("7", "--run", "a b", TOLD="yes")
     out, error = process.communicate(timeout=SECONDS)
     found = json.loads(out)
@@ -87,6 +98,7 @@ def test_a_fork_has_what_its_process_was_started_with(asked, tmp_path):
         "told": "yes",
         "torch": True,
         "address": None,
+        "sockets": 1,
     }
     assert process.returncode == 7
     assert not error
@@ -120,17 +132,66 @@ def test_a_fork_ends_with_the_process_that_asked_for_it(asked):
     assert ended(fork)
 
 
-def test_forks_end_with_the_server(tmp_path):
-    (tmp_path / "probe.py").write_text(PROBE)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(tmp_path)])}
+def test_the_server_outlives_who_asks_wrongly_and_who_is_killed(asked, served):
+    """A question that breaks off; a fork and the process that asked for it, of whose ends it hears together."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(served[ADDRESS])
+    process = asked("waits")
+    fork = psutil.Process(json.loads(process.stdout.readline())["pid"])
+    server = fork.parent()
+    server.suspend()
+    fork.kill()
+    process.kill()
+    process.wait()
+    server.resume()
+    process = asked("0")
+    assert json.loads(process.communicate(timeout=SECONDS)[0])["pid"] != process.pid
+    assert server.is_running()
+
+
+def test_forks_end_with_the_server(asked, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with serving(environment, tmp_path / "errors") as found:
-        command, pipe = [sys.executable, "-m", "probe", "waits"], subprocess.PIPE
-        process = subprocess.Popen(command, env=environment | found, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+        process = asked("waits", **found)
         fork = json.loads(process.stdout.readline())["pid"]
-    _, error = process.communicate(timeout=SECONDS)
+        psutil.Process(fork).parent().kill()
+        _, error = process.communicate(timeout=SECONDS)
     assert ended(fork)
     assert process.returncode == 1
     assert "start again" in error
+
+
+def test_a_stage_is_not_told_to_stop_by_the_end_of_attune_repro(asked, tmp_path):
+    """A worker tells it, once: a second signal would end a training before it has saved."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", STARTS], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as one:
+        found = json.loads(one.stdout.readline())
+        process = asked("stops", **found)
+        fork = psutil.Process(json.loads(process.stdout.readline())["pid"])
+        server = fork.ppid()
+        assert process.stdout.readline() == "ready\n"
+        one.kill()
+    time.sleep(0.5)
+    assert fork.is_running()
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 40 + signal.SIGTERM
+    assert ended(server)
+    assert not Path(found[ADDRESS]).parent.exists()
+
+
+def test_where_the_server_cannot_import_a_stage_is_its_own_process(asked, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(2)\nraise ImportError('a library that is missing')\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+    with serving(environment, tmp_path / "errors") as found:
+        while not Path(found[ADDRESS]).exists():
+            time.sleep(0.01)
+        process = asked("3", **found)
+        out, error = process.communicate(timeout=SECONDS)
+    assert json.loads(out)["pid"] == process.pid
+    assert (process.returncode, error) == (3, "")
+    assert "a library that is missing" in (tmp_path / "errors").read_text()
 
 
 def test_without_a_server_a_stage_is_its_own_process(asked, tmp_path):

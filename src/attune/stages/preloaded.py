@@ -4,7 +4,8 @@ To import torch, diffusers, transformers, peft and MLflow takes about five secon
 process that does so once. A stage that finds its address in the environment asks it for a copy of itself (`hand_over`):
 a fork, which is given the stage's words, environment and standard streams and is the stage from there on. The process
 that has asked passes signals on to it, and ends as it does. Nothing is computed before the fork, so numbers stay as
-they are. Linux only; elsewhere, and where no server answers, stages import for themselves.
+they are. Linux only; elsewhere, and where no server answers (it may have failed to import something), stages import for
+themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from attune.stop import end_with_parent, handling
 
@@ -75,17 +76,10 @@ def hand_over() -> None:
     spec = sys.modules["__main__"].__spec__
     if spec is None:  # not started with -m
         return
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.connect(address)
-    except OSError:  # it has ended
-        return
-    environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
-    asked = json.dumps([spec.name, sys.argv[1:], str(Path.cwd()), environment])
-    with connection, connection.makefile("r") as answers:
-        socket.send_fds(connection, [b"."], [0, 1, 2])
-        connection.sendall(asked.encode() + b"\n")
-        child = int(answers.readline() or 0)
+    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("r") as answers:
+        child = ask(connection, answers, address, spec.name)
+        if not child:
+            return
 
         def pass_on(signum: int, frame: FrameType | None) -> None:
             with suppress(ProcessLookupError):
@@ -101,6 +95,19 @@ def hand_over() -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
+
+
+def ask(connection: socket.socket, answers: TextIO, address: str, module: str) -> int:
+    """The process that is this stage from now on; 0 if there is no server, or it ends or has no memory for a fork."""
+    environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
+    asked = json.dumps([module, sys.argv[1:], str(Path.cwd()), environment])
+    try:
+        connection.connect(address)
+        socket.send_fds(connection, [b"."], [0, 1, 2])
+        connection.sendall(asked.encode() + b"\n")
+        return int(answers.readline() or 0)
+    except OSError:
+        return 0
 
 
 # ------------------------------------------------------------ the server's side
@@ -128,40 +135,68 @@ def serving(environment: Mapping[str, str], errors: Path) -> Iterator[dict[str, 
         yield {ADDRESS: address}
     finally:
         server.terminate()
-        server.wait()
+        server.wait()  # for the stages, too, where the with-body has failed
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve(address: str) -> None:
-    """Forks a stage for whoever asks, until it is told to end."""
+    """Forks a stage for whoever asks, until it is told to end (SIGTERM) and the stages that run have ended.
+
+    So these are not interrupted a second time, which would be at once, by the end of `attune repro` or by a scheduler
+    that sends SIGTERM to every process of a job.
+    """
+    told: list[int] = []
+    selector = selectors.DefaultSelector()
+
+    def end_when_idle(signum: int, frame: FrameType | None) -> None:
+        told.append(signum)
+        if is_idle(selector):
+            sys.exit()
+
+    signal.signal(signal.SIGTERM, end_when_idle)
     end_with_parent()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()
+    selector.register(listening, selectors.EVENT_READ)
     for name in MODULES:
         importlib.import_module(name)
-    selector = selectors.DefaultSelector()
-    selector.register(listening, selectors.EVENT_READ)
-    while True:
+    while not (told and is_idle(selector)):
         for key, _ in selector.select():
             if key.fileobj is listening:
                 begin(listening.accept()[0], selector)
             elif key.fileobj == key.data.process.sentinel:
                 end(key.data, selector)
-            elif key.fileobj in selector.get_map():  # who has asked is gone, so the stage must not go on
+            elif key in selector.get_map().values():  # who has asked is gone, so the stage must not go on
                 selector.unregister(key.fileobj)
                 key.data.process.kill()
 
 
+def is_idle(selector: selectors.BaseSelector) -> bool:
+    """Whether no stage runs: the selector has only the socket at which others ask."""
+    return len(selector.get_map()) <= 1
+
+
 def begin(connection: socket.socket, selector: selectors.BaseSelector) -> None:
-    """Forks the stage that is asked for, says which process it is, and looks out for its end and for the asker's."""
-    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-    with connection.makefile("r") as lines:
-        module, words, folder, environment = json.loads(lines.readline())
-    process = FORK.Process(target=become, args=(module, words, folder, environment, streams))
-    process.start()
-    for stream in streams:
-        os.close(stream)
+    """Forks the stage that is asked for, says which process it is, and looks out for its end and for the asker's.
+
+    Without an answer the asker goes on by itself: where memory is lacking, or where the question is not whole because
+    the asker was killed meanwhile.
+    """
+    streams: list[int] = []
+    try:
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        with connection.makefile("r") as lines:
+            module, words, folder, environment = json.loads(lines.readline())
+        process = FORK.Process(target=become, args=(module, words, folder, environment, streams, selector))
+        process.start()
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"no stage was begun: {error}\n")
+        connection.close()
+        return
+    finally:
+        for stream in streams:
+            os.close(stream)
     stage = Stage(process, connection)
     selector.register(connection, selectors.EVENT_READ, stage)
     selector.register(process.sentinel, selectors.EVENT_READ, stage)
@@ -179,9 +214,24 @@ def end(stage: Stage, selector: selectors.BaseSelector) -> None:
         stage.connection.sendall(f"{stage.process.exitcode}\n".encode())
 
 
-def become(module: str, words: list[str], folder: str, environment: Mapping[str, str], streams: Sequence[int]) -> None:
-    """Is a stage, as a process that has just been started would be: with its folder, environment, words and streams."""
+def become(
+    module: str,
+    words: list[str],
+    folder: str,
+    environment: Mapping[str, str],
+    streams: Sequence[int],
+    selector: selectors.BaseSelector,
+) -> None:
+    """Is a stage, as a process that has just been started would be: with its folder, environment, words and streams.
+
+    It closes what the server has open for others. The connection of its own asker stays open, so this one waits for
+    its end even if the server is gone.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
+    for key in list(selector.get_map().values()):
+        os.close(key.fileobj if isinstance(key.fileobj, int) else key.fileobj.detach())  # type: ignore[attr-defined]
+    selector.close()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -196,4 +246,7 @@ def become(module: str, words: list[str], folder: str, environment: Mapping[str,
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    try:
+        serve(sys.argv[1])
+    finally:  # `serving` does so itself, unless it was killed
+        shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
