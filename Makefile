@@ -19,7 +19,7 @@ export PYTHONPATH := src:.
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help init plan inspect label repro seeds compare sample package push sweep sweep-apply test pipeline check gpu settings ui champion replay embedded clean clean-checkpoints
+.PHONY: help init plan inspect label repro seeds compare sample package push sweep sweep-apply test pipeline check gpu speed settings ui champion replay embedded clean clean-checkpoints
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -68,6 +68,9 @@ check: $(READY)  ## style, types, import layers and the fast tests
 
 gpu: $(READY)  ## what this machine's GPU does, in eight minutes, nothing downloaded: reports/gpu.md
 	python benchmarks/gpu.py $(WITH)
+
+speed: $(READY)  ## our steps beside the order of operations of what they replace, ten minutes: reports/speed.md
+	python benchmarks/speed.py --short $(WITH)
 
 settings: $(READY)  ## write docs/settings.md and docs/schema from the code
 	python -m attune.config.reference

@@ -29,6 +29,7 @@ NETWORKS = {  # kind -> (module, class, methods)
         ("transformers", "CLIPTextModel", ["forward"]),
         ("transformers", "CLIPModel", ["get_text_features", "get_image_features"]),
         ("transformers", "CLIPVisionModelWithProjection", ["forward"]),
+        ("attune.spm.model", "StepAwareCLIP", ["image_features"]),
     ],
     "backward": [("torch.autograd", None, ["backward"])],
     "optimizer": [("torch.optim", "AdamW", ["step"])],
