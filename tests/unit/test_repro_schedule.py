@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import psutil
 import pytest
@@ -11,7 +12,7 @@ import stages
 from attune.config.resolve import load
 from attune.pipeline.graph import Graph, estimates, first_of, longest_paths, time_left, widest
 from attune.pipeline.logs import Bar, Log, last_bar, plain
-from attune.pipeline.screen import headline
+from attune.pipeline.screen import headline, screen
 from attune.pipeline.whole import CACHED, FAILED, RAN, UNCHANGED, Whole
 from attune.stages import repro
 
@@ -132,6 +133,32 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.setenv("ATTUNE_DEVICE", "cpu")
         monkeypatch.delenv("OMP_NUM_THREADS")
         yield load()
+
+
+def test_a_log_that_was_removed_has_no_lines(tmp_path):
+    log = Log(tmp_path / "a.log")
+    assert log.new_lines() == []
+    log.file.write_text("one\n")
+    assert log.new_lines() == ["one"]
+
+
+def test_a_long_line_without_a_bar_is_read_at_once():
+    line = ",".join(f'"k{number}":{number}' for number in range(6000))
+    began = time.monotonic()
+    assert list(plain(line)) == [line]
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_no_terminal_gets_lines_alone(tmp_path, monkeypatch):
+    """Also where FORCE_COLOR is set, as services for CI do; a character that it cannot hold is written as its number."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with (tmp_path / "output").open("w", encoding="ascii") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with screen() as shown:
+            shown.say("a | 50 % → ready")
+            shown.show(Whole(GRAPH, 2, {}), {})
+    assert (tmp_path / "output").read_text() == "a | 50 % \\u2192 ready\n"
 
 
 def test_as_many_stages_run_as_cores_and_memory_allow(machine, monkeypatch):

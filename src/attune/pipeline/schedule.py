@@ -48,6 +48,7 @@ class Run:
     def give(self, name: str, words: list[str], env: Mapping[str, str]) -> None:
         """Lets an idle worker run a command of DVC."""
         log = self.logs / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)  # a `.dvc` file in a folder is a stage, too
         log.unlink(missing_ok=True)
         log.touch()
         worker = self.workers.give("dvc", words=words, log=str(log.resolve()), env=dict(env))
