@@ -61,6 +61,15 @@ class Groups:
         leader.wait()
 
     @contextmanager
+    def stopped_on_error(self) -> Iterator[None]:
+        """Asks all to stop where the with-body fails: nobody would look after them any more."""
+        try:
+            yield
+        except BaseException:
+            self.stop(signal.SIGTERM)
+            raise
+
+    @contextmanager
     def stoppable(self) -> Iterator[None]:
         """Stops the groups at either signal, during the with-body; in a script's background, too."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which the groups would inherit

@@ -184,6 +184,38 @@ def test_after_a_failure_what_runs_ends_and_nothing_is_begun(small, tmp_path):
     assert small.lock() == serial.lock(), "in the order of `dvc repro`, also after two parts"
 
 
+def test_stages_that_are_defined_anew_are_not_begun(small):
+    """They would be a mixture. A log that is removed meanwhile does no harm; a file that DVC tracks is a stage, too."""
+    (small.folder / "raw").mkdir()
+    (small.folder / "raw/one.txt").write_text("one")
+    small.run("dvc", "add", "raw/one.txt")
+    small.write({"a": "2", "b": "2"})
+    text = (small.folder / "dvc.yaml").read_text()
+    (small.folder / "dvc.yaml").write_text(text.replace("- work.py\n", "- work.py\n    - raw/one.txt\n", 1))
+    running = small.start("attune.stages.repro", "--jobs", "2")
+    small.wait_for("a", "b")
+    (small.folder / ".checkpoints/logs/a.log").unlink()
+    params = small.folder / "params.yaml"
+    params.write_text(params.read_text().replace("profile: short", "profile: other"))
+    said = running.communicate(timeout=60)[0]
+    assert running.returncode == 1, said
+    assert said.count("params.yaml has changed") == 1
+    assert "[4 of 5]" in said
+    assert "not run: last\n" in said
+    assert (small.folder / "a.txt").read_text() == "a", "it ran on to its end"
+
+
+def test_stages_are_stopped_when_nobody_reads_the_output(small):
+    small.write({"a": "60", "b": "60"})
+    running = small.start("attune.stages.repro", "--jobs", "2")
+    processes = small.wait_for("a", "b")
+    running.stdout.close()
+    processes[0].parent().kill()  # so that there is something to say
+    assert running.wait(timeout=30) == 1
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert small.event("b")["told"] == [2]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_wish_to_stop_reaches_each_stage_once_and_again_at_once(small, signum):
     small.write({"a": "60", "b": "60 slow"})

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,7 +15,7 @@ import stages
 from attune.config.resolve import load
 from attune.pipeline.graph import Graph, estimates, first_of, longest_paths, time_left, widest
 from attune.pipeline.logs import Bar, Log, last_bar, plain
-from attune.pipeline.screen import headline
+from attune.pipeline.screen import headline, screen
 from attune.pipeline.whole import CACHED, FAILED, RAN, UNCHANGED, Whole
 from attune.stages import repro
 
@@ -134,6 +138,32 @@ def machine(tmp_path, monkeypatch):
         yield load()
 
 
+def test_a_log_that_was_removed_has_no_lines(tmp_path):
+    log = Log(tmp_path / "a.log")
+    assert log.new_lines() == []
+    log.file.write_text("one\n")
+    assert log.new_lines() == ["one"]
+
+
+def test_a_long_line_without_a_bar_is_read_at_once():
+    line = ",".join(f'"k{number}":{number}' for number in range(6000))
+    began = time.monotonic()
+    assert list(plain(line)) == [line]
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_no_terminal_gets_lines_alone(tmp_path, monkeypatch):
+    """Also where FORCE_COLOR is set, as in CI; a character that it cannot hold is written as its number."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with (tmp_path / "output").open("w", encoding="ascii") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        with screen() as shown:
+            shown.say("a | 50 % → ready")
+            shown.show(Whole(GRAPH, 2, {}), {})
+    assert (tmp_path / "output").read_text() == "a | 50 % \\u2192 ready\n"
+
+
 def test_as_many_stages_run_as_cores_and_memory_allow(machine, monkeypatch):
     assert repro.default_jobs(machine) == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -164,6 +194,41 @@ def test_a_stage_alone_is_split_where_its_bytes_stay_and_it_is_worth_it(machine)
 def test_a_gpu_is_filled_by_one_stage(machine, monkeypatch):
     monkeypatch.setattr(repro, "has_gpu", lambda: True)
     assert repro.default_jobs(machine) == 1
+
+
+def test_on_a_gpu_stages_are_no_forks(machine, monkeypatch):
+    """CUDA would not work in them; elsewhere the libraries find what they read from the environment when imported."""
+    monkeypatch.setattr(repro, "serving", lambda environment, errors: nullcontext(environment))
+    with repro.server(machine) as given:
+        assert given["TQDM_MININTERVAL"] == "0.5"
+        assert given["OMP_NUM_THREADS"]
+    monkeypatch.setattr(repro, "has_gpu", lambda: True)
+    with repro.server(machine) as given:
+        assert given == {}
+
+
+def test_the_lock_is_no_standard_stream(machine):
+    """Where standard input is closed it would be, and workers, which have a pipe there, would not inherit it."""
+    repro.LOGS.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(0)
+    os.close(0)
+    try:
+        with repro.only_one_here() as lock:
+            assert lock > 2
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def test_stages_are_redefined_by_values_and_not_by_comments(machine):
+    Path("dvc.yaml").write_text("stages: {}\n")
+    before, is_redefined = repro.PARAMS.read_text(), repro.redefinition()
+    assert not is_redefined()
+    repro.PARAMS.write_text(f"# later\n{before}")
+    assert not is_redefined()
+    for text in (before.replace("profile: ", "profile: other_"), "profile: [", ""):
+        repro.PARAMS.write_text(text)
+        assert is_redefined()
 
 
 def test_words_of_dvc_and_more_jobs_do_not_go_together(machine):

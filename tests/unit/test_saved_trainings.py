@@ -112,6 +112,17 @@ def test_a_folder_on_another_disk_is_removed_with_its_link(tmp_path):
     assert not folder.is_symlink()
 
 
+def test_shards_on_another_disk_are_removed_with_their_link(tmp_path):
+    folder, elsewhere = tmp_path / ".checkpoints/generate-tiny-dpo", tmp_path / "scratch"
+    elsewhere.mkdir()
+    folder.parent.mkdir()
+    folder.symlink_to(elsewhere)
+    (elsewhere / "about.json").write_text('{"done": true}')
+    saved.remove_done(tmp_path)
+    assert not elsewhere.exists()
+    assert not folder.is_symlink()
+
+
 def test_shards_that_a_stage_takes_up_again_are_not_removed_by_one_beside_it(tmp_path):
     folder = tmp_path / ".checkpoints/generate-tiny-dpo"
     folder.mkdir(parents=True)

@@ -15,6 +15,7 @@ BAR = re.compile(
     r"(?P<what>[^|]*?)(?:: *)?(?P<percent>\d+)%\|[^|]*\| *(?P<count>\S+) \[[^\]]*\]"  # of tqdm, with a total
     r"|(?P<what_else>[^|]*?): *(?P<number>\d+\S*) \[\d+:\d+[^\]]*\]"  # and without
 )
+LONGEST_BAR = 500  # characters; in a line of a million the search for one would take half an hour
 COMMAND = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # to a terminal: a colour, a line up
 
 
@@ -39,9 +40,12 @@ class Log:
 
     def new_lines(self) -> list[str]:
         """The lines that were written since the last call; of a progress bar none."""
-        with self.file.open("rb") as file:
-            file.seek(self._position)
-            found = file.read()
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self._position)
+                found = file.read()
+        except FileNotFoundError:  # removed while the stage runs, which goes on
+            return []
         self._position += len(found)
         *whole, self._rest = (self._rest + self._decoder.decode(found)).split("\n")
         for text in (*whole, self._rest):
@@ -52,7 +56,7 @@ class Log:
 
 def last_bar(text: str) -> Bar | None:
     """The last progress bar of a line, in which each is written over the one before."""
-    matches = [match for part in _parts(text) if (match := BAR.match(part))]
+    matches = [match for part in _parts(text) if (match := _bar(part))]
     if not matches:
         return None
     last = matches[-1]
@@ -63,7 +67,7 @@ def last_bar(text: str) -> Bar | None:
 def plain(text: str) -> Iterator[str]:
     """The parts of a line that are no progress bar and not empty, without control characters."""
     for part in _parts(text):
-        bar = BAR.match(part)
+        bar = _bar(part)
         said = printable(part[bar.end() if bar else 0 :].replace("\t", "    ")).rstrip()
         if said.strip():
             yield said
@@ -71,6 +75,10 @@ def plain(text: str) -> Iterator[str]:
 
 def _parts(text: str) -> list[str]:
     return COMMAND.sub("", text).split("\r")
+
+
+def _bar(part: str) -> re.Match[str] | None:
+    return BAR.match(part, 0, LONGEST_BAR)
 
 
 def last_lines(file: Path, count: int) -> list[str]:

@@ -22,6 +22,7 @@ NOISE = (
     "Waiting to acquire lock",
 )
 DIED = 1  # exit code, where the worker has not lived to tell DVC's
+REDEFINED = "dvc.yaml or params.yaml has changed while this ran: no other stage is begun, as it would be a mixture"
 ALL = "repro"  # the task that is all stages
 
 
@@ -42,12 +43,14 @@ class Run:
     screen: Screen
     logs: Path  # folder
     is_stopped: Callable[[], bool]  # whether the user has asked to stop
+    is_redefined: Callable[[], bool]  # whether the stages are no longer those of the graph
     tasks: dict[Worker, Task] = field(default_factory=dict)
     code: int = 0  # of the first command of DVC that failed
 
     def give(self, name: str, words: list[str], env: Mapping[str, str]) -> None:
         """Lets an idle worker run a command of DVC."""
         log = self.logs / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)  # a `.dvc` file in a folder is a stage, too
         log.unlink(missing_ok=True)
         log.touch()
         worker = self.workers.give("dvc", words=words, log=str(log.resolve()), env=dict(env))
@@ -104,6 +107,9 @@ def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mappin
         return task.name
 
     while True:
+        if not run.code and run.whole.not_run and run.is_redefined():
+            run.screen.say(REDEFINED)
+            run.code = DIED
         if not (run.code or run.is_stopped()):
             run.workers.start(run.whole.jobs)  # again, if one has died
         if not run.tasks and run.whole.ended:

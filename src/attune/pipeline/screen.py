@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,9 +43,15 @@ class Screen:
 
 @contextmanager
 def screen() -> Iterator[Screen]:
-    """Standard output for the with-body; what was shown of the running stages is removed at its end."""
+    """Standard output for the with-body; what was shown of the running stages is removed at its end.
+
+    A character that it cannot hold is written as its number. Of FORCE_COLOR, which services for CI set, a file or a
+    pipe does not become a terminal.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal or console.is_dumb_terminal:
+    if not sys.stdout.isatty() or not console.is_terminal or console.is_dumb_terminal:
         yield Screen(console, None)
         return
     live = Live(

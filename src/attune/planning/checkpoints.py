@@ -56,9 +56,7 @@ def remove(training: SavedTraining) -> bool:
     """Removes a checkpoint, also where its folder is a link to another disk; not if its training runs now."""
     try:
         with FileLock(training.folder.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(training.folder.resolve(), ignore_errors=True)
-            if training.folder.is_symlink():
-                training.folder.unlink()
+            _remove(training.folder)
     except Timeout:
         return False
     training.folder.with_suffix(".lock").unlink(missing_ok=True)
@@ -83,7 +81,13 @@ def remove_done(root: Path) -> None:
         if is_done(folder):
             with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
                 if is_done(folder):  # still, now that no stage can begin with it
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def _state(folder: Path, profile: str, current: set[str]) -> State:

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from attune.config.resolve import Settings, load, read_yaml
+from attune.config.resolve import PARAMS, Settings, load, read_yaml
 from attune.config.schema import ConfigError
 from attune.costs import noted_seconds
 from attune.files import write_atomically
@@ -35,6 +36,7 @@ from attune.planning import costs
 from attune.planning.problems import machine
 from attune.process_groups import Groups
 from attune.stages.preloaded import serving
+from attune.stages.repro_worker import BARS
 from attune.text import printable
 
 LARGEST_NAME = 20  # characters of a run's name in the table
@@ -66,6 +68,9 @@ def main() -> None:
         code = run_dvc(words) if words else run_all(settings, given.jobs)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # as of `make repro | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        sys.exit("nobody reads the output any more, so the stages were stopped; `make repro` goes on from there")
     if code:
         sys.exit(code)
     reports = Paths(settings.profile).reports
@@ -89,7 +94,7 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         jobs: stages at a time; None: as many as the machine can run.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
-    groups, began = Groups(), time.monotonic()
+    groups, began, is_redefined = Groups(), time.monotonic(), redefinition()
     with only_one_here() as lock, workers(WORKER, groups, LOGS / "workers.log", lock) as pool, screen() as shown:
         pool.start(1)
         jobs = jobs or default_jobs(settings)  # while the worker imports DVC
@@ -97,14 +102,14 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         graph = Graph(tuple(found["order"]), {k: frozenset(v) for k, v in found["needs"].items()}) if found else None
         jobs = min(jobs, widest(graph)) if graph else 1
         whole = Whole(graph or Graph((), {}), jobs, noted_seconds())
-        run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped))
+        run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped), is_redefined)
         if not groups.stopped:
             pool.start(jobs)
         if not groups.stopped and jobs == 1:
-            one_by_one(run)
+            with groups.stopped_on_error():
+                one_by_one(run)
         elif not groups.stopped:
-            threads = {"OMP_NUM_THREADS": str(settings.threads), **os.environ}
-            with lock_in_order(pool, whole.graph), serving(threads, LOGS / "preloaded.log") as preloaded:
+            with lock_in_order(pool, whole.graph), server(settings) as preloaded, groups.stopped_on_error():
                 side_by_side(run, preloaded, lambda stage: processes_for(stage, whole.seconds(), jobs))
     note_other_seconds(whole)
     sys.stdout.writelines(
@@ -119,7 +124,8 @@ def only_one_here() -> Iterator[int]:
 
     Workers inherit it: when one `attune repro` is killed, the next waits until its stages have saved and ended.
     """
-    with (LOGS / "running").open("w") as file:
+    with (LOGS / "running").open("w") as opened, os.fdopen(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 3)) as file:
+        # not 0 to 2, as it would be where standard input is closed: workers have other things there
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,6 +134,36 @@ def only_one_here() -> Iterator[int]:
             )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
+
+
+def redefinition() -> Callable[[], bool]:
+    """A function that says whether what DVC makes the stages of has changed since: by values, not by comments.
+
+    Workers read it for each stage anew, while `dvc repro` reads it once.
+    """
+    files = (Path("dvc.yaml"), PARAMS)
+
+    def texts() -> list[bytes]:
+        return [file.read_bytes() if file.exists() else b"" for file in files]
+
+    def values() -> list[dict[str, Any]] | None:
+        try:
+            return [read_yaml(file) for file in files]
+        except ConfigError:
+            return None
+
+    before, values_before = texts(), values()
+    return lambda: texts() != before and values() != values_before
+
+
+def server(settings: Settings) -> AbstractContextManager[Mapping[str, str]]:
+    """A server of stages whose libraries are imported, and the variables by which stages find it.
+
+    None on a GPU: diffusers asks for it when it is imported, after which CUDA does not work in forks.
+    """
+    if has_gpu():
+        return nullcontext({})
+    return serving({"OMP_NUM_THREADS": str(settings.threads), **BARS, **os.environ}, LOGS / "preloaded.log")
 
 
 def default_jobs(settings: Settings) -> int:

@@ -26,12 +26,14 @@ from typing import Any
 from attune.stop import end_with_parent
 
 LOCK = "dvc.lock"
+BARS = {"TQDM_MININTERVAL": "0.5"}  # s; ten times a second, a day's bars are 70 MB of log
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt_group)
     end_with_parent()
-    os.environ.setdefault("TQDM_MININTERVAL", "0.5")  # s; ten times a second, a day's bars are 70 MB of log
+    for name, value in BARS.items():
+        os.environ.setdefault(name, value)
     with suppress(KeyboardInterrupt, BrokenPipeError):
         tasks, answers = _own_pipes()
         for line in tasks:
