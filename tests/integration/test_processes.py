@@ -182,7 +182,7 @@ def test_a_stage_becomes_two_processes_and_leaves_what_it_leaves_alone(project, 
     apart = sum((same[key] - value).square().sum() for key, value in weights.items()).sqrt()
     assert apart / sum(value.square().sum() for value in weights.values()).sqrt() < 1e-4
     left = {file.name for file in (project.folder / ".checkpoints").iterdir()}
-    assert left <= {"costs", "digests.json", "seconds.json", "prepare-short.lock"}
+    assert left <= {"costs", "digests.json", "seconds.json", "seconds.lock", "prepare-short.lock"}
 
 
 def test_full_fine_tuning_in_pieces_leaves_what_one_process_leaves(project):
