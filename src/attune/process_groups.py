@@ -36,7 +36,7 @@ class Groups:
             if leader.poll() is None:
                 interrupt(leader)
 
-    def look(self, leader: Leader) -> None:
+    def watch(self, leader: Leader) -> None:
         """Notes the leader's children, and tells those to stop that were begun too late to have been told.
 
         The one before had just ended when it was told, and the leader went on. To be called several times a second.
@@ -50,7 +50,7 @@ class Groups:
         """The exit code of a leader, which is looked at until it ends."""
         self.add(leader)
         while leader.poll() is None:
-            self.look(leader)
+            self.watch(leader)
             time.sleep(POLL)
         return leader.returncode
 

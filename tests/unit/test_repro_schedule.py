@@ -15,8 +15,8 @@ import stages
 from attune.config.resolve import load
 from attune.pipeline.graph import Graph, estimates, first_of, longest_paths, time_left, widest
 from attune.pipeline.logs import Bar, Log, last_bar, plain
+from attune.pipeline.progress import CACHED, FAILED, RAN, UNCHANGED, Progress
 from attune.pipeline.screen import headline, screen
-from attune.pipeline.whole import CACHED, FAILED, RAN, UNCHANGED, Whole
 from attune.stages import repro
 
 RUNS = {"base": {"after": "data"}}
@@ -63,37 +63,37 @@ def test_a_time_that_is_not_known_is_that_of_its_kind():
 
 
 def test_the_whole_goes_by_what_dvc_says():
-    whole = Whole(GRAPH, 2, dict(SECONDS))
+    progress = Progress(GRAPH, 2, dict(SECONDS))
     for stage, line, how in (
         ("plan", "Running stage 'plan':", RAN),
         ("prepare", "Stage 'prepare' didn't change, skipping", UNCHANGED),
         ("spm", "Stage 'spm' is cached - skipping run, checking out outputs", CACHED),
     ):
-        whole.begin(stage)
-        assert whole.hear(line) == stage
-        assert whole.how[stage] == how
-        whole.end(stage, how)
-    assert whole.hear("a line of a stage about 'prepare'") is None
-    assert whole.done == {"plan", "prepare", "spm"}
-    assert whole.known["prepare"] == 40, "a stage that was skipped says nothing about its time"
-    assert whole.known["plan"] < 1
-    assert whole.left() == "about 75 s left"
+        progress.start(stage)
+        assert progress.hear(line) == stage
+        assert progress.how[stage] == how
+        progress.end(stage, how)
+    assert progress.hear("a line of a stage about 'prepare'") is None
+    assert progress.done == {"plan", "prepare", "spm"}
+    assert progress.known["prepare"] == 40, "a stage that was skipped says nothing about its time"
+    assert progress.known["plan"] < 1
+    assert progress.left() == "about 75 s left"
 
 
 def test_the_headline_says_which_stages_run_and_what_is_left():
-    whole = Whole(GRAPH, 2, dict(SECONDS))
-    assert headline(whole) == "0 of 6 stages have ended; about 3 min left"
-    assert headline(Whole(GRAPH, 2, {"dpo": 60.0})) == "0 of 6 stages have ended; at least 60 s left"
-    assert headline(Whole(GRAPH, 2, {})) == "0 of 6 stages have ended"
+    progress = Progress(GRAPH, 2, dict(SECONDS))
+    assert headline(progress) == "0 of 6 stages have ended; about 3 min left"
+    assert headline(Progress(GRAPH, 2, {"dpo": 60.0})) == "0 of 6 stages have ended; at least 60 s left"
+    assert headline(Progress(GRAPH, 2, {})) == "0 of 6 stages have ended"
     for stage in ("plan", "prepare"):
-        whole.begin(stage)
-        whole.end(stage, UNCHANGED)
-    whole.begin("spm")
-    assert headline(whole) == "stage 3 of 6; about 2 min left"
-    whole.begin("dpo")
-    assert headline(whole) == "stages 3 and 4 of 6; about 2 min left"
-    whole.end("dpo", FAILED)
-    assert headline(whole) == "stage 4 of 6; failed: dpo"
+        progress.start(stage)
+        progress.end(stage, UNCHANGED)
+    progress.start("spm")
+    assert headline(progress) == "stage 3 of 6; about 2 min left"
+    progress.start("dpo")
+    assert headline(progress) == "stages 3 and 4 of 6; about 2 min left"
+    progress.end("dpo", FAILED)
+    assert headline(progress) == "stage 4 of 6; failed: dpo"
 
 
 def test_a_log_is_lines_and_a_bar(tmp_path):
@@ -160,7 +160,7 @@ def test_what_is_no_terminal_gets_lines_alone(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.stdout", output)
         with screen() as shown:
             shown.say("a | 50 % → ready")
-            shown.show(Whole(GRAPH, 2, {}), {})
+            shown.show(Progress(GRAPH, 2, {}), {})
     assert (tmp_path / "output").read_text() == "a | 50 % \\u2192 ready\n"
 
 
@@ -237,11 +237,11 @@ def test_words_of_dvc_and_more_jobs_do_not_go_together(machine):
 
 
 def test_times_of_stages_that_note_none_are_noted(machine):
-    whole = Whole(GRAPH, 2, {})
+    progress = Progress(GRAPH, 2, {})
     for stage in ("spm", "dpo"):
-        whole.begin(stage)
-        whole.end(stage, RAN)
+        progress.start(stage)
+        progress.end(stage, RAN)
     repro.TIMES.parent.mkdir(exist_ok=True)
     repro.TIMES.write_text('{"dpo": 61.5, "old": 3.0}')
-    repro.note_other_seconds(whole)
+    repro.note_other_seconds(progress)
     assert json.loads(repro.TIMES.read_text()) == {"spm": 0.0, "dpo": 61.5, "old": 3.0}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from attune.pipeline.graph import first_of, longest_paths
 from attune.pipeline.logs import Bar, Log
+from attune.pipeline.progress import FAILED, RAN, STOPPED, UNCHANGED, Progress, duration
 from attune.pipeline.screen import Screen
-from attune.pipeline.whole import FAILED, RAN, STOPPED, UNCHANGED, Whole, duration
 from attune.pipeline.workers import LOST, Worker, Workers
 
 POLL = 0.2  # s
@@ -38,7 +38,7 @@ class Task:
 class Run:
     """A pipeline that is being run, and what is written about it."""
 
-    whole: Whole
+    progress: Progress
     workers: Workers
     screen: Screen
     logs: Path  # folder
@@ -76,21 +76,21 @@ class Run:
                 stage = hear(task, line)
                 if not line.strip().startswith(NOISE):
                     self.screen.say(f"{stage} | {line}")
-            bars |= dict.fromkeys(self.whole.began if task.name == ALL else [task.name], task.log.bar)
-        self.screen.show(self.whole, bars)
+            bars |= dict.fromkeys(self.progress.began if task.name == ALL else [task.name], task.log.bar)
+        self.screen.show(self.progress, bars)
         return ended
 
     @property
     def place(self) -> str:
         """How many stages have ended, of how many."""
-        return f"{len(self.whole.ended)} of {len(self.whole.graph.order)}"
+        return f"{len(self.progress.ended)} of {len(self.progress.graph.order)}"
 
     def end(self, stage: str, code: int = 0) -> None:
         """Notes and says how a stage has ended."""
-        how = STOPPED if code and self.is_stopped() else FAILED if code else self.whole.how.get(stage, RAN)
-        ended = self.whole.end(stage, how)
+        how = STOPPED if code and self.is_stopped() else FAILED if code else self.progress.how.get(stage, RAN)
+        ended = self.progress.end(stage, how)
         took = "" if how == UNCHANGED else f", {duration(ended.seconds)}"
-        left = "" if code or self.code else self.whole.left()
+        left = "" if code or self.code else self.progress.left()
         self.screen.say(f"[{self.place}] {stage}: {how}{took}" + (f"; {left}" if left else ""))
 
 
@@ -103,20 +103,20 @@ def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mappin
     """
 
     def hear(task: Task, line: str) -> str:
-        run.whole.hear(line)
+        run.progress.hear(line)
         return task.name
 
     while True:
-        if not run.code and run.whole.not_run and run.is_redefined():
+        if not run.code and run.progress.not_run and run.is_redefined():
             run.screen.say(REDEFINED)
             run.code = DIED
         if not (run.code or run.is_stopped()):
-            run.workers.start(run.whole.jobs)  # again, if one has died
-        if not run.tasks and run.whole.ended:
+            run.workers.start(run.progress.jobs)  # again, if one has died
+        if not run.tasks and run.progress.ended:
             _skip_unchanged(run)
         while stage := _next(run):
-            others = len(run.whole.began) + len(_ready(run.whole)) - 1
-            run.whole.begin(stage)
+            others = len(run.progress.began) + len(_ready(run.progress)) - 1
+            run.progress.start(stage)
             more = {} if others else alone(stage)
             run.give(stage, ["--wait-for-lock", "repro", "--single-item", stage], {**env, **more})
         if not run.tasks:
@@ -124,19 +124,19 @@ def side_by_side(run: Run, env: Mapping[str, str], alone: Callable[[str], Mappin
         for task, code in run.wait(hear):
             run.end(task.name, code)
             run.code = run.code or code
-    if run.whole.not_run and not (run.code or run.is_stopped()):
+    if run.progress.not_run and not (run.code or run.is_stopped()):
         run.screen.say(f"the processes that run DVC are gone; {run.logs / 'workers.log'} may say why")
         run.code = DIED
 
 
 def _skip_unchanged(run: Run) -> None:
     """Ends the stages that DVC would skip: asked once for all, it need not be asked for each."""
-    if run.code or run.is_stopped() or len(run.whole.not_run) < 2:
+    if run.code or run.is_stopped() or len(run.progress.not_run) < 2:
         return
-    unchanged = run.workers.ask("unchanged", done=sorted(run.whole.done)).get("stages", ())
+    unchanged = run.workers.ask("unchanged", done=sorted(run.progress.done)).get("stages", ())
     for stage in unchanged:
-        run.whole.begin(stage)
-        run.whole.end(stage, UNCHANGED)
+        run.progress.start(stage)
+        run.progress.end(stage, UNCHANGED)
     if unchanged:
         run.screen.say(f"[{run.place}] unchanged: {', '.join(unchanged)}")
 
@@ -145,14 +145,14 @@ def one_by_one(run: Run) -> None:
     """Runs `dvc repro` as it is, and goes by what it says."""
 
     def hear(task: Task, line: str) -> str:
-        stage = run.whole.hear(line)
-        current = next(iter(run.whole.began), None)
+        stage = run.progress.hear(line)
+        current = next(iter(run.progress.began), None)
         if stage is None or stage == current:
             return current or task.name
         if current is not None:
             run.end(current)
-        run.whole.begin(stage)
-        if run.whole.how[stage] == UNCHANGED:
+        run.progress.start(stage)
+        if run.progress.how[stage] == UNCHANGED:
             run.end(stage)
         return stage
 
@@ -160,16 +160,16 @@ def one_by_one(run: Run) -> None:
     while run.tasks:
         for _, code in run.wait(hear):
             run.code = code
-    for stage in list(run.whole.began):
+    for stage in list(run.progress.began):
         run.end(stage, run.code)
 
 
-def _ready(whole: Whole) -> list[str]:
-    return whole.graph.ready(whole.done, {*whole.ended, *whole.began})
+def _ready(progress: Progress) -> list[str]:
+    return progress.graph.ready(progress.done, {*progress.ended, *progress.began})
 
 
 def _next(run: Run) -> str | None:
     """The stage to begin now, if there is one and a worker for it."""
     if run.code or run.is_stopped() or not run.workers.has_idle():
         return None
-    return first_of(_ready(run.whole), longest_paths(run.whole.graph, run.whole.seconds()))
+    return first_of(_ready(run.progress), longest_paths(run.progress.graph, run.progress.seconds()))

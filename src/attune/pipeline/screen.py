@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attune.pipeline.logs import Bar
-from attune.pipeline.whole import FAILED, Whole, duration
+from attune.pipeline.progress import FAILED, Progress, duration
 
 BAR_WIDTH = 24  # characters
 FRAMES = 4  # a second
@@ -35,10 +35,10 @@ class Screen:
         else:
             self._console.print(Text(line), soft_wrap=True)
 
-    def show(self, whole: Whole, bars: Mapping[str, Bar | None]) -> None:
+    def show(self, progress: Progress, bars: Mapping[str, Bar | None]) -> None:
         """Shows how far all of it is."""
         if self._live is not None:
-            self._live.update(picture(whole, bars))
+            self._live.update(picture(progress, bars))
 
 
 @contextmanager
@@ -61,10 +61,10 @@ def screen() -> Iterator[Screen]:
         yield Screen(console, live)
 
 
-def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
+def picture(progress: Progress, bars: Mapping[str, Bar | None]) -> RenderableType:
     """A line for all of it, and one for each stage that runs."""
     table = Table.grid(padding=(0, 2))
-    for stage, elapsed in whole.running.items():
+    for stage, elapsed in progress.running.items():
         bar = bars.get(stage)
         percent = None if bar is None else bar.percent
         drawn: RenderableType = Text()
@@ -75,15 +75,15 @@ def picture(whole: Whole, bars: Mapping[str, Bar | None]) -> RenderableType:
         counted = "" if bar is None else f"{bar.what} {bar.count}"
         number = "" if percent is None else f"{percent:3d} %"
         table.add_row(Text(f"  {stage}"), drawn, Text(number), Text(duration(elapsed)), Text(counted, no_wrap=True))
-    return Group(Text(headline(whole), style="bold"), table)
+    return Group(Text(headline(progress), style="bold"), table)
 
 
-def headline(whole: Whole) -> str:
+def headline(progress: Progress) -> str:
     """How many stages have ended, which one that makes the running ones, and how long the rest will take."""
-    ended, running, count = len(whole.ended), len(whole.began), len(whole.graph.order)
+    ended, running, count = len(progress.ended), len(progress.began), len(progress.graph.order)
     last = f"{' and' if running == 2 else ' to'} {ended + running}" if running > 1 else ""
     stages = f"stage{'s' if last else ''} {ended + 1}{last}"
     now = f"{stages} of {count}" if running else f"{ended} of {count} stages have ended"
-    failed = f"; failed: {', '.join(whole.that(FAILED))}" if whole.that(FAILED) else ""
-    left = "" if failed else whole.left()
+    failed = f"; failed: {', '.join(progress.that(FAILED))}" if progress.that(FAILED) else ""
+    left = "" if failed else progress.left()
     return now + (f"; {left}" if left else "") + failed

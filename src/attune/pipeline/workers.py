@@ -65,7 +65,7 @@ class Workers:
     def answers(self, timeout: float) -> Iterator[tuple[Worker, Answer]]:
         """The answers that arrive within so many seconds; LOST for a worker that has died at its task."""
         for busy in self._busy:
-            self._groups.look(busy)
+            self._groups.watch(busy)
         for key, _ in self._selector.select(timeout):
             worker = key.data
             line = worker.stdout.readline()

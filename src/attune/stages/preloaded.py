@@ -164,9 +164,9 @@ def serve(address: str) -> None:
     while not (told and is_idle(selector)):
         for key, _ in selector.select():
             if key.fileobj is listening:
-                begin(listening.accept()[0], selector)
+                start_stage(listening.accept()[0], selector)
             elif key.fileobj == key.data.process.sentinel:
-                end(key.data, selector)
+                end_stage(key.data, selector)
             elif key in selector.get_map().values():  # who has asked is gone, so the stage must not go on
                 selector.unregister(key.fileobj)
                 key.data.process.kill()
@@ -177,7 +177,7 @@ def is_idle(selector: selectors.BaseSelector) -> bool:
     return len(selector.get_map()) <= 1
 
 
-def begin(connection: socket.socket, selector: selectors.BaseSelector) -> None:
+def start_stage(connection: socket.socket, selector: selectors.BaseSelector) -> None:
     """Forks the stage that is asked for, says which process it is, and looks out for its end and for the asker's.
 
     Without an answer the asker goes on by itself: where memory is lacking, or where the question is not whole because
@@ -204,7 +204,7 @@ def begin(connection: socket.socket, selector: selectors.BaseSelector) -> None:
         connection.sendall(f"{process.pid}\n".encode())
 
 
-def end(stage: Stage, selector: selectors.BaseSelector) -> None:
+def end_stage(stage: Stage, selector: selectors.BaseSelector) -> None:
     """Says how a stage has ended, to whoever has asked for it."""
     stage.process.join()
     selector.unregister(stage.process.sentinel)

@@ -28,9 +28,9 @@ from attune.files import write_atomically
 from attune.paths import CHECKPOINTS, TIMES, Paths, project_root
 from attune.pipeline.graph import Graph, widest
 from attune.pipeline.logs import last_lines
+from attune.pipeline.progress import FAILED, RAN, STOPPED, Progress, duration
 from attune.pipeline.schedule import ALL, Run, one_by_one, side_by_side
 from attune.pipeline.screen import screen
-from attune.pipeline.whole import FAILED, RAN, STOPPED, Whole, duration
 from attune.pipeline.workers import Workers, workers
 from attune.planning import costs
 from attune.planning.problems import machine
@@ -101,19 +101,19 @@ def run_all(settings: Settings, jobs: int | None) -> int:
         found = pool.ask("graph")
         graph = Graph(tuple(found["order"]), {k: frozenset(v) for k, v in found["needs"].items()}) if found else None
         jobs = min(jobs, widest(graph)) if graph else 1
-        whole = Whole(graph or Graph((), {}), jobs, noted_seconds())
-        run = Run(whole, pool, shown, LOGS, lambda: bool(groups.stopped), is_redefined)
+        progress = Progress(graph or Graph((), {}), jobs, noted_seconds())
+        run = Run(progress, pool, shown, LOGS, lambda: bool(groups.stopped), is_redefined)
         if not groups.stopped:
             pool.start(jobs)
         if not groups.stopped and jobs == 1:
             with groups.stopped_on_error():
                 one_by_one(run)
         elif not groups.stopped:
-            with lock_in_order(pool, whole.graph), server(settings) as preloaded, groups.stopped_on_error():
-                side_by_side(run, preloaded, lambda stage: processes_for(stage, whole.seconds(), jobs))
-    note_other_seconds(whole)
+            with lock_in_order(pool, progress.graph), server(settings) as preloaded, groups.stopped_on_error():
+                side_by_side(run, preloaded, lambda stage: processes_for(stage, progress.seconds(), jobs))
+    note_other_seconds(progress)
     sys.stdout.writelines(
-        f"{line}\n" for line in outcome(whole, run.code, bool(groups.stopped), time.monotonic() - began)
+        f"{line}\n" for line in outcome(progress, run.code, bool(groups.stopped), time.monotonic() - began)
     )
     return 128 + groups.stopped if groups.stopped else run.code
 
@@ -232,19 +232,19 @@ def locked_stages() -> list[str]:
     return list(read_yaml(file).get("stages", ())) if file.exists() else []
 
 
-def note_other_seconds(whole: Whole) -> None:
+def note_other_seconds(progress: Progress) -> None:
     """Adds the times of stages that note none themselves, as `plan`."""
     noted = noted_seconds()
-    ran = {stage: round(whole.ended[stage].seconds, 1) for stage in whole.that(RAN)}
+    ran = {stage: round(progress.ended[stage].seconds, 1) for stage in progress.that(RAN)}
     if ran.keys() - noted:
         write_atomically(project_root() / TIMES, json.dumps({**ran, **noted}).encode())
 
 
-def outcome(whole: Whole, code: int, is_stopped: bool, seconds: float) -> Iterator[str]:
+def outcome(progress: Progress, code: int, is_stopped: bool, seconds: float) -> Iterator[str]:
     """What the user is told at the end: of a failure all that the stage wrote, and what did not run."""
-    failed, stopped, todo = whole.that(FAILED), whole.that(STOPPED), whole.not_run
-    for name in failed or ([ALL] if code and not (is_stopped or whole.ended) else []):
-        log = LOGS / f"{ALL if whole.jobs == 1 else name}.log"
+    failed, stopped, todo = progress.that(FAILED), progress.that(STOPPED), progress.not_run
+    for name in failed or ([ALL] if code and not (is_stopped or progress.ended) else []):
+        log = LOGS / f"{ALL if progress.jobs == 1 else name}.log"
         yield f"\n{name} failed; the end of {log}:"
         yield from (f"  {line}" for line in last_lines(log, LAST_LINES))
     if code or is_stopped:
@@ -254,8 +254,8 @@ def outcome(whole: Whole, code: int, is_stopped: bool, seconds: float) -> Iterat
         yield from [f"not run: {', '.join(todo)}"] if todo else []
         yield "`make repro` goes on from there"
         return
-    ran = len(whole.that(RAN))
-    yield f"{ran} of {len(whole.ended)} stages ran, in {duration(seconds)}; their output is in {LOGS}"
+    ran = len(progress.that(RAN))
+    yield f"{ran} of {len(progress.ended)} stages ran, in {duration(seconds)}; their output is in {LOGS}"
 
 
 def _count(text: str) -> int:

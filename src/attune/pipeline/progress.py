@@ -23,7 +23,7 @@ class Ended:
 
 
 @dataclass
-class Whole:
+class Progress:
     """The state of a pipeline while it runs."""
 
     graph: Graph
@@ -33,7 +33,7 @@ class Whole:
     began: dict[str, float] = field(default_factory=dict)  # of those that run, s of `time.monotonic`
     how: dict[str, str] = field(default_factory=dict)  # of those that run, as far as DVC has said
 
-    def begin(self, stage: str) -> None:
+    def start(self, stage: str) -> None:
         self.began[stage] = time.monotonic()
 
     def hear(self, line: str) -> str | None:
