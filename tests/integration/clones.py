@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -107,6 +108,16 @@ class Project:
         stages = {name: stage for name, stage in self.lock().items() if name != "plan"}
         found = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
         return {path: md5 for path, md5 in found.items() if not path.endswith("report.html")}
+
+    def prepared(self) -> dict[str, Any]:
+        """What the prepared data hold: tables' bytes and, in their order, rows and hashes of the tensors in each file.
+
+        A file of tensors is named by all that it was made from, the code included, and so may be called otherwise.
+        """
+        folder = self.folder / "data/short/prepared"
+        listed = json.loads((folder / "shards.json").read_text())
+        held = {kind: [(file["rows"], file["sha256"]) for file in files] for kind, files in listed.items()}
+        return held | {table.name: table.read_bytes() for table in sorted(folder.glob("*.parquet"))}
 
     @contextmanager
     def changed(self, name: str, text: str) -> Iterator[None]:

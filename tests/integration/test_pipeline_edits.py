@@ -199,7 +199,7 @@ def test_a_new_scorer_is_one_file_and_one_entry(project):
 
 def test_a_new_base_model_and_a_new_source_are_one_file_and_one_entry_each(project):
     """As both do what others do under another name, everything runs again and nothing of the results changes."""
-    before = project.hashes()
+    before, prepared = project.hashes(), project.prepared()
     new = {"backbones/mine.py": NEW_BASE, "data/sources/ours.py": NEW_SOURCE}
     for name, text in new.items():
         (project.folder / "src/attune" / name).write_text(text)
@@ -209,7 +209,10 @@ def test_a_new_base_model_and_a_new_source_are_one_file_and_one_entry_each(proje
     YAML().dump(values, text)
     with project.changed("params/short.yaml", text.getvalue()):
         assert {"prepare", "train_preference", *(f"align@{run}" for run in METHODS)} <= set(project.repro())
-        changed = {path for path, digest in project.hashes().items() if digest != before[path]}
+        assert project.prepared() == prepared
+        changed = {path for path, digest in project.hashes().items() if digest != before[path]} - {
+            "data/short/prepared"
+        }
         assert not [path for path in changed if path.startswith(("data/", "reports/short/scores"))]
     for name in new:
         (project.folder / "src/attune" / name).unlink()
