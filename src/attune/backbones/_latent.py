@@ -14,7 +14,7 @@ from torch import Tensor
 from attune.backbones._memory import in_parts
 from attune.backbones._quantise import quantise
 from attune.config.settings import Model
-from attune.diffusion.process import extract, velocity_to_noise
+from attune.diffusion.process import Level, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
 from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
 from attune.weights import count_parameters, read_json
@@ -269,7 +269,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return in_parts(images, latents.to(vae.device), latents.shape[-2] * latents.shape[-1] * scale**2)
 
 
-def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
+def to_noise(output: Tensor, predicts: str, x_t: Tensor, at: Level) -> Tensor:
     """A denoiser's output as epsilon, in the dtype of x_t."""
     output = output.to(x_t.dtype)
-    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, extract(alphas_cumprod, t, x_t))
+    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, at)
