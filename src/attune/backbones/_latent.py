@@ -172,6 +172,18 @@ def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
     return len(ids) > tokenizer.model_max_length
 
 
+def scheduler_config(model: Model) -> tuple[Mapping[str, Any], Path]:
+    """What the pipeline's scheduler says of itself, and its file. Raises FileNotFoundError or ValueError if none."""
+    if Path(model.path).is_file():
+        raise ValueError(
+            f"{model.path} is one file; a folder in diffusers' layout is needed: `from_single_file` makes it"
+        )
+    file = fetch_folder(parse(model.path) / "scheduler", ["*.json"]) / "scheduler_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{model.path}: there is no scheduler/{file.name}")
+    return read_json(file), file
+
+
 def load_schedule(model: Model) -> tuple[Tensor, str]:
     """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction.
 
@@ -183,14 +195,7 @@ def load_schedule(model: Model) -> tuple[Tensor, str]:
     """
     from diffusers import DDIMScheduler
 
-    if Path(model.path).is_file():
-        raise ValueError(
-            f"{model.path} is one file; a folder in diffusers' layout is needed: `from_single_file` makes it"
-        )
-    file = fetch_folder(parse(model.path) / "scheduler", ["*.json"]) / "scheduler_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{model.path}: there is no scheduler/{file.name}")
-    config = read_json(file)
+    config, file = scheduler_config(model)
     _check_family(config, file)
     try:
         scheduler = DDIMScheduler.from_config(config)
