@@ -80,7 +80,7 @@ class Backbone(Protocol):
     model: Model  # what it was made from
     denoiser: Denoiser
     path: Path  # levels of noise, native target, and times of training and sampling
-    prediction_type: str  # what the denoiser's own output is: epsilon or v_prediction
+    prediction_type: str  # what the denoiser's own output is: epsilon, v_prediction or flow
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
     lora_targets: Sequence[str]

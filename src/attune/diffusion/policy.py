@@ -30,7 +30,7 @@ from attune.diffusion.lora import (
     target_modules,
     unload_lora,
 )
-from attune.diffusion.lora_files import locate, read_denoiser
+from attune.diffusion.lora_files import locate, part_of, read_denoiser
 from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.files import let_umask_decide
@@ -201,7 +201,7 @@ class Policy:
             self.snapshot_reference()
 
     def save(self, folder: Path, header: Mapping[str, str] | None = None) -> None:
-        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`.
+        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of the denoiser.
 
         Of several processes the main one writes; all must call this, because each may hold a piece of the weights.
 
@@ -218,8 +218,9 @@ class Policy:
             save_lora(denoiser, folder, header or {})
         else:
             check_finite(denoiser.state_dict(), f"{folder} was not saved")
-            denoiser.save_pretrained(folder / "unet")
-            let_umask_decide(folder / "unet")
+            part = folder / part_of(denoiser)
+            denoiser.save_pretrained(part)
+            let_umask_decide(part)
 
     def _whole_denoiser(self) -> Denoiser:
         """The denoiser; of a sharded one a copy on the CPU, which has its weights in the main process alone."""
