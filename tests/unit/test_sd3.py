@@ -174,7 +174,7 @@ def rollout(policy, backbone, **options):
     return method, method.rollout(batch, tiny.draws(2).noise, tiny.draws(2).integers)
 
 
-@pytest.mark.parametrize(("start", "inner", "pairs"), [(0, 0, 5), (3, 0, 2), (1, 1, 4), (2, 2, 3)])
+@pytest.mark.parametrize(("start", "inner", "pairs"), [(0, 0, 5), (3, 0, 2), (0, 1, 5), (1, 1, 4), (2, 2, 3)])
 def test_spo_compares_every_step_that_adds_noise(policy, backbone, start, inner, pairs):
     """Of six steps the last has none: no candidates differ there, and nothing has a density."""
     method, found = rollout(policy, backbone, start_step=start, inner_steps=inner)

@@ -111,9 +111,8 @@ def write_package(
     """
     settings = Model(**model.made["base"])
     if settings.backbone not in PIPELINES:
-        raise ValueError(
-            f"model.backbone: there is no package of {settings.backbone} yet; share {model.folder}, which diffusers reads"
-        )
+        why = f"model.backbone: there is no package of {settings.backbone} yet"
+        raise ValueError(f"{why}; share {model.folder}, which diffusers reads")
     exact = settings.model_copy(update={"dtype": "float32", "vae_dtype": "float32"})
     backbone = load_backbone(settings)
     models = [NamedModel("base", None), NamedModel(model.made["run"], str(model.folder), own=True)]
