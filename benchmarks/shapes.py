@@ -27,6 +27,7 @@ from attune.backbones.sd import StableDiffusion
 from attune.backbones.sdxl import StableDiffusionXL
 from attune.clip.open_clip import VIT_H_14, clip_config
 from attune.config.settings import Model
+from attune.diffusion.path import VP
 from attune.interfaces import Backbone, Conditioning
 
 M = TypeVar("M", bound=nn.Module)
@@ -124,7 +125,7 @@ class _Random:
         order = torch.channels_last if model.channels_last else torch.preserve_format
         self.model, self.device, self.dtype = model, device, dtype or getattr(torch, model.dtype)
         self.turn = Turns(device, offload=False)
-        self.alphas_cumprod, self.prediction_type = scheduler().alphas_cumprod.to(device), "epsilon"
+        self.path, self.prediction_type = VP(scheduler().alphas_cumprod.to(device)), "epsilon"
         self.denoiser = made(lambda: unet(base, small), self.dtype, device).to(memory_format=order)
         self.vae = made(lambda: vae(base, small), getattr(torch, model.vae_dtype), device).to(memory_format=order)
         size = self.denoiser.config["sample_size"] if model.resolution is None else model.resolution // 8

@@ -28,7 +28,7 @@ LAYERS = (
     "methods | rewards | spm | diffusion.generate",
     "backbones | data | training | evaluation",
     "diffusion.ddim | diffusion.noised | clip",
-    "diffusion.policy | world",
+    "diffusion.policy | diffusion.path | world",
     "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
     "diffusion.lora_files | diffusion.lora_layers",
     "diffusion.lora_scale | interfaces | pretrained",

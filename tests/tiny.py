@@ -12,6 +12,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -72,7 +75,7 @@ def _loud(module: nn.Module) -> nn.Module:
 WIDTHS = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
 
 
-def autoencoder() -> AutoencoderKL:
+def autoencoder(**settings: Any) -> AutoencoderKL:
     """Of 16 pixels, two to a latent."""
     return AutoencoderKL(
         sample_size=16,
@@ -80,6 +83,7 @@ def autoencoder() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         **WIDTHS,
+        **settings,
     )
 
 
@@ -135,6 +139,44 @@ def write_xl_pipeline(folder: Path, zeros_for_empty_prompt: bool = True) -> str:
         scheduler=DDIMScheduler(**SCHEDULE),
         force_zeros_for_empty_prompt=zeros_for_empty_prompt,
         add_watermarker=False,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def write_sd3_pipeline(folder: Path) -> str:
+    """A Stable Diffusion 3.5 folder in diffusers' layout, without a T5; one block has a second attention."""
+    torch.manual_seed(6)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=8 + 12,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    first = TEXT | ENDS | {"num_hidden_layers": 2, "projection_dim": 8}
+    second = first | {"vocab_size": len(TOKENS) + 1, "hidden_size": 24, "projection_dim": 12}
+    second |= {name: token + 1 for name, token in ENDS.items()}
+    tokenizer(folder / "tokenizer")
+    shifted = {token: i for i, token in enumerate(["!", *TOKENS])}
+    vae = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
+    StableDiffusion3Pipeline(
+        transformer=_loud(transformer),
+        vae=_loud(autoencoder(**vae)),
+        text_encoder=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**first))),
+        text_encoder_2=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**second))),
+        text_encoder_3=None,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer(vocab=shifted, merges=[], model_max_length=16, pad_token="!"),
+        tokenizer_3=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return str(folder)
 

@@ -4,7 +4,7 @@
 inherits from them. `Policy`, which methods are given, is concrete and lives in `attune.diffusion.policy`.
 
 Shapes: B images or prompts, (C, h, w) a latent, (3, H, W) an image. Images outside a backbone are float in
-[0, 1]; timesteps t are long (B,), indices 0..T-1 of the training schedule.
+[0, 1]; times t (B,) are on the scale of the training timesteps, see `attune.diffusion.path`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from attune.distributed import Part, Shard
 if TYPE_CHECKING:
     from attune.diffusion.lora import Denoiser
     from attune.diffusion.noise import Draws
+    from attune.diffusion.path import Path
     from attune.diffusion.policy import Policy
 
 Metrics = dict[str, float | Tensor]
@@ -78,8 +79,8 @@ class Backbone(Protocol):
 
     model: Model  # what it was made from
     denoiser: Denoiser
-    alphas_cumprod: Tensor  # (T,) float32
-    prediction_type: str  # what the denoiser's own output is: epsilon or v_prediction
+    path: Path  # levels of noise, native target, and times of training and sampling
+    prediction_type: str  # what the denoiser's own output is: epsilon, v_prediction or flow
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
     lora_targets: Sequence[str]
@@ -105,8 +106,8 @@ class Backbone(Protocol):
         """
         ...
 
-    def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Noise predicted by `denoiser` (which may be wrapped), converted to epsilon at this boundary."""
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """What `denoiser` (which may be wrapped) predicts of `path.target`, converted to that at this boundary."""
         ...
 
 

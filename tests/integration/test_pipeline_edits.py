@@ -237,15 +237,16 @@ class Method:
     needs = ()
 
     def __init__(self, config, policy):
-        self.config, self.policy, self.schedule = config, policy, policy.backbone.alphas_cumprod
+        self.config, self.policy, self.path = config, policy, policy.backbone.path
 
     def minibatches(self, batch, draws):
-        yield Part((batch, *batch.draw_noise(self.schedule, draws)), draws.n)
+        yield Part((batch, *batch.draw_noise(self.path, draws)), draws.n)
 
     def loss(self, minibatch):
         batch, t, noise = minibatch
-        x_t = process.add_noise(batch.chosen, noise, process.extract(self.schedule, t, noise))
-        loss = losses.denoising_error(self.policy.predict_noise(x_t, t, batch.cond), noise).mean()
+        x_t = process.add_noise(batch.chosen, noise, self.path.level(t, noise))
+        target = self.path.target(batch.chosen, noise)
+        loss = losses.denoising_error(self.policy.predict(x_t, t, batch.cond), target).mean()
         return self.config.strength * loss, {"loss": loss, "grain": x_t.std()}
 """
 

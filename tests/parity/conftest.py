@@ -81,6 +81,12 @@ def sdxl(tmp_path_factory):
     return load("sdxl", tmp_path_factory.mktemp("sdxl"))
 
 
+@pytest.fixture(scope="session")
+def sd3(tmp_path_factory):
+    """The tiny Stable Diffusion 3.5 of cases 24e and 24f; shared, so training needs `own`."""
+    return load("sd3", tmp_path_factory.mktemp("sd3"))
+
+
 def load(name, folder):
     model = Model(backbone=name, path=write_pipeline(folder, f"tiny_{name}"))
     return plugins.load("backbones", name).load(model, torch.device("cpu"))

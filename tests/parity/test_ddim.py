@@ -8,11 +8,12 @@ from golden.reading import tensors
 from attune.backbones import sd as sd_backbone
 from attune.config.settings import Model
 from attune.diffusion import process
+from attune.diffusion.path import VP
 from attune.interfaces import Conditioning
 
 pytestmark = pytest.mark.parity
 ETA = {"eps": 1.0, "v": 1.0, "eps_eta05": 0.5}
-SCHEDULE = tensors("01_ddim_log_prob")["alphas_cumprod"]
+PATH = VP(tensors("01_ddim_log_prob")["alphas_cumprod"])
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +26,26 @@ def v_prediction(tmp_path_factory):
 def epsilon(backbone, x_t, t, output):
     """What `backbone` makes of a network's output."""
     cond = Conditioning({"prompt_embeds": torch.zeros(len(x_t), 77, 32)})
-    return backbone.predict_noise(Recorded(x_t, t, cond, output), x_t, t, cond)
+    return backbone.predict(Recorded(x_t, t, cond, output), x_t, t, cond)
 
 
 def step(x_t, noise_pred, t, steps=20, eta=1.0):
-    """Mean and std of our DDIM step, and x_0."""
-    a_t = process.extract(SCHEDULE, t, x_t)
-    a_prev = process.extract(SCHEDULE, process.previous_timestep(t, 1000, steps), x_t)
-    return *process.ddim_step(x_t, noise_pred, a_t, a_prev, eta), process.predict_x0(x_t, noise_pred, a_t)
+    """Mean and std of our DDIM step, and x_0; a row of case 1 starts between the times of a run."""
+    at = PATH.level(t, x_t)
+    to = PATH.level((t - 1000 // steps).clamp(min=0), x_t)
+    x_0, noise = PATH.x0_and_noise(noise_pred, x_t, at)
+    return *process.ddim_step(x_0, noise, at, to, eta), x_0
 
 
 def test_schedule(table, sd, sdxl):
     case = tensors("01_ddim_log_prob")
-    table.exact("01", "alphas_cumprod, SD", sd.alphas_cumprod, case["alphas_cumprod"])
-    table.exact("01", "alphas_cumprod, SDXL", sdxl.alphas_cumprod, case["alphas_cumprod"])
-    table.exact("01", "timesteps", process.ddim_timesteps(1000, 20), torch.arange(951, 0, -50))
-    prev = process.previous_timestep(case["timesteps"], 1000, 20)
-    table.exact("01", "previous timesteps", prev, case["eps.prev_timestep"])
+    table.exact("01", "alphas_cumprod, SD", sd.path.alphas_cumprod, case["alphas_cumprod"])
+    table.exact("01", "alphas_cumprod, SDXL", sdxl.path.alphas_cumprod, case["alphas_cumprod"])
+    table.exact("01", "timesteps", PATH.sampling_times(20)[:-1], torch.arange(951, 0, -50))
+    visited = torch.isin(case["timesteps"], PATH.sampling_times(20))
+    prev = process.time_after(PATH.sampling_times(20), case["timesteps"][visited])
+    assert visited.sum() == len(visited) - 1
+    table.exact("01", "previous timesteps", prev, case["eps.prev_timestep"][visited])
 
 
 @pytest.mark.parametrize("variant", ETA)
@@ -85,7 +89,7 @@ def test_one_timestep_for_all_rows(table):
 def test_fifty_steps(table):
     case = tensors("17_ddpo_ddim")
     t, x_t, x_prev = case["timesteps"], case["sample"], case["prev_sample"]
-    assert set(t.tolist()) < set(process.ddim_timesteps(1000, 50).tolist())
+    assert set(t.tolist()) < set(PATH.sampling_times(50).tolist())
     mean, std, _ = step(x_t, case["model_output"], t, steps=50)
     table.close("17", "x_prev", mean + std * case["noise"], x_prev)
     table.close("17", "log_prob", process.gaussian_log_prob(x_prev, mean, std), case["log_prob_old"])

@@ -42,13 +42,13 @@ def test_training_step(table, request, model):
     backbone.resolution = 1024  # the authors always say so, whatever the picture's size
     x_0 = backbone.vae.config.scaling_factor * case["posterior_samples_wl"]
     noise, t = case["noise"].repeat(2, 1, 1, 1), case["timesteps"].repeat(2)
-    x_t = process.add_noise(x_0, noise, process.extract(backbone.alphas_cumprod, t, x_0))
+    x_t = process.add_noise(x_0, noise, backbone.path.level(t, x_0))
     table.close(name, "x_t", x_t, case["noisy_latents"])
 
     cond = conditioning(case).repeat(2)
     policy = Beside(backbone, Recorded(x_t, t, cond, case["ref_pred"]))
     policy.denoiser.requires_grad_(True)
-    table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), case["model_pred"])
+    table.close(name, "epsilon, policy", policy.predict(x_t, t, cond), case["model_pred"])
     config = dpo.Config(lora=None, lr=1e-8, batches=1, batch_size=3, beta=5000)
     loss, metrics = dpo.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond))
     loss.backward()

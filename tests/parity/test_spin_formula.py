@@ -19,7 +19,7 @@ def test_training_step(table, sd, beta):
     backbone, cond = own(sd), conditioning(case).repeat(2)
     x_0, noise = (torch.cat([case[f"{part}_real"], case[f"{part}_gen"]]) for part in ("latents", "noise"))
     t = case["timesteps"].repeat(2)
-    x_t = process.add_noise(x_0, noise, process.extract(backbone.alphas_cumprod, t, x_0))
+    x_t = process.add_noise(x_0, noise, backbone.path.level(t, x_0))
     opponent = Recorded(x_t, t, cond, torch.cat([case["eps_ref_real"], case["eps_ref_gen"]]))
     policy = Beside(backbone, opponent)
     policy.denoiser.requires_grad_(True)
@@ -27,7 +27,7 @@ def test_training_step(table, sd, beta):
     loss, metrics = spin.Method(config, policy).loss(NoisedBatch(x_0, t, noise, cond))
     loss.backward()
     predicted = torch.cat([case["eps_theta_real"], case["eps_theta_gen"]])
-    table.close(name, "epsilon, policy", policy.predict_noise(x_t, t, cond), predicted)
+    table.close(name, "epsilon, policy", policy.predict(x_t, t, cond), predicted)
     # bracket = (e - e_ref) of real images minus that of generated ones; beta turns its errors of 1e-7 into 1e-3
     table.close(name, "mean margin", metrics["margin"], -0.5 * beta * case["bracket"].mean(), absolute=5e-3)
     table.close(name, "loss", loss, case[f"loss_beta{beta}"], absolute=5e-3)

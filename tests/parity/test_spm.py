@@ -8,7 +8,7 @@ from golden.reading import PROMPTS, assert_close, tensors, write_clip, write_spm
 from attune.data.batches import PairBatch
 from attune.data.labels import relabel
 from attune.diffusion.policy import Policy
-from attune.diffusion.process import add_noise, extract
+from attune.diffusion.process import add_noise
 from attune.spm import objective
 from attune.spm.model import (
     StepAwareReward,
@@ -125,16 +125,16 @@ def test_prompts_are_encoded(table, request, model):
 @pytest.mark.parametrize("model", ["sd", "sdxl"])
 def test_noising_and_the_one_step_prediction(table, request, model):
     (case, backbone, base), name = noised(request, model), f"09 {model}"
-    t, cond, schedule = case["timesteps"], conditioning(case), backbone.alphas_cumprod
+    t, cond, path = case["timesteps"], conditioning(case), backbone.path
     for i in "01":
         x_0 = backbone.vae.config.scaling_factor * case[f"posterior_sample_{i}"]
-        x_t = add_noise(x_0, case["noise"], extract(schedule, t, x_0))
+        x_t = add_noise(x_0, case["noise"], path.level(t, x_0))
         table.close(name, "x_t", x_t, case[f"noised_latents_{i}"])
         null, conditional = case[f"unet_out_{i}"].chunk(2)
-        table.close(name, "epsilon", base.predict_noise(x_t, t, cond), conditional)
-        guided = base.predict_noise(x_t, t, cond, 5.0)
+        table.close(name, "epsilon", base.predict(x_t, t, cond), conditional)
+        guided = base.predict(x_t, t, cond, 5.0)
         table.close(name, "epsilon, guided", guided, null + 5 * (conditional - null))
-        predicted = one_step_latents(lambda *_, eps=guided: eps, schedule, x_0, t, case["noise"], cond)
+        predicted = one_step_latents(lambda *_, eps=guided: eps, path, x_0, t, case["noise"], cond)
         table.close(name, "x_0", predicted, case[f"pred_x0_latents_{i}"])
         decoded = backbone.decode_latents(predicted)
         table.close(name, "decoded", decoded * 2 - 1, case[f"decoded_{i}"])

@@ -77,13 +77,13 @@ def test_training_step(table, request, tmp_path, model):
 def check_predictions(table, name, method, pairs, case):
     """Guided epsilon of policy and reference, wherever it is stored."""
     t, cond = (x.repeat(len(pairs.x_t) // len(pairs.t)) for x in (pairs.t, pairs.cond))
-    predicted = method.policy.predict_noise(pairs.x_t, t, cond, 5.0)
+    predicted = method.policy.predict(pairs.x_t, t, cond, 5.0)
     both = "noise_pred_lose" in case and len(t) > len(pairs.t)
     expected = torch.cat([case["noise_pred_win"], case["noise_pred_lose"]]) if both else case["noise_pred_win"]
     table.close(name, "epsilon, policy", predicted, expected)
     if "noise_ref_pred_win" in case:
         with method.policy.reference():
-            predicted = method.policy.predict_noise(pairs.x_t, t, cond, 5.0)
+            predicted = method.policy.predict(pairs.x_t, t, cond, 5.0)
         table.close(name, "epsilon, reference", predicted, case["noise_ref_pred_win"])
 
 

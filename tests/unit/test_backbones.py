@@ -133,14 +133,14 @@ def test_latents_are_those_of_diffusers(load, pipeline):
 class AsVelocity(nn.Module):
     """A denoiser that says in velocity what another says in epsilon."""
 
-    def __init__(self, denoiser, alphas_cumprod):
+    def __init__(self, denoiser, path):
         super().__init__()
-        self.denoiser, self.alphas_cumprod = denoiser, alphas_cumprod
+        self.denoiser, self.path = denoiser, path
 
     def forward(self, x, t, **kwargs):
-        output, a_t = self.denoiser(x, t, **kwargs), process.extract(self.alphas_cumprod, t, x)
-        x_0 = process.predict_x0(x, output.sample, a_t)
-        return type(output)(a_t.sqrt() * output.sample - (1 - a_t).sqrt() * x_0)
+        output, at = self.denoiser(x, t, **kwargs), self.path.level(t, x)
+        x_0 = process.predict_x0(x, output.sample, at)
+        return type(output)(at.alpha * output.sample - at.sigma * x_0)
 
 
 @torch.no_grad()
@@ -149,10 +149,10 @@ def test_velocity_and_epsilon_mean_the_same_x0(load):
     cond = backbone.encode_prompts(PROMPTS)
     velocity = copy.copy(backbone)
     velocity.prediction_type = "v_prediction"
-    wrapped = AsVelocity(backbone.denoiser, backbone.alphas_cumprod)
-    a_t = process.extract(backbone.alphas_cumprod, t, x_t())
+    wrapped = AsVelocity(backbone.denoiser, backbone.path)
+    at = backbone.path.level(t, x_t())
     x_0, again = (
-        process.predict_x0(x_t(), model.predict_noise(denoiser, x_t(), t, cond), a_t)
+        process.predict_x0(x_t(), model.predict(denoiser, x_t(), t, cond), at)
         for model, denoiser in ((backbone, backbone.denoiser), (velocity, wrapped))
     )
     torch.testing.assert_close(again, x_0, rtol=1e-4, atol=1e-4)
@@ -196,9 +196,9 @@ def test_time_ids_are_of_every_row_and_of_the_resolution(tiny_xl_folder):
     policy = Policy(backbone, backbone.encode_prompts([""]))
     policy.module = Seen(policy.denoiser)
     cond, t = backbone.encode_prompts(PROMPTS), torch.tensor([1, 501, 951])
-    policy.predict_noise(x_t(size=16), t, cond)
-    policy.predict_noise(x_t(size=16), t, cond, 5.0)  # guidance doubles the batch
-    policy.predict_noise(x_t(6, 16), t.repeat(2), cond.repeat(2))
+    policy.predict(x_t(size=16), t, cond)
+    policy.predict(x_t(size=16), t, cond, 5.0)  # guidance doubles the batch
+    policy.predict(x_t(6, 16), t.repeat(2), cond.repeat(2))
     assert policy.module.rows == [3, 6, 6]
     for rows, time_ids in zip(policy.module.rows, policy.module.time_ids, strict=True):
         assert time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] * rows
@@ -208,9 +208,9 @@ def test_time_ids_are_of_every_row_and_of_the_resolution(tiny_xl_folder):
 def test_a_row_does_not_see_the_others(load):
     backbone, t = load(), torch.tensor([1, 501, 951])
     cond = backbone.encode_prompts(PROMPTS)
-    together = backbone.predict_noise(backbone.denoiser, x_t(), t, cond)
+    together = backbone.predict(backbone.denoiser, x_t(), t, cond)
     for row in range(3):
-        alone = backbone.predict_noise(backbone.denoiser, x_t()[[row]], t[[row]], cond[[row]])
+        alone = backbone.predict(backbone.denoiser, x_t()[[row]], t[[row]], cond[[row]])
         torch.testing.assert_close(alone, together[[row]], rtol=1e-4, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_half_precision_with_an_adapter_in_full(load, dtype):
     tiny.move(policy, 0.1)
     assert {weight.dtype for weight in backbone.denoiser.parameters()} == {getattr(torch, dtype), torch.float32}
     cond = backbone.encode_prompts(PROMPTS)
-    noise_pred = policy.predict_noise(x_t(), t, cond, 2.0)
+    noise_pred = policy.predict(x_t(), t, cond, 2.0)
     assert noise_pred.dtype == torch.float32
     noise_pred.square().mean().backward()
     gradients = [weight.grad for weight in policy.parameters()]
@@ -244,9 +244,7 @@ def test_half_precision_with_an_adapter_in_full(load, dtype):
         images = backbone.decode_latents(x_t())
         assert images.dtype == torch.float32
         assert torch.equal(images, full.decode_latents(x_t()))  # the autoencoder is not halved
-        halved, exact = (
-            b.predict_noise(b.denoiser, x_t(), t, b.encode_prompts(PROMPTS)) for b in (load(dtype=dtype), full)
-        )
+        halved, exact = (b.predict(b.denoiser, x_t(), t, b.encode_prompts(PROMPTS)) for b in (load(dtype=dtype), full))
     error = (halved - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 0 < error < {"bfloat16": 0.05, "float16": 0.01}[dtype]
 

@@ -126,9 +126,9 @@ def test_weights_that_only_this_precision_loses_are_told_from_bad_ones(copied):
     "name", ["PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep", "DDPM", "LCM"]
 )
 def test_every_sampler_of_the_family_means_the_same_schedule(copied, name):
-    expected = load(copied).alphas_cumprod
+    expected = load(copied).path.alphas_cumprod
     changed(copied / "scheduler/scheduler_config.json", _class_name=f"{name}Scheduler", timestep_spacing="trailing")
-    assert torch.equal(load(copied).alphas_cumprod, expected)
+    assert torch.equal(load(copied).path.alphas_cumprod, expected)
 
 
 OTHERS = [

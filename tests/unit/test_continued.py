@@ -45,9 +45,9 @@ def test_what_training_starts_from_is_the_reference_bit_for_bit(started):
 def test_only_the_policy_gets_gradients_when_training_goes_on(started):
     policy, _ = started
     x_t, t, cond = torch.ones(1, 4, 8, 8), torch.tensor([501]), policy.backbone.encode_prompts(["a cat"])
-    noise_pred = policy.predict_noise(x_t, t, cond)
+    noise_pred = policy.predict(x_t, t, cond)
     with policy.reference():
-        reference = policy.predict_noise(x_t, t, cond)
+        reference = policy.predict(x_t, t, cond)
     assert torch.equal(noise_pred, reference)
     assert not reference.requires_grad
     (noise_pred - reference + 1).square().mean().backward()

@@ -63,7 +63,7 @@ def test_draft_lv_adds_copies_one_step_of_noise_away(new_policy):
     assert torch.equal(more.noise[:3], originals.noise)
     with torch.no_grad():
         x_0 = rollout(policy, originals, alone.config).repeat(2, 1, 1, 1)
-    a_1 = policy.backbone.alphas_cumprod[1]
+    a_1 = policy.backbone.path.alphas_cumprod[1]
     noise = (more.x_t[3:] - a_1.sqrt() * x_0) / (1 - a_1).sqrt()
     assert noise.std() == pytest.approx(1, abs=0.1)  # 1,536 numbers: standard error 0.018
     assert noise.mean() == pytest.approx(0, abs=0.1)

@@ -18,6 +18,7 @@ from attune.data.labels import with_ai_feedback
 from attune.data.quarantine import Quarantine, TooManyBadRows
 from attune.data.rows import BadRow, Pair, Prompt, SourceError
 from attune.data.store import PreparedData
+from attune.diffusion.path import VP
 from attune.interfaces import Conditioning
 from raw_data import encoded, pixels
 
@@ -197,5 +198,5 @@ def test_a_threshold_of_zero_makes_hard_labels():
 def test_every_timestep_can_be_drawn():
     latents = torch.zeros(500, 1, 1, 1)
     batch = PairBatch(["a"] * 500, Conditioning({}), latents, latents, torch.ones(500), torch.ones(500))
-    t, _ = batch.draw_noise(torch.zeros(4), tiny.draws(500))
+    t, _ = batch.draw_noise(VP(torch.zeros(4)), tiny.draws(500))
     assert set(t.tolist()) == {0, 1, 2, 3}

@@ -72,7 +72,7 @@ def half_policy(folder: str, **model) -> Policy:
 
 def predicted(policy: Policy) -> torch.Tensor:
     x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    return policy.predict_noise(x_t, torch.tensor([101, 801]), policy.backbone.encode_prompts(["a cat", "a dog"]))
+    return policy.predict(x_t, torch.tensor([101, 801]), policy.backbone.encode_prompts(["a cat", "a dog"]))
 
 
 def dtypes_of_factors(policy: Policy) -> set[torch.dtype]:
@@ -225,7 +225,7 @@ def test_numbers_and_tensors_are_read_in_their_order():
 
 def test_the_schedule_lies_where_the_model_does(new_policy):
     backbone = new_policy(adapter=False).backbone
-    assert backbone.alphas_cumprod.device == backbone.device
+    assert backbone.path.alphas_cumprod.device == backbone.device
     assert isinstance(backbone.encode_prompts([""]), Conditioning)
 
 
@@ -286,7 +286,7 @@ def test_channels_last_is_another_order_of_the_same_numbers(tiny_folder):
         assert network.weight.is_contiguous(memory_format=torch.channels_last)
     x_t, cond = torch.randn(2, 4, 8, 8), plain.encode_prompts(["a cat", "a dog"])
     with torch.no_grad():
-        ours, theirs = (b.predict_noise(b.denoiser, x_t, torch.tensor([5, 900]), cond) for b in (ordered, plain))
+        ours, theirs = (b.predict(b.denoiser, x_t, torch.tensor([5, 900]), cond) for b in (ordered, plain))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ordered.decode_latents(x_t), plain.decode_latents(x_t), rtol=1e-4, atol=1e-5)
 

@@ -32,18 +32,18 @@ def same_tensors(some, others):
 def test_predictions_are_the_policys_up_to_rounding(new, inputs, targets):
     policy = new(targets=targets, moved=0.3)
     with torch.no_grad():
-        apart = policy.predict_noise(*inputs)
+        apart = policy.predict(*inputs)
     calls = []
     hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in lora_factors(policy)]
     with policy.merged():
-        together = policy.predict_noise(*inputs)
+        together = policy.predict(*inputs)
     for hook in hooks:
         hook.remove()
     assert calls == []
     assert not together.requires_grad
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
     with policy.reference():
-        assert (policy.predict_noise(*inputs) - apart).abs().max() > 0.01  # the adapter does change something
+        assert (policy.predict(*inputs) - apart).abs().max() > 0.01  # the adapter does change something
 
 
 def lora_factors(policy):
@@ -53,7 +53,7 @@ def lora_factors(policy):
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_afterwards_the_base_is_the_same_bit_for_bit(new, inputs, error):
     policy = new(targets="all", moved=0.3)
-    before, saved = policy.predict_noise(*inputs), tiny.weights(policy)
+    before, saved = policy.predict(*inputs), tiny.weights(policy)
     tensors = base_weights(policy)
 
     def end():
@@ -65,7 +65,7 @@ def test_afterwards_the_base_is_the_same_bit_for_bit(new, inputs, error):
         end()
     assert same_tensors(base_weights(policy), tensors)
     assert all(torch.equal(value, saved[name]) for name, value in policy.denoiser.state_dict().items())
-    after = policy.predict_noise(*inputs)
+    after = policy.predict(*inputs)
     assert torch.equal(after, before)
     after.square().mean().backward()
     assert all(weight.grad is not None for weight in policy.parameters())
@@ -73,7 +73,7 @@ def test_afterwards_the_base_is_the_same_bit_for_bit(new, inputs, error):
 
 def test_an_interruption_half_way_leaves_nothing_merged(new, inputs, monkeypatch):
     policy = new(moved=0.3)
-    before, tensors = policy.predict_noise(*inputs), base_weights(policy)
+    before, tensors = policy.predict(*inputs), base_weights(policy)
 
     def interrupted(_):
         raise KeyboardInterrupt
@@ -82,15 +82,15 @@ def test_an_interruption_half_way_leaves_nothing_merged(new, inputs, monkeypatch
     with pytest.raises(KeyboardInterrupt), policy.merged():
         pytest.fail("it was merged")
     assert same_tensors(base_weights(policy), tensors)
-    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert torch.equal(policy.predict(*inputs), before)
 
 
 def test_the_reference_is_refused_inside_and_right_afterwards(new, inputs):
-    policy, base = new(moved=0.3), new(adapter=False).predict_noise(*inputs)
+    policy, base = new(moved=0.3), new(adapter=False).predict(*inputs)
     with policy.merged(), pytest.raises(RuntimeError, match="reference"), policy.reference():
         pytest.fail("the reference was given")
     with policy.reference():
-        assert torch.equal(policy.predict_noise(*inputs), base)
+        assert torch.equal(policy.predict(*inputs), base)
 
 
 def test_a_reference_that_is_a_copy_has_its_own_adapter_merged(new, inputs):
@@ -98,44 +98,44 @@ def test_a_reference_that_is_a_copy_has_its_own_adapter_merged(new, inputs):
     policy = new(moved=0.3)
     policy.snapshot_reference()
     tiny.move(policy, 0.2)
-    before, tensors = policy.predict_noise(*inputs), base_weights(policy)
+    before, tensors = policy.predict(*inputs), base_weights(policy)
     with policy.reference():
-        expected = policy.predict_noise(*inputs)
+        expected = policy.predict(*inputs)
         with policy.merged():
             assert not same_tensors(base_weights(policy), tensors)
-            torch.testing.assert_close(policy.predict_noise(*inputs), expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(policy.predict_noise(*inputs), expected)
+            torch.testing.assert_close(policy.predict(*inputs), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(policy.predict(*inputs), expected)
     assert same_tensors(base_weights(policy), tensors)
-    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert torch.equal(policy.predict(*inputs), before)
 
 
 def test_a_reference_without_its_adapter_has_nothing_to_merge(new, inputs):
     policy = new(moved=0.3)
     with policy.reference():
-        expected, tensors = policy.predict_noise(*inputs), base_weights(policy)
+        expected, tensors = policy.predict(*inputs), base_weights(policy)
         with policy.merged():
             assert same_tensors(base_weights(policy), tensors)
-            assert torch.equal(policy.predict_noise(*inputs), expected)
-        assert torch.equal(policy.predict_noise(*inputs), expected)
+            assert torch.equal(policy.predict(*inputs), expected)
+        assert torch.equal(policy.predict(*inputs), expected)
 
 
 def test_a_block_within_a_block_merges_once(new, inputs):
     policy = new(moved=0.3)
     with policy.merged():
-        expected = policy.predict_noise(*inputs)
+        expected = policy.predict(*inputs)
         with policy.merged():
-            assert torch.equal(policy.predict_noise(*inputs), expected)
-        assert torch.equal(policy.predict_noise(*inputs), expected)
+            assert torch.equal(policy.predict(*inputs), expected)
+        assert torch.equal(policy.predict(*inputs), expected)
 
 
 def unchanged(policy, inputs):
     """That a block changes neither weights nor predictions."""
     tensors = [weight.data for weight in policy.denoiser.parameters()]
     with torch.no_grad():
-        before = policy.predict_noise(*inputs)
+        before = policy.predict(*inputs)
     with policy.merged():
         assert same_tensors([weight.data for weight in policy.denoiser.parameters()], tensors)
-        assert torch.equal(policy.predict_noise(*inputs), before)
+        assert torch.equal(policy.predict(*inputs), before)
 
 
 def test_weights_in_half_precision_are_left_alone(new, inputs):
@@ -175,11 +175,11 @@ class Wrapper(nn.Module):
 def test_a_wrapped_network_is_merged_too(new, inputs):
     policy = new(moved=0.3)
     with policy.merged():
-        expected = policy.predict_noise(*inputs)
+        expected = policy.predict(*inputs)
     policy.module, tensors = Wrapper(policy.denoiser), base_weights(policy)
     with policy.merged():
         assert not same_tensors(base_weights(policy), tensors)
-        assert torch.equal(policy.predict_noise(*inputs), expected)
+        assert torch.equal(policy.predict(*inputs), expected)
 
 
 def test_images_are_sampled_with_a_merged_adapter(new, pipeline, tmp_path):

@@ -7,7 +7,6 @@ import tiny
 from attune.config import plugins
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import sample
-from attune.diffusion.process import extract
 
 PROMPTS = ["a cat", "a dog", "two owls"]
 FAMILY = ["alignprop", "draft", "refl"]
@@ -77,9 +76,9 @@ def test_refl_scores_the_prediction_of_the_step_it_drew(new_policy, changes):
     steps = method.config.steps
     assert minibatch.timesteps[0] == (steps - 1 - steps // 2) * (1000 // steps) + 1
     t = minibatch.timesteps[:1]
-    a_t = extract(policy.backbone.alphas_cumprod, t, minibatch.x_t)
+    a_t = policy.backbone.path.level(t, minibatch.x_t).alpha2
     with torch.no_grad():
-        predicted = policy.predict_noise(minibatch.x_t, t.expand(3), minibatch.cond, method.config.guidance_scale)
+        predicted = policy.predict(minibatch.x_t, t.expand(3), minibatch.cond, method.config.guidance_scale)
     x_0 = (minibatch.x_t - (1 - a_t).sqrt() * predicted) / a_t.sqrt()
     torch.testing.assert_close(light.seen, policy.backbone.decode_latents(x_0).clamp(0, 1).detach())
 

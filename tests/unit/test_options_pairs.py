@@ -8,8 +8,8 @@ import torch
 import tiny
 from attune.config import plugins
 from attune.config.settings import Lora
-from attune.diffusion import process
 from attune.diffusion.ddim import sample
+from attune.diffusion.path import VP
 from attune.interfaces import Conditioning
 
 PAIRS = ["sft", "dpo", "kto", "mapo", "spin"]
@@ -32,10 +32,10 @@ def drawn(method, batch, seed=0):
 
 def errors(policy, minibatch):
     """Squared errors of the noise predictions, (n,), written out: mean over latents of (eps(x_t, t, c) - noise)^2."""
-    a_t = policy.backbone.alphas_cumprod[minibatch.t].view(-1, 1, 1, 1)
+    a_t = policy.backbone.path.alphas_cumprod[minibatch.t].view(-1, 1, 1, 1)
     x_t = a_t.sqrt() * minibatch.x_0 + (1 - a_t).sqrt() * minibatch.noise
     with torch.no_grad():
-        predicted = policy.predict_noise(x_t, minibatch.t, minibatch.cond)
+        predicted = policy.predict(x_t, minibatch.t, minibatch.cond)
     return ((predicted - minibatch.noise) ** 2).mean((1, 2, 3))
 
 
@@ -195,7 +195,7 @@ def test_accuracy_at_the_reference(policy, data, name, accuracy):
 def test_every_timestep_is_drawn_the_first_and_the_last_as_often_as_any(data, consumes, n):
     """Of 24 or 48 draws from a schedule of three none is outside, and each is there; a pair shares one."""
     batch = data.rows_for(consumes)[1](range(24))
-    t, noise = batch.draw_noise(torch.ones(3), tiny.draws(24))
+    t, noise = batch.draw_noise(VP(torch.ones(3)), tiny.draws(24))
     assert set(t.tolist()) == {0, 1, 2}
     assert len(t) == len(noise) == n
 
@@ -225,9 +225,9 @@ def test_a_single_step_of_an_opponent_by_hand(new_policy, data):
     opponent = drawn(build("spin", policy, steps=1, eta=1.0), batch).x_0[1:]
     noise = tiny.draws(1).noise
     x_t, z = noise((1, 4, 8, 8)), noise((1, 4, 8, 8))
-    a_t, a_0 = policy.backbone.alphas_cumprod[1], policy.backbone.alphas_cumprod[0]
+    a_t, a_0 = policy.backbone.path.alphas_cumprod[1], policy.backbone.path.alphas_cumprod[0]
     with policy.reference():
-        predicted = policy.predict_noise(x_t, torch.tensor([1]), batch.cond)
+        predicted = policy.predict(x_t, torch.tensor([1]), batch.cond)
     std = ((1 - a_0) / (1 - a_t) * (1 - a_t / a_0)).sqrt()
     x_0 = (x_t - (1 - a_t).sqrt() * predicted) / a_t.sqrt()
     expected = a_0.sqrt() * x_0 + (1 - a_0 - std**2).sqrt() * predicted + std * z
@@ -258,6 +258,6 @@ def test_targets_are_the_modules_with_an_adapter(new_policy, targets, modules):
 
 
 def test_the_least_noised_timestep_is_the_schedules_first(policy):
-    """extract reads alphas_cumprod at t itself: 0.99915 at 0 of Stable Diffusion's schedule, 1 - 0.00085."""
-    a = process.extract(policy.backbone.alphas_cumprod, torch.tensor([0, 999]), torch.zeros(2, 1, 1, 1)).flatten()
+    """The path reads alphas_cumprod at t itself: 0.99915 at 0 of Stable Diffusion's schedule, 1 - 0.00085."""
+    a = policy.backbone.path.level(torch.tensor([0, 999]), torch.zeros(2, 1, 1, 1)).alpha2.flatten()
     assert a.tolist() == pytest.approx([1 - 0.00085, 0.00466], abs=1e-5)

@@ -97,8 +97,8 @@ def test_a_pair_is_kept_if_the_softmax_gap_exceeds_the_threshold(policy, data, t
 def test_guidance_is_that_of_the_rollout_and_of_the_loss(policy, data, guidance_scale):
     """Both ask for it in every prediction; where it is off nothing is predicted without the prompt."""
     method, asked = build(policy, guidance_scale=guidance_scale), []
-    predict = policy.predict_noise
-    policy.predict_noise = lambda x_t, t, cond, w=1.0: asked.append(w) or predict(x_t, t, cond, w)
+    predict = policy.predict
+    policy.predict = lambda x_t, t, cond, w=1.0: asked.append(w) or predict(x_t, t, cond, w)
     pairs = rollout(method, data)
     assert asked == [guidance_scale] * 5
     method.loss(pairs)
@@ -143,9 +143,9 @@ def test_the_candidate_that_continues(policy, data, continuation):
 
 def step_of(policy, x_t, t, x_prev, steps, cond):
     """Log density per latent dimension of a step at eta 1, written out from eq. 12 and 16 of DDIM."""
-    schedule = policy.backbone.alphas_cumprod.double()
+    schedule = policy.backbone.path.alphas_cumprod.double()
     a_t, a_prev = (schedule[i].view(-1, 1, 1, 1) for i in (t, (t - 1000 // steps).clamp(min=0)))
-    predicted = policy.predict_noise(x_t, t, cond).double()
+    predicted = policy.predict(x_t, t, cond).double()
     variance = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)
     x_0 = (x_t - (1 - a_t).sqrt() * predicted) / a_t.sqrt()
     mean = a_prev.sqrt() * x_0 + (1 - a_prev - variance).sqrt() * predicted

@@ -19,36 +19,36 @@ def inputs(policy):
 
 
 def test_the_reference_is_the_base_bit_for_bit(new_policy, inputs):
-    base = new_policy(adapter=False).predict_noise(*inputs)
+    base = new_policy(adapter=False).predict(*inputs)
     policy = new_policy(moved=0.3)
     with policy.reference():
-        reference = policy.predict_noise(*inputs)
+        reference = policy.predict(*inputs)
     assert torch.equal(reference, base)
     assert not reference.requires_grad
-    assert not torch.allclose(policy.predict_noise(*inputs), base, atol=1e-3)
+    assert not torch.allclose(policy.predict(*inputs), base, atol=1e-3)
 
 
 def test_a_fresh_adapter_changes_nothing(new_policy, inputs):
-    predicted = new_policy().predict_noise(*inputs)
-    assert torch.equal(predicted, new_policy(adapter=False).predict_noise(*inputs))
+    predicted = new_policy().predict(*inputs)
+    assert torch.equal(predicted, new_policy(adapter=False).predict(*inputs))
     assert predicted.requires_grad
 
 
 def test_the_adapter_is_on_again_after_an_error(new_policy, inputs):
     policy = new_policy(moved=0.3)
-    before, trainable = policy.predict_noise(*inputs), len(policy.parameters())
+    before, trainable = policy.predict(*inputs), len(policy.parameters())
     with pytest.raises(KeyError), policy.reference():
         raise KeyError
-    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert torch.equal(policy.predict(*inputs), before)
     assert len(policy.parameters()) == trainable > 0
     assert torch.is_grad_enabled()
 
 
 def test_a_graph_survives_a_look_at_the_reference(new_policy, inputs):
     policy = new_policy(moved=0.1)
-    loss = policy.predict_noise(*inputs).square().mean()
+    loss = policy.predict(*inputs).square().mean()
     with policy.reference():
-        policy.predict_noise(*inputs)
+        policy.predict(*inputs)
     loss.backward()
     assert all(weight.grad is not None for weight in policy.parameters())
 
@@ -94,11 +94,11 @@ def test_guidance_by_its_definition(policy, inputs):
     """uncond + w (cond - uncond), from separate calls; w = 1 is the conditional prediction, w = 0 the unconditional."""
     x_t, t, cond = inputs
     with torch.no_grad():
-        conditional = policy.predict_noise(x_t, t, cond)
-        uncond = policy.predict_noise(x_t, t, policy.uncond.expand(3))
+        conditional = policy.predict(x_t, t, cond)
+        uncond = policy.predict(x_t, t, policy.uncond.expand(3))
         for w in (0.0, 1.0, 3.0):
             expected = uncond + w * (conditional - uncond)
-            torch.testing.assert_close(policy.predict_noise(x_t, t, cond, w), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(policy.predict(x_t, t, cond, w), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(conditional, uncond, atol=1e-3)
 
 
@@ -117,10 +117,10 @@ class Wrapper(nn.Module):
 def test_the_wrapped_module_is_what_is_called(policy, inputs):
     """Calling the bare network would train the ranks of a distributed run apart."""
     policy.module = Wrapper(policy.denoiser)
-    policy.predict_noise(*inputs)
-    policy.predict_noise(*inputs, 3.0)
+    policy.predict(*inputs)
+    policy.predict(*inputs, 3.0)
     with policy.reference():
-        policy.predict_noise(*inputs)
+        policy.predict(*inputs)
     assert policy.module.rows == [3, 6, 3]
 
 
@@ -165,10 +165,10 @@ def test_the_policy_is_back_after_an_error_in_the_reference(new_policy, inputs):
     policy = new_policy(adapter=False)
     policy.unfreeze()
     tiny.move(policy, 0.01)
-    before = policy.predict_noise(*inputs)
+    before = policy.predict(*inputs)
     with pytest.raises(KeyError), policy.reference():
         raise KeyError
-    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert torch.equal(policy.predict(*inputs), before)
     assert before.requires_grad
 
 
@@ -224,10 +224,10 @@ def test_a_denoiser_that_is_a_pointer_or_not_finite_is_named(new_policy, tmp_pat
 
 def test_a_denoiser_that_is_refused_loses_nothing(new_policy, inputs, tiny_xl_folder):
     policy = new_policy(moved=0.3)
-    before = policy.predict_noise(*inputs)
+    before = policy.predict(*inputs)
     with pytest.raises(ValueError, match="does not fit the base model"):
         policy.load(tiny_xl_folder)
-    assert torch.equal(policy.predict_noise(*inputs), before)
+    assert torch.equal(policy.predict(*inputs), before)
     assert policy.parameters()
     assert policy.loaded_from is None
 
@@ -242,13 +242,13 @@ def test_a_denoiser_that_predicts_something_else_is_refused(new_policy, tmp_path
 
 def test_weights_in_float32_computed_in_bfloat16(new_policy, inputs):
     """Full fine-tuning of a bfloat16 model: what moves is float32, and so are its gradients."""
-    exact = new_policy(adapter=False).predict_noise(*inputs)
+    exact = new_policy(adapter=False).predict(*inputs)
     policy = new_policy(adapter=False)
     policy.autocast = torch.bfloat16
     policy.unfreeze()
-    noise_pred = policy.predict_noise(*inputs)
+    noise_pred = policy.predict(*inputs)
     with policy.reference():
-        assert torch.equal(policy.predict_noise(*inputs), noise_pred)
+        assert torch.equal(policy.predict(*inputs), noise_pred)
     assert noise_pred.dtype == torch.float32
     assert 0 < (noise_pred - exact).abs().max() < 0.1 * exact.abs().max()
     noise_pred.square().mean().backward()

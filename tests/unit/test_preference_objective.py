@@ -13,6 +13,7 @@ import tiny
 from attune.config.settings import AIFeedback
 from attune.data.batches import PairBatch
 from attune.data.labels import relabel, with_ai_feedback
+from attune.diffusion.path import VP
 from attune.diffusion.policy import Policy
 from attune.interfaces import Conditioning
 from attune.spm.model import inference_pixels, load, save
@@ -81,13 +82,13 @@ class ToyBackbone:
     def __init__(self):
         torch.manual_seed(3)
         self.denoiser = nn.Conv2d(3, 3, 1)
-        self.alphas_cumprod = torch.linspace(0.99, 0.01, 100)
+        self.path = VP(torch.linspace(0.99, 0.01, 100))
         self.latent_shape, self.lora_targets = (3, 4, 4), ()
 
     def decode_latents(self, latents):
         return latents.repeat_interleave(4, -1).repeat_interleave(4, -2)
 
-    def predict_noise(self, denoiser, x_t, t, cond):
+    def predict(self, denoiser, x_t, t, cond):
         return denoiser(x_t) + cond.tensors["shift"][:, None, None, None]
 
 
@@ -129,7 +130,7 @@ def test_time_zero_shows_the_images_themselves(objective):
 def test_guidance_is_the_configured_one(objective):
     """The toy denoiser adds its condition, so guidance 5 adds 5 times as much."""
     x, t, cond = torch.zeros(3, 3, 4, 4), at(10), pairs().cond
-    plain = objective.base.predict_noise(x, t, Conditioning({"shift": torch.zeros(3)}))
+    plain = objective.base.predict(x, t, Conditioning({"shift": torch.zeros(3)}))
     shift = (objective._guided(x, t, cond) - plain)[:, 0, 0, 0]
     torch.testing.assert_close(shift, 5 * cond.tensors["shift"])
 

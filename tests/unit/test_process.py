@@ -1,5 +1,7 @@
 """The diffusion process: numbers worked out by hand, limits, and diffusers' own scheduler."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -19,51 +21,55 @@ def scalar(value):
     return torch.full((1, 1, 1, 1), value)
 
 
-def test_at_gives_one_value_per_row():
+def at(*t):
+    """Levels of the schedule at timesteps, one a row."""
+    return process.vp_level(SCHEDULE, torch.tensor(t), latents(0))
+
+
+def of(a_t):
+    """The level of a single a_t."""
+    return process.vp_level(torch.tensor([a_t]), torch.tensor([0]), scalar(0.0))
+
+
+def test_a_level_has_one_value_per_row():
     x = latents(0, rows=2).double()
-    a_t = process.extract(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([2, 0]), x)
-    assert a_t.shape == (2, 1, 1, 1)
-    assert a_t.dtype == torch.float64
-    torch.testing.assert_close(a_t.flatten(), torch.tensor([0.1, 0.9]).double())
+    level = process.vp_level(torch.tensor([0.9, 0.5, 0.1]), torch.tensor([2, 0]), x)
+    for part in level:
+        assert part.shape == (2, 1, 1, 1)
+        assert part.dtype == torch.float64
+    torch.testing.assert_close(level.alpha2.flatten(), torch.tensor([0.1, 0.9]).double())
+    torch.testing.assert_close(level.sigma2.flatten(), torch.tensor([0.9, 0.1]).double())
 
 
 def test_add_noise_by_hand():
     """a = 0.64: sqrt(0.64) 2 + sqrt(0.36) (-1) = 1.6 - 0.6 = 1."""
-    assert process.add_noise(scalar(2.0), scalar(-1.0), scalar(0.64)).item() == pytest.approx(1.0)
+    assert process.add_noise(scalar(2.0), scalar(-1.0), of(0.64)).item() == pytest.approx(1.0)
 
 
 def test_predict_x0_undoes_add_noise():
-    x_0, noise, a_t = (
-        latents(0),
-        latents(1),
-        process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
-    )
-    torch.testing.assert_close(process.predict_x0(process.add_noise(x_0, noise, a_t), noise, a_t), x_0)
+    x_0, noise, level = latents(0), latents(1), at(0, 300, 600, 999)
+    torch.testing.assert_close(process.predict_x0(process.add_noise(x_0, noise, level), noise, level), x_0)
 
 
 def test_velocity_to_noise_by_its_definition():
     """v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho 2022)."""
-    x_0, noise, a_t = (
-        latents(0),
-        latents(1),
-        process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0)),
-    )
-    velocity = a_t.sqrt() * noise - (1 - a_t).sqrt() * x_0
-    x_t = process.add_noise(x_0, noise, a_t)
-    torch.testing.assert_close(process.velocity_to_noise(velocity, x_t, a_t), noise)
+    x_0, noise, level = latents(0), latents(1), at(0, 300, 600, 999)
+    velocity = level.alpha * noise - level.sigma * x_0
+    x_t = process.add_noise(x_0, noise, level)
+    torch.testing.assert_close(process.velocity_to_noise(velocity, x_t, level), noise)
 
 
 def test_an_error_of_velocity_weighs_its_share_of_signal_in_epsilon():
     """What docs/methods says of losses on models that predict velocity: error of epsilon = a_t error of v."""
-    a_t = process.extract(SCHEDULE, torch.tensor([0, 300, 600, 999]), latents(0))
-    errors = [process.velocity_to_noise(v, latents(2), a_t) for v in (latents(0), latents(1))]
+    level = at(0, 300, 600, 999)
+    errors = [process.velocity_to_noise(v, latents(2), level) for v in (latents(0), latents(1))]
     in_noise, in_velocity = ((one - other).square() for one, other in (errors, (latents(0), latents(1))))
-    torch.testing.assert_close(in_noise, a_t * in_velocity, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(in_noise, level.alpha2 * in_velocity, rtol=1e-3, atol=1e-5)
 
 
 def test_timesteps():
-    assert process.ddim_timesteps(1000, 4).tolist() == [751, 501, 251, 1]
-    assert process.ddim_timesteps(1000, 1).tolist() == [1]
+    assert process.ddim_timesteps(1000, 4).tolist() == [751, 501, 251, 1, 0]
+    assert process.ddim_timesteps(1000, 1).tolist() == [1, 0]
     assert process.ddim_timesteps(1000, 30).tolist()[:2] == [958, 925]  # 33 apart, not 33.3
 
 
@@ -76,11 +82,21 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 499, 999])
 def test_every_run_stays_in_the_schedule_and_ends_at_zero(steps):
     t = process.ddim_timesteps(1000, steps)
-    previous = process.previous_timestep(t, 1000, steps)
-    assert t.min() > 0
     assert t.max() < 1000
-    assert previous[-1] == 0
-    assert torch.equal(previous[:-1], t[1:])  # each step arrives where the next one starts
+    assert t[-1] == 0
+    assert (t.diff() < 0).all()
+    assert torch.equal((t[:-1] - 1000 // steps).clamp(min=0), t[1:])  # as DDIM's authors count
+
+
+@pytest.mark.parametrize("times", [process.ddim_timesteps(1000, 7), torch.tensor([1000.0, 960.1, 278.05, 8.9, 0.0])])
+def test_the_time_after_one_is_the_next_of_the_table(times):
+    rows = torch.tensor([2, 0, 3, 3, 1])
+    assert torch.equal(process.time_after(times, times[rows]), times[rows + 1])
+    assert torch.equal(process.time_after(times, times[0]), times[1])
+
+
+def step(x_t, noise_pred, level, to, eta):
+    return process.ddim_step(process.predict_x0(x_t, noise_pred, level), noise_pred, level, to, eta)
 
 
 def test_ddim_step_by_hand():
@@ -90,33 +106,46 @@ def test_ddim_step_by_hand():
     x_0  = (1 - sqrt(0.75) 0.5) / 0.5 = 1.1339746
     mean = 0.8 x_0 + sqrt(0.36 - 0.2925) 0.5 = 0.9071797 + 0.1299038 = 1.0370835
     """
-    mean, std = process.ddim_step(scalar(1.0), scalar(0.5), scalar(0.25), scalar(0.64), 1.0)
+    mean, std = step(scalar(1.0), scalar(0.5), of(0.25), of(0.64), 1.0)
     assert std.item() ** 2 == pytest.approx(0.2925)
     assert mean.item() == pytest.approx(1.0370835)
 
 
 def test_eta_zero_is_deterministic():
     """Without noise a step puts the predicted x_0 and the predicted noise together again, at a_prev."""
-    x_t, noise_pred = latents(0), latents(1)
-    a_t, a_prev = (process.extract(SCHEDULE, torch.full((4,), t), x_t) for t in (501, 451))
-    mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, 0.0)
+    x_t, noise_pred, levels = latents(0), latents(1), (at(501), at(451))
+    mean, std = step(x_t, noise_pred, *levels, 0.0)
     assert not std.any()
-    again = process.add_noise(process.predict_x0(x_t, noise_pred, a_t), noise_pred, a_prev)
+    again = process.add_noise(process.predict_x0(x_t, noise_pred, levels[0]), noise_pred, levels[1])
     torch.testing.assert_close(mean, again)
-    _, half = process.ddim_step(x_t, noise_pred, a_t, a_prev, 0.5)
-    _, full = process.ddim_step(x_t, noise_pred, a_t, a_prev, 1.0)
+    _, half = step(x_t, noise_pred, *levels, 0.5)
+    _, full = step(x_t, noise_pred, *levels, 1.0)
     torch.testing.assert_close(2 * half, full)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_on_a_schedule_the_general_step_is_ddims_to_the_last_bit(eta):
+    """Every a_t and every a_prev of 20 steps, with eq. 12 and 16 as they are printed."""
+    times = process.ddim_timesteps(1000, 20)
+    t, t_prev = times[:-1], times[1:]
+    x_t, noise_pred = latents(0, 20), latents(1, 20)
+    a_t, a_prev = (SCHEDULE[i].view(-1, 1, 1, 1) for i in (t, t_prev))
+    expected_std = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+    x_0 = (x_t - (1 - a_t).sqrt() * noise_pred) / a_t.sqrt()
+    expected = a_prev.sqrt() * x_0 + (1 - a_prev - expected_std**2).sqrt() * noise_pred
+    mean, std = step(x_t, noise_pred, at(*t.tolist()), at(*t_prev.tolist()), eta)
+    assert torch.equal(std, expected_std)
+    assert torch.equal(mean, expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_step_is_diffusers(eta):
     SCHEDULER.set_timesteps(20)
-    assert process.ddim_timesteps(1000, 20).tolist() == SCHEDULER.timesteps.tolist()
+    times = process.ddim_timesteps(1000, 20)
+    assert times[:-1].tolist() == SCHEDULER.timesteps.tolist()
     x_t, noise_pred, noise = latents(0), latents(1), latents(2)
-    for t in SCHEDULER.timesteps:
-        a_t = process.extract(SCHEDULE, t.expand(4), x_t)
-        a_prev = process.extract(SCHEDULE, process.previous_timestep(t.expand(4), 1000, 20), x_t)
-        mean, std = process.ddim_step(x_t, noise_pred, a_t, a_prev, eta)
+    for t, t_prev in pairwise(times):
+        mean, std = step(x_t, noise_pred, at(t), at(t_prev), eta)
         theirs = SCHEDULER.step(noise_pred, t, x_t, eta=eta, variance_noise=noise if eta else None)
         torch.testing.assert_close(mean + std * noise, theirs.prev_sample, rtol=1e-5, atol=2e-5)
 

@@ -42,7 +42,7 @@ def test_a_range_outside_the_run_is_refused(wrong):
 def test_the_last_quarter_of_the_steps_is_trained(new_policy):
     """The authors draw from the last 10 of 40 steps: timesteps 226, 201, ..., 1."""
     method = refl.Method(settings(truncation_range=[0.75, 1], steps=40), new_policy(), {"light": Light()})
-    method.policy.predict_noise = lambda x_t, *_: x_t  # for speed: only the timesteps are looked at
+    method.policy.predict = lambda x_t, *_: x_t  # for speed: only the timesteps are looked at
     found = {first(method, seed).timesteps[0].item() for seed in range(150)}
     assert found == set(range(1, 227, 25))
 
@@ -64,7 +64,7 @@ def test_one_prediction_of_x_0_is_decoded(new_policy):
     assert loss.item() == pytest.approx(0.001 * (2 - metrics["reward"].item()), rel=1e-5)
     x_t, t = minibatch.x_t, torch.tensor([201])
     with torch.no_grad():
-        noise_pred = policy.predict_noise(x_t, t.expand(3), minibatch.cond, 2.0)
-        a_t = process.extract(policy.backbone.alphas_cumprod, t, x_t)
-        decoded = policy.backbone.decode_latents(process.predict_x0(x_t, noise_pred, a_t))
+        noise_pred = policy.predict(x_t, t.expand(3), minibatch.cond, 2.0)
+        at = policy.backbone.path.level(t, x_t)
+        decoded = policy.backbone.decode_latents(process.predict_x0(x_t, noise_pred, at))
     torch.testing.assert_close(method.rewards["light"].seen.detach(), decoded.clamp(0, 1))

@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from attune.data.batches import PromptBatch
-from attune.diffusion.ddim import ddim, sample, timesteps_to_zero
+from attune.diffusion.ddim import ddim, sample
 from attune.methods import alignprop, draft, refl
 from attune.methods._reward_backprop import first_gradient_step, rollout, rollout_no_grad
 
@@ -100,7 +100,7 @@ def test_both_parts_together_are_a_whole_run(build, k, eta):
 
 
 def test_timesteps_end_at_zero_and_a_slice_of_none_does_nothing(policy):
-    assert timesteps_to_zero(policy, 5).tolist() == [801, 601, 401, 201, 1, 0]
+    assert policy.backbone.path.sampling_times(5).tolist() == [801, 601, 401, 201, 1, 0]
     x_t = torch.ones(3, 4, 8, 8)
     cond = policy.backbone.encode_prompts(PROMPTS)
     assert ddim(policy, x_t, torch.tensor([1]), cond, [], eta=1.0, guidance_scale=1.0) is x_t

@@ -45,12 +45,12 @@ def test_the_same_seeds_give_the_same_bits(policy, cond, eta):
 
 def test_a_single_step_arrives_at_zero(policy, cond):
     """From t = 1 to t = 0, by the definition of x_0 and of the forward process."""
-    schedule = policy.backbone.alphas_cumprod
+    schedule = policy.backbone.path.alphas_cumprod
     x_t, t = per_row_noise(SEEDS)((3, 4, 8, 8)), torch.ones(3, dtype=torch.long)
     with torch.no_grad():
-        noise_pred = policy.predict_noise(x_t, t, cond)
+        noise_pred = policy.predict(x_t, t, cond)
     x_0 = (x_t - (1 - schedule[1]).sqrt() * noise_pred) / schedule[1].sqrt()
-    expected = process.add_noise(x_0, noise_pred, schedule[0])
+    expected = process.add_noise(x_0, noise_pred, policy.backbone.path.level(torch.tensor(0), x_0))
     torch.testing.assert_close(sample(policy, cond, per_row_noise(SEEDS), 1, 0.0, 1.0), expected)
 
 
@@ -60,7 +60,7 @@ def test_a_run_is_diffusers(policy, cond):
     x_t = per_row_noise(SEEDS)((3, 4, 8, 8))
     with torch.no_grad():
         for t in scheduler.timesteps:
-            noise_pred = policy.predict_noise(x_t, t.expand(3), cond, 3.0)
+            noise_pred = policy.predict(x_t, t.expand(3), cond, 3.0)
             x_t = scheduler.step(noise_pred, t, x_t, eta=0.0).prev_sample
     ours = sample(policy, cond, per_row_noise(SEEDS), 10, 0.0, 3.0)
     torch.testing.assert_close(ours, x_t, rtol=1e-4, atol=1e-4)

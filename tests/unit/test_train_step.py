@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import tiny
 from attune.diffusion.noised import NoisedBatch
+from attune.diffusion.path import VP
 from attune.distributed import Part
 from attune.training.checkpoint import Checkpoint
 from attune.training.guard import NonFiniteError
@@ -77,7 +78,7 @@ class Fed:
 
 def test_two_minibatches_accumulated_are_one_of_twice_the_size(new_policy, data):
     whole = data.pair_batch(range(6))
-    t, noise = whole.draw_noise(torch.zeros(1000), tiny.draws(6))
+    t, noise = whole.draw_noise(VP(torch.zeros(1000)), tiny.draws(6))
 
     def part(rows):
         return Part(NoisedBatch(whole.chosen[rows], t[rows], noise[rows], whole.cond[rows]), len(t[rows]))

@@ -14,15 +14,16 @@ from torch import Tensor
 from attune.backbones._memory import in_parts
 from attune.backbones._quantise import quantise
 from attune.config.settings import Model
-from attune.diffusion.process import extract, velocity_to_noise
+from attune.diffusion.process import Level, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
 from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
 from attune.weights import count_parameters, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTokenizer, PreTrainedModel
+
+    from attune.diffusion.lora import Denoiser
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -74,13 +75,13 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
     resolution = nominal.resolution
-    folder = Path(source.place)
-    if source.commit is None and (folder / "unet" / "config.json").is_file() and (folder / "vae/config.json").is_file():
+    folder, network = Path(source.place), parts["denoiser"][0]
+    if source.commit is None and all((folder / part / "config.json").is_file() for part in (network, "vae")):
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         if model.resolution is None:
             factor = _pixels_per_latent(vae, folder / "vae/config.json")
-            resolution = _sample_size(config, folder / "unet/config.json") * factor
+            resolution = _sample_size(config, folder / network / "config.json") * factor
     found = replace(nominal, **counts, resolution=model.resolution or resolution)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
@@ -115,18 +116,23 @@ def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[So
     return [*found, (source / "vae", ["config.json", *network])]
 
 
-def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
-    """The pipeline's UNet, frozen; errors as `pretrained.load_pretrained`."""
-    from diffusers import UNet2DConditionModel
+def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device, part: str = "unet") -> Denoiser:
+    """The pipeline's `unet` or `transformer`, frozen; errors as `pretrained.load_pretrained`."""
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
+    kind = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}[part]
     first = device if model.quantize is None else torch.device("cpu")
-    unet = load_pretrained(UNet2DConditionModel, parse(model.path) / "unet", dtype, first, model.variant)
-    unet = unet.to(memory_format=torch.channels_last) if model.channels_last else unet
-    return unet if model.quantize is None else quantise(unet, model.quantize, device)
+    network = load_pretrained(kind, parse(model.path) / part, dtype, first, model.variant)
+    network = network.to(memory_format=torch.channels_last) if model.channels_last else network
+    return network if model.quantize is None else quantise(network, model.quantize, device)
 
 
-def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
-    """The pipeline's autoencoder, or the one that `model.vae` puts in its place."""
+def load_vae(model: Model, device: torch.device, may_shift: bool = False) -> AutoencoderKL:
+    """The pipeline's autoencoder, or the one that `model.vae` puts in its place.
+
+    Args:
+        may_shift: latents may have a `shift_factor`; Stable Diffusion before 3 would ignore it.
+    """
     from diffusers import AutoencoderKL
 
     source, variant = (parse(model.path) / "vae", model.variant) if model.vae is None else (parse(model.vae), None)
@@ -136,7 +142,8 @@ def load_vae(model: Model, device: torch.device) -> AutoencoderKL:
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{source / 'config.json'}: scaling_factor {scale!r:.40} is not a number above 0")
-    if shift is not None and (isinstance(shift, bool) or shift != 0):
+    number = isinstance(shift, int | float) and not isinstance(shift, bool) and math.isfinite(shift)
+    if shift is not None and not (number and (may_shift or shift == 0)):
         raise ValueError(f"{source / 'config.json'}: an autoencoder with shift_factor {shift!r:.40} is not supported")
     return vae.to(memory_format=torch.channels_last) if model.channels_last else vae
 
@@ -172,6 +179,18 @@ def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
     return len(ids) > tokenizer.model_max_length
 
 
+def scheduler_config(model: Model) -> tuple[Mapping[str, Any], Path]:
+    """What the pipeline's scheduler says of itself, and its file. Raises FileNotFoundError or ValueError if none."""
+    if Path(model.path).is_file():
+        raise ValueError(
+            f"{model.path} is one file; a folder in diffusers' layout is needed: `from_single_file` makes it"
+        )
+    file = fetch_folder(parse(model.path) / "scheduler", ["*.json"]) / "scheduler_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{model.path}: there is no scheduler/{file.name}")
+    return read_json(file), file
+
+
 def load_schedule(model: Model) -> tuple[Tensor, str]:
     """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction.
 
@@ -183,14 +202,7 @@ def load_schedule(model: Model) -> tuple[Tensor, str]:
     """
     from diffusers import DDIMScheduler
 
-    if Path(model.path).is_file():
-        raise ValueError(
-            f"{model.path} is one file; a folder in diffusers' layout is needed: `from_single_file` makes it"
-        )
-    file = fetch_folder(parse(model.path) / "scheduler", ["*.json"]) / "scheduler_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{model.path}: there is no scheduler/{file.name}")
-    config = read_json(file)
+    config, file = scheduler_config(model)
     _check_family(config, file)
     try:
         scheduler = DDIMScheduler.from_config(config)
@@ -228,7 +240,9 @@ def _check_family(config: Mapping[str, Any], file: Path) -> None:
         raise ValueError(f"{file}: a model with {odd[0]} is not supported; it is no Stable Diffusion")
 
 
-def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel) -> tuple[int, tuple[int, int, int]]:
+def image_size(
+    model: Model, vae: AutoencoderKL, denoiser: Denoiser, part: str = "unet"
+) -> tuple[int, tuple[int, int, int]]:
     """Resolution in pixels and shape of latents: as configured, else what the denoiser was trained at.
 
     Raises:
@@ -238,11 +252,15 @@ def image_size(model: Model, vae: AutoencoderKL, denoiser: UNet2DConditionModel)
     channels = denoiser.config["in_channels"]
     if vae.config["latent_channels"] != channels:
         raise ValueError(f"model.vae has {vae.config['latent_channels']} latent channels, the denoiser {channels}")
-    place = parse(model.path) / "unet/config.json"
+    place = parse(model.path) / part / "config.json"
     resolution = model.resolution or _sample_size(denoiser.config, place) * factor
     if resolution % factor:
         raise ValueError(f"model.resolution: {resolution} is not a multiple of {factor}, the pixels of a latent")
     return resolution, (channels, resolution // factor, resolution // factor)
+
+
+def _shift(vae: AutoencoderKL) -> float:
+    return vae.config["shift_factor"] or 0.0
 
 
 @torch.no_grad()
@@ -253,7 +271,7 @@ def encode(vae: AutoencoderKL, images: Tensor, generator: torch.Generator | None
     """
     posterior = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist
     latents = posterior.mode() if generator is None else posterior.sample(generator)
-    return latents.float() * vae.config["scaling_factor"]
+    return (latents.float() - _shift(vae)) * vae.config["scaling_factor"]
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -263,13 +281,13 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """
 
     def images(rows: Tensor) -> Tensor:
-        return vae.decode(rows.to(vae.dtype) / vae.config["scaling_factor"]).sample.float() / 2 + 0.5
+        return vae.decode(rows.to(vae.dtype) / vae.config["scaling_factor"] + _shift(vae)).sample.float() / 2 + 0.5
 
     scale = _pixels_per_latent(vae.config, "the autoencoder")
     return in_parts(images, latents.to(vae.device), latents.shape[-2] * latents.shape[-1] * scale**2)
 
 
-def to_noise(output: Tensor, predicts: str, x_t: Tensor, alphas_cumprod: Tensor, t: Tensor) -> Tensor:
+def to_noise(output: Tensor, predicts: str, x_t: Tensor, at: Level) -> Tensor:
     """A denoiser's output as epsilon, in the dtype of x_t."""
     output = output.to(x_t.dtype)
-    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, extract(alphas_cumprod, t, x_t))
+    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, at)

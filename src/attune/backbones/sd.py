@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attune.backbones import _latent
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
+from attune.diffusion.path import VP
 from attune.hub import Source
 from attune.interfaces import Conditioning
 
@@ -55,7 +56,7 @@ class StableDiffusion:
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
         schedule, self.prediction_type = _latent.load_schedule(model)
-        self.alphas_cumprod = schedule.to(device)
+        self.path = VP(schedule.to(device))
         self.tokenizer, self.text_encoder = self._load_text()
         self.vae = _latent.load_vae(model, self.turn.start)
         self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start)
@@ -94,10 +95,10 @@ class StableDiffusion:
     def decode_latents(self, latents: Tensor) -> Tensor:
         return _latent.decode(self.turn(self.vae), latents)
 
-    def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
         output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
-        return _latent.to_noise(output, self.prediction_type, x_t, self.alphas_cumprod, t)
+        return _latent.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
 
 
 def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attune.backbones import _latent
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
+from attune.diffusion.path import VP
 from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning
 from attune.weights import read_json
@@ -57,7 +58,7 @@ class StableDiffusionXL:
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
         schedule, self.prediction_type = _latent.load_schedule(model)
-        self.alphas_cumprod = schedule.to(device)
+        self.path = VP(schedule.to(device))
         self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
         self.vae = _latent.load_vae(model, self.turn.start)
@@ -106,7 +107,7 @@ class StableDiffusionXL:
     def decode_latents(self, latents: Tensor) -> Tensor:
         return _latent.decode(self.turn(self.vae), latents)
 
-    def predict_noise(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         added = {
             "text_embeds": cond.tensors["text_embeds"].to(self.dtype),
             "time_ids": time_ids(self.resolution, x_t.device).expand(len(x_t), 6),
@@ -115,7 +116,7 @@ class StableDiffusionXL:
         output = self.turn(denoiser)(
             x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
         ).sample
-        return _latent.to_noise(output, self.prediction_type, x_t, self.alphas_cumprod, t)
+        return _latent.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
 
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attune.diffusion.noise import Draws
+from attune.diffusion.path import Path
 from attune.interfaces import Conditioning
 
 
@@ -32,9 +33,9 @@ class ImageBatch:
     latents: Tensor
     liked: Tensor  # (B,) bool
 
-    def draw_noise(self, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:
         """A timestep (B,) and noise (B, C, h, w) for each image."""
-        return draw_noise(self.latents, schedule, draws)
+        return draw_noise(self.latents, path, draws)
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ class PairBatch:
             raise ValueError("a tie has no chosen image; drop ties before training on chosen and rejected")
         return (self.label_0 > 0.5)[:, None, None, None]
 
-    def draw_noise(self, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) and noise (B, C, h, w), each shared by the two images of a pair."""
-        return draw_noise(self.latents_0, schedule, draws)
+        return draw_noise(self.latents_0, path, draws)
 
 
-def draw_noise(latents: Tensor, schedule: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """A timestep of a schedule (n,) and noise (n, C, h, w) for each of n latents, the noise on their device."""
-    return draws.integers(len(schedule), len(latents)), draws.noise(tuple(latents.shape)).to(latents.device)
+def draw_noise(latents: Tensor, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:
+    """A time of the path's training (n,) and noise (n, C, h, w) for each of n latents, the noise on their device."""
+    return path.training_times(draws, len(latents)), draws.noise(tuple(latents.shape)).to(latents.device)

@@ -14,15 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from attune.diffusion.lora_files import ADAPTER_FILE, checked_ranks, read_lora
+from attune.diffusion.lora_files import ADAPTER_FILE, checked_ranks, part_of, read_lora
 from attune.diffusion.lora_layers import LAYERS
 from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft.tuners.lora.layer import Linear
 
-    Denoiser = UNet2DConditionModel
+    Denoiser = UNet2DConditionModel | SD3Transformer2DModel
     """The networks that are trained: modules of diffusers that save themselves and take adapters."""
 
 
@@ -157,7 +158,8 @@ def save_lora(denoiser: nn.Module, folder: Path, header: Mapping[str, str]) -> N
     Raises:
         ValueError: a weight is not finite; nothing is written.
     """
-    weights = {f"unet.{name}": value.contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
+    named, part = get_peft_model_state_dict(denoiser), part_of(denoiser)
+    weights = {f"{part}.{name}": value.contiguous() for name, value in named.items()}
     check_finite(weights, f"{folder} was not saved")
     ranks = set(lora_ranks(denoiser).values())
     rank = str(*ranks) if len(ranks) == 1 else "dynamic"  # as kohya's `resize_lora` says that it differs

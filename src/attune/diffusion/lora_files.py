@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 SCHEDULER = "scheduler/scheduler_config.json"
+PARTS = ("unet", "transformer")  # where a pipeline has its denoiser; also how the names of its LoRA begin
 KOHYA = ("lora_unet_", "lora_te")  # how its names begin; diffusers reads their alphas
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_KINDS = (  # parts of tensors' names -> what trains such tensors
@@ -48,7 +50,7 @@ def locate(text: str | Path) -> Path:
     """The LoRA file, or the folder of a denoiser, that is meant.
 
     Args:
-        text: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with `unet/`; here, or on the
+        text: a safetensors file; a folder that holds one, or a denoiser, or a pipeline with one; here, or on the
             Hub as `owner/name[/file or folder]@commit`.
 
     Raises:
@@ -63,7 +65,8 @@ def locate(text: str | Path) -> Path:
             raise ValueError(f"{source}: only safetensors are read, a pickle could run any program")
         return path
     known = [path / name for name in (ADAPTER_FILE, PEFT_FILE) if (path / name).is_file()]
-    folders = [f for f in (path / "unet", path) if any(f.glob("diffusion_pytorch_model*.safetensors"))]
+    places = (*(path / part for part in PARTS), path)
+    folders = [place for place in places if any(place.glob("diffusion_pytorch_model*.safetensors"))]
     found = [*known, *folders] or sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
@@ -93,7 +96,9 @@ def _fetched(source: Source) -> Path:
         return fetch_file(source)
     network = ["config.json", *weight_files("diffusion_pytorch_model")]
     adapter = [ADAPTER_FILE, PEFT_FILE, PEFT_CONFIG]
-    return fetch_folder(source, [*adapter, *network, *(f"unet/{name}" for name in network), SCHEDULER])
+    return fetch_folder(
+        source, [*adapter, *network, *(f"{part}/{name}" for part in PARTS for name in network), SCHEDULER]
+    )
 
 
 # ---------------------------------------------------------------- adapters
@@ -172,7 +177,7 @@ def _in_peft_names(
     given: Mapping[str, Tensor], file: Path, denoiser: Denoiser
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors, float32, and alphas of the denoiser's modules by name; a text encoder's keep their prefix."""
-    tensors = {name.removeprefix("base_model.model."): value for name, value in given.items()}
+    tensors = {name.removeprefix("base_model.model.").removeprefix("transformer."): v for name, v in given.items()}
     plain = {name: value for name, value in tensors.items() if _ALPHA.search(name) and not name.startswith(KOHYA)}
     tensors = {name: value for name, value in tensors.items() if name not in plain}
     try:
@@ -201,6 +206,11 @@ def _module(alpha_name: str) -> str:
 # ---------------------------------------------------------------- whole denoisers
 
 
+def part_of(denoiser: nn.Module) -> str:
+    """Which of `PARTS` a denoiser is."""
+    return "transformer" if isinstance(denoiser, SD3Transformer2DModel) else "unet"
+
+
 def read_denoiser(folder: Path, like: Denoiser, prediction_type: str) -> Denoiser:
     """A whole denoiser, frozen, in the dtype and on the device of `like`, which it must equal in all but values.
 
@@ -212,8 +222,10 @@ def read_denoiser(folder: Path, like: Denoiser, prediction_type: str) -> Denoise
         ValueError: it is another architecture, predicts something else, or weights are missing or not finite.
     """
     scheduler = folder.parent / SCHEDULER
-    if folder.name == "unet" and scheduler.is_file():
-        predicts = read_json(scheduler).get("prediction_type", "epsilon")
+    if folder.name in PARTS and scheduler.is_file():
+        said = read_json(scheduler)
+        of_flow = str(said.get("_class_name", "")).startswith("FlowMatch")
+        predicts = "flow" if of_flow else said.get("prediction_type", "epsilon")
         if predicts != prediction_type:
             raise ValueError(f"{folder} predicts {predicts!r:.40}, the base model {prediction_type}: {scheduler}")
     network: Any = load_pretrained(type(like), Source(str(folder)), like.dtype, like.device)

@@ -22,7 +22,7 @@ from attune.weights import read_json
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # diffusers' key of a header
 MOST_ALPHA = 1e6  # published ones go to some thousands
-_OF_THE_ADAPTER = r"(?:ss|unet|lora|network|adapter|peft|config|linear|conv|[\W_])*"
+_OF_THE_ADAPTER = r"(?:ss|unet|transformer|lora|network|adapter|peft|config|linear|conv|[\W_])*"
 _ALPHA_KEY = re.compile(rf"{_OF_THE_ADAPTER}alpha")
 _SCALE_KEY = re.compile(rf"{_OF_THE_ADAPTER}(?:scale|scaling|scaling_?factor|multiplier|strength)")
 _LIKE_ALPHA = re.compile(r"alphas?$|(?:lora|network)[\W_]*alpha")
@@ -139,7 +139,8 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], file: Path) -> None:
 def _header_claims(header: Mapping[str, str], file: Path) -> Iterator[Claim]:
     """What a header and the JSON objects in it, however deep, say under any of the names that trainers give it."""
     for place, block in _blocks(header, file):
-        values = {name.removeprefix("unet."): v for name, v in block.items() if not NOT_OF_THE_DENOISER.match(name)}
+        of_denoiser = {name: value for name, value in block.items() if not NOT_OF_THE_DENOISER.match(name)}
+        values = {name.removeprefix("unet.").removeprefix("transformer."): v for name, v in of_denoiser.items()}
         _refuse_more(values, str(file))
         whole = bool(place and values) and (place == METADATA or "lora_alpha" in values)
         if whole:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def denoising_error(noise_pred: Tensor, noise: Tensor) -> Tensor:
+def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error per sample, mean over latent dimensions, (B,)."""
-    return F.mse_loss(noise_pred.float(), noise.float(), reduction="none").flatten(1).mean(1)
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
 
 
 def implicit_reward(error: Tensor, reference_error: Tensor, beta: float) -> Tensor:

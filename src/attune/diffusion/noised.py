@@ -40,9 +40,10 @@ class NoisedBatch:
 
 
 def policy_error(policy: Policy, m: NoisedBatch) -> Tensor:
-    """Squared error of the policy's noise prediction for each image, mean over latent dimensions."""
-    x_t = process.add_noise(m.x_0, m.noise, process.extract(policy.backbone.alphas_cumprod, m.t, m.x_0))
-    return denoising_error(policy.predict_noise(x_t, m.t, m.cond), m.noise)
+    """Squared error of the policy's prediction, in the path's target, of each image; mean over latent dimensions."""
+    path = policy.backbone.path
+    x_t = process.add_noise(m.x_0, m.noise, path.level(m.t, m.x_0))
+    return denoising_error(policy.predict(x_t, m.t, m.cond), path.target(m.x_0, m.noise))
 
 
 def policy_and_reference_error(policy: Policy, m: NoisedBatch) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from attune.diffusion.lora import (
     target_modules,
     unload_lora,
 )
-from attune.diffusion.lora_files import locate, read_denoiser
+from attune.diffusion.lora_files import locate, part_of, read_denoiser
 from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.files import let_umask_decide
@@ -71,8 +71,8 @@ class Policy:
         """Where the base model lies."""
         return next(iter(self.uncond.tensors.values())).device
 
-    def predict_noise(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Tensor:
-        """Epsilon (B, C, h, w); with guidance w != 1, uncond + w (cond - uncond) from one call on twice the batch.
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Tensor:
+        """What the path predicts (B, C, h, w); with guidance w != 1, uncond + w (cond - uncond), from one doubled call.
 
         Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 in diffusers' scaling (1 = off).
         """
@@ -80,8 +80,8 @@ class Policy:
         if guidance_scale == 1.0:
             return self._predict(x_t, t, cond)
         both = Conditioning.cat([self.uncond.expand(len(cond)), cond])
-        noise_pred = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        unconditional, conditional = noise_pred.chunk(2)
+        predicted = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        unconditional, conditional = predicted.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -89,7 +89,7 @@ class Policy:
         # the cache would keep a copy of every weight, which are put together block by block to save that memory
         options = {"enabled": self.autocast is not None, "cache_enabled": not self.shard.sharded_weights}
         with torch.autocast(x_t.device.type, self.autocast, **options):
-            return self.backbone.predict_noise(self.module, x_t, t, cond)
+            return self.backbone.predict(self.module, x_t, t, cond)
 
     def drop_captions(self, cond: Conditioning, share: float, draws: Draws) -> Conditioning:
         """Empties a random share of the prompts: guidance needs a policy that is also trained without prompts."""
@@ -201,7 +201,7 @@ class Policy:
             self.snapshot_reference()
 
     def save(self, folder: Path, header: Mapping[str, str] | None = None) -> None:
-        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of `unet/`.
+        """Writes the trained weights as diffusers reads them: a LoRA (`load_lora_weights`), or all of the denoiser.
 
         Of several processes the main one writes; all must call this, because each may hold a piece of the weights.
 
@@ -218,8 +218,9 @@ class Policy:
             save_lora(denoiser, folder, header or {})
         else:
             check_finite(denoiser.state_dict(), f"{folder} was not saved")
-            denoiser.save_pretrained(folder / "unet")
-            let_umask_decide(folder / "unet")
+            part = folder / part_of(denoiser)
+            denoiser.save_pretrained(part)
+            let_umask_decide(part)
 
     def _whole_denoiser(self) -> Denoiser:
         """The denoiser; of a sharded one a copy on the CPU, which has its weights in the main process alone."""

@@ -97,7 +97,7 @@ def find_adapter(folder: Path) -> Path:
     """
     if any(folder.glob("*.safetensors")):
         return folder
-    if (folder / "unet").is_dir():
+    if any((folder / part).is_dir() for part in ("unet", "transformer")):
         raise ValueError(
             f"{folder.name} is a whole denoiser; only adapters (`lora`) can be registered, share {folder} by DVC"
         )

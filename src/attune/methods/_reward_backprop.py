@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from attune.config.schema import Float
 from attune.config.settings import MethodConfig
 from attune.data.batches import PromptBatch
-from attune.diffusion.ddim import ddim, timesteps_to_zero
+from attune.diffusion.ddim import ddim
 from attune.diffusion.noise import NoiseFn, to_device
 from attune.interfaces import Backbone, Conditioning, Metrics, Reward
 
@@ -96,7 +96,8 @@ def rollout_no_grad(
 ) -> Trajectory:
     """All but the last k (1..steps) DDIM steps from pure noise."""
     sample_noise, cond = to_device(policy.device, sample_noise), batch.cond
-    timesteps, shape = timesteps_to_zero(policy, config.steps), (len(cond), *policy.backbone.latent_shape)
+    path = policy.backbone.path
+    timesteps, shape = path.sampling_times(config.steps), (len(cond), *policy.backbone.latent_shape)
     x_T = sample_noise(shape)
     fresh = (sample_noise(shape) for _ in range(config.steps - k))
     with policy.merged():

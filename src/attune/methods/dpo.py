@@ -78,7 +78,7 @@ class Method:
         self.config, self.policy = config, policy
 
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        t, noise = batch.draw_noise(self.policy.backbone.path, draws)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
 

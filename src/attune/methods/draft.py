@@ -80,8 +80,8 @@ def with_renoised(policy: Policy, trajectory: Trajectory, config: Config, sample
     """
     n, sample_noise = config.n_renoised, to_device(policy.device, sample_noise)
     x_0 = rollout(policy, trajectory, config).repeat(n, 1, 1, 1)
-    a_t = process.extract(policy.backbone.alphas_cumprod, trajectory.timesteps[:1], x_0)
-    x_t = process.add_noise(x_0, sample_noise(tuple(x_0.shape)), a_t)
+    at = policy.backbone.path.level(trajectory.timesteps[:1], x_0)
+    x_t = process.add_noise(x_0, sample_noise(tuple(x_0.shape)), at)
     noise = sample_noise(tuple(x_0.shape))[:, None]
     return replace(
         trajectory,

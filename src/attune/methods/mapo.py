@@ -78,7 +78,7 @@ class Method:
         self.config, self.policy = config, policy
 
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        t, noise = batch.draw_noise(self.policy.backbone.path, draws)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond), draws.n)
 
@@ -86,7 +86,7 @@ class Method:
         error = policy_error(self.policy, minibatch)
         chosen_error, rejected_error = error.chunk(2)
         phi_chosen, phi_rejected = score(error, self.config.snr).chunk(2)
-        margin = len(self.policy.backbone.alphas_cumprod) * (phi_chosen - phi_rejected)
+        margin = self.policy.backbone.path.n_train * (phi_chosen - phi_rejected)
         loss = mapo_loss(chosen_error, margin, self.config.beta).mean()
         return loss, {
             "loss": loss,

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: keep denoising the images people chose or liked.
 
-The baseline every preference method must beat. Loss: mean squared error of epsilon on those images, no
-guidance. Cost per step: one policy forward and backward on B images.
+The baseline every preference method must beat. Loss: mean squared error of epsilon, or of a flow's velocity, on those
+images, no guidance. Cost per step: one policy forward and backward on B images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Method:
         self.config, self.policy = config, policy
 
     def minibatches(self, batch: ImageBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        t, noise = batch.draw_noise(self.policy.backbone.path, draws)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
         yield Part(NoisedBatch(batch.latents, t, noise, cond), draws.n)
 

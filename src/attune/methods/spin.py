@@ -78,7 +78,7 @@ class Method:
 
     def minibatches(self, batch: ImageBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
         real, opponents = batch.latents, self.opponents(batch.cond, draws)
-        t, noise = batch.draw_noise(self.policy.backbone.alphas_cumprod, draws)
+        t, noise = batch.draw_noise(self.policy.backbone.path, draws)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
         yield Part(NoisedBatch.pairs(real, opponents, t, noise, cond), draws.n)
 

@@ -142,8 +142,12 @@ class Method:
 
     def __init__(self, config: Config, policy: Policy, preference_model: StepReward):
         self.config, self.policy, self.preference_model = config, policy, preference_model
-        self.schedule = policy.backbone.alphas_cumprod
-        self.timesteps = process.ddim_timesteps(len(self.schedule), config.steps)
+        self.path = policy.backbone.path
+        self.times = self.path.sampling_times(config.steps)
+        # the last step of a flow is no choice: it ends at the image itself, without noise
+        self.noisy_steps = int((self.path.level(self.times[1:], torch.zeros(1)).sigma2 > 0).sum())
+        if config.start_step >= self.noisy_steps:
+            raise ValueError(f"start_step must be less than {self.noisy_steps}, the steps of this model that add noise")
 
     def minibatches(self, batch: PromptBatch, draws: Draws) -> Iterable[Part[StepPairs]]:
         shard = self.policy.shard
@@ -169,21 +173,22 @@ class Method:
         x_t = sample_noise((n, *self.policy.backbone.latent_shape))
         segment: list[Transition] = []
         kept: list[StepPairs] = []
-        for i, t in enumerate(self.timesteps):
-            branches = i >= c.start_step and (i - c.start_step) % (c.inner_steps + 1) == 0
-            noise_pred = self.predict(x_t, t, batch.cond)
+        for i, t in enumerate(self.times[:-1]):
+            noisy = c.start_step <= i < self.noisy_steps
+            branches = noisy and (i - c.start_step) % (c.inner_steps + 1) == 0
+            predicted = self.predict(x_t, t, batch.cond)
             if branches and segment:  # its candidates are scored by this prediction, and one of them continues
-                a_t = process.extract(self.schedule, t.expand(len(x_t)), x_t)
-                pairs, best, worst = self.scored(batch, segment, process.predict_x0(x_t, noise_pred, a_t), t)
+                x_0, _ = self.path.x0_and_noise(predicted, x_t, self.path.level(t, x_t))
+                pairs, best, worst = self.scored(batch, segment, x_0, t)
                 continues = {"random": lambda: choose(c.candidates, n), "chosen": best.cpu, "rejected": worst.cpu}
                 next_state = continues[c.continuation]() * n + torch.arange(n)
                 kept += pairs
-                x_t, noise_pred, segment = x_t[next_state], noise_pred[next_state], []
-            mean, std = self.transition(x_t, noise_pred, t)
+                x_t, predicted, segment = x_t[next_state], predicted[next_state], []
+            mean, std = self.transition(x_t, predicted, t.expand(len(x_t)))
             if branches:
                 mean, std = mean.repeat(c.candidates, 1, 1, 1), std.repeat(c.candidates, 1, 1, 1)
             x_prev = mean + std * sample_noise(tuple(mean.shape))
-            if i >= c.start_step:
+            if noisy:
                 segment.append(Transition(x_t, t, x_prev))
             x_t = x_prev
         pairs, _, _ = self.scored(batch, segment, x_t, torch.zeros_like(t))
@@ -222,23 +227,21 @@ class Method:
         return pairs, best, worst
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Guided epsilon for rows of x_t that may be k candidates of each prompt."""
+        """Guided prediction for rows of x_t that may be k candidates of each prompt."""
         cond = cond.repeat(len(x_t) // len(cond))
-        return self.policy.predict_noise(x_t, t.expand(len(x_t)), cond, self.config.guidance_scale)
+        return self.policy.predict(x_t, t.expand(len(x_t)), cond, self.config.guidance_scale)
 
-    def transition(self, x_t: Tensor, noise_pred: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std of x_prev at eta 1, where a std of zero cannot occur."""
-        t = t.expand(len(x_t))
-        t_prev = process.previous_timestep(t, len(self.schedule), self.config.steps)
-        a_t, a_prev = process.extract(self.schedule, t, x_t), process.extract(self.schedule, t_prev, x_t)
-        return process.ddim_step(x_t, noise_pred, a_t, a_prev, eta=1.0)
+    def transition(self, x_t: Tensor, predicted: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of x_prev at eta 1, from times t (n,); the std is above 0 in all `noisy_steps`."""
+        at, to = self.path.level(t, x_t), self.path.level(process.time_after(self.times, t), x_t)
+        return process.ddim_step(*self.path.x0_and_noise(predicted, x_t, at), at, to, eta=1.0)
 
     def log_probs(self, m: StepPairs) -> tuple[Tensor, Tensor]:
         """Log-probabilities (n,) of the chosen and the rejected step, from one forward if they share x_t."""
         copies = len(m.x_t) // len(m.t)
         t, cond = m.t.repeat(copies), m.cond.repeat(copies)
-        noise_pred = self.policy.predict_noise(m.x_t, t, cond, self.config.guidance_scale)
-        mean, std = self.transition(m.x_t, noise_pred, t)
+        predicted = self.policy.predict(m.x_t, t, cond, self.config.guidance_scale)
+        mean, std = self.transition(m.x_t, predicted, t)
         means, stds = (mean.chunk(2), std.chunk(2)) if copies == 2 else ([mean, mean], [std, std])
         return (
             process.gaussian_log_prob(m.chosen, means[0], stds[0]),

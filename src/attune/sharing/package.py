@@ -27,7 +27,7 @@ from attune.evaluation.protocol import MODEL
 from attune.evaluation.summary import Summary
 from attune.licenses import base_license
 from attune.sharing import kohya
-from attune.sharing.card import Evidence, card
+from attune.sharing.card import PIPELINES, Evidence, card
 from attune.sharing.models import NamedModel
 from attune.sharing.pipeline import generated, pipeline_of, read_unet
 from attune.sharing.sample import generate, image_rows, write_sheet
@@ -107,9 +107,12 @@ def write_package(
 
     Raises:
         PackageError: diffusers makes other images with a layout than our policy does.
-        ValueError: the model does not fit its base.
+        ValueError: the model does not fit its base, or its kind of base has no package.
     """
     settings = Model(**model.made["base"])
+    if settings.backbone not in PIPELINES:
+        why = f"model.backbone: there is no package of {settings.backbone} yet"
+        raise ValueError(f"{why}; share {model.folder}, which diffusers reads")
     exact = settings.model_copy(update={"dtype": "float32", "vae_dtype": "float32"})
     backbone = load_backbone(settings)
     models = [NamedModel("base", None), NamedModel(model.made["run"], str(model.folder), own=True)]

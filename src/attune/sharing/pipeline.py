@@ -21,14 +21,6 @@ def pipeline_of(backbone: Backbone) -> Any:
     Raises:
         ValueError: diffusers' pipeline of this kind of base model is not known here.
     """
-    options = {"num_train_timesteps": len(backbone.alphas_cumprod), "prediction_type": backbone.prediction_type}
-    scheduler = DDIMScheduler(
-        trained_betas=_betas(backbone.alphas_cumprod),
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **options,
-    )
     if isinstance(backbone, StableDiffusionXL):
         (first, text_1), (second, text_2) = backbone.encoders
         pipeline: Any = StableDiffusionXLPipeline(
@@ -38,7 +30,7 @@ def pipeline_of(backbone: Backbone) -> Any:
             tokenizer=first,
             tokenizer_2=second,
             unet=backbone.denoiser,
-            scheduler=scheduler,
+            scheduler=_scheduler(backbone),
             force_zeros_for_empty_prompt=backbone.zeros_for_empty_prompt,
             add_watermarker=False,
         )
@@ -48,7 +40,7 @@ def pipeline_of(backbone: Backbone) -> Any:
             text_encoder=backbone.text_encoder,
             tokenizer=backbone.tokenizer,
             unet=backbone.denoiser,
-            scheduler=scheduler,
+            scheduler=_scheduler(backbone),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -69,6 +61,18 @@ def generated(pipeline: Any, prompts: Sequence[str], start: Tensor, steps: int, 
 def read_unet(folder: Path) -> Any:
     """A whole denoiser as a user of diffusers loads it."""
     return UNet2DConditionModel.from_pretrained(folder)
+
+
+def _scheduler(backbone: StableDiffusion | StableDiffusionXL) -> DDIMScheduler:
+    """Our sampler's times and levels."""
+    return DDIMScheduler(
+        num_train_timesteps=backbone.path.n_train,
+        prediction_type=backbone.prediction_type,
+        trained_betas=_betas(backbone.path.alphas_cumprod),
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def _betas(alphas_cumprod: Tensor) -> Any:

@@ -9,16 +9,17 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from attune.diffusion.process import add_noise, extract, predict_x0
+from attune.diffusion.path import Path
+from attune.diffusion.process import add_noise
 from attune.interfaces import Conditioning
 
-PredictNoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""`predict_noise(x_t, t, cond)`: the guided prediction of the frozen base."""
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""`predict(x_t, t, cond)`: the guided prediction of the frozen base."""
 
 
 def one_step_latents(
-    predict_noise: PredictNoise,
-    alphas_cumprod: Tensor,
+    predict: Predict,
+    path: Path,
     x_0: Tensor,
     t: Tensor,
     noise: Tensor,
@@ -29,13 +30,13 @@ def one_step_latents(
     Deterministic: of a DDIM step only the predicted x_0 is used, so no noise but `noise` enters.
 
     Args:
-        predict_noise: guided epsilon of the frozen base.
-        alphas_cumprod: (T,).
+        predict: guided prediction of the frozen base.
+        path: of the base.
         x_0: scaled latents (B, C, h, w).
-        t: (B,), indices 0..T-1.
+        t: (B,), times of the path.
         noise: (B, C, h, w); both images of a pair must be given the same.
         cond: conditioning of the B prompts.
     """
-    a_t = extract(alphas_cumprod, t, x_0)
-    x_t = add_noise(x_0, noise, a_t)
-    return predict_x0(x_t, predict_noise(x_t, t, cond), a_t)
+    at = path.level(t, x_0)
+    x_t = add_noise(x_0, noise, at)
+    return path.x0_and_noise(predict(x_t, t, cond), x_t, at)[0]

@@ -116,7 +116,7 @@ class SPMObjective:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedPairs]]:
-        t, noise = batch.draw_noise(self.base.backbone.alphas_cumprod, draws)
+        t, noise = batch.draw_noise(self.base.backbone.path, draws)
         pairs = self.prepare_batch(batch, t, noise)
         weights = self.shard.gather(pairs.weight[: self.shard.count(draws.n)])  # of all processes
         share = len(pairs.weight) / len(weights)
@@ -142,7 +142,7 @@ class SPMObjective:
             return self.base.backbone.decode_latents(x_0)
         predicted = one_step_latents(
             self._guided,
-            self.base.backbone.alphas_cumprod,
+            self.base.backbone.path,
             x_0,
             t,
             noise.repeat(2, 1, 1, 1),
@@ -165,4 +165,4 @@ class SPMObjective:
         }
 
     def _guided(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self.base.predict_noise(x_t, t, cond, self.config.guidance_scale)
+        return self.base.predict(x_t, t, cond, self.config.guidance_scale)

@@ -20,11 +20,11 @@ from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.policy import Policy
 from attune.interfaces import Backbone, Conditioning
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+WEIGHTS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model")
 
 
 def write_pipeline(folder: Path, name: str, **scheduler: str) -> str:
-    """`tiny_sd` or `tiny_sdxl` in diffusers' layout; `scheduler` overrides settings of its scheduler."""
+    """`tiny_sd`, `tiny_sdxl` or `tiny_sd3` in diffusers' layout; `scheduler` overrides settings of its scheduler."""
     configs, weights = json.loads((HERE / f"{name}.json").read_text()), tensors(name)
     for part, config in configs.items():
         place = folder / part
@@ -33,7 +33,7 @@ def write_pipeline(folder: Path, name: str, **scheduler: str) -> str:
             (place / "scheduler_config.json").write_text(json.dumps(config | scheduler))
             continue
         own = {key.removeprefix(f"{part}."): value for key, value in weights.items() if key.startswith(f"{part}.")}
-        if part == "vae":  # no case encodes an image, so the encoder is not kept: any weights will do
+        if part == "vae":  # no case of these two encodes an image, so the encoder is not kept: any weights will do
             own = AutoencoderKL.from_config(config).state_dict() | own
         (place / "config.json").write_text(json.dumps(config))
         save_file(own, place / f"{WEIGHTS.get(part, 'model')}.safetensors", metadata={"format": "pt"})
