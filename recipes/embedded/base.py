@@ -7,30 +7,20 @@ and caption dropout for guidance; weights are an exponential moving average.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from recipes.embedded.muon import split_optimizers
-from recipes.embedded.vae import descend
-from torch import Tensor
-from tqdm import tqdm
+from recipes.embedded.training import BaseTraining
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from attune.world.flaws import damage, wrong_captions
-from attune.world.grammar import KINDS, Scene, all_scenes, vocabulary
-from attune.world.render import render
+from attune.world.grammar import vocabulary
 
-DAMAGED_SHARE, WRONG_CAPTION_SHARE, CAPTION_DROPOUT = 0.35, 0.10, 0.10
 MAX_TOKENS = 16
 SNR_GAMMA = 5.0
-EMA_DECAY = 0.999
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -106,110 +96,24 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-@dataclass
-class Captioned:
-    """Scaled latents (N, 4, 8, 8) and the token ids (N, 16) of what their captions claim."""
-
-    latents: Tensor
-    ids: Tensor
-
-
-@torch.no_grad()
-def web_data(vae: AutoencoderKL, tokenizer: CLIPTokenizer, n: int, seed: int) -> Captioned:
-    """n captioned images with the flaws of the web, kinds 25 % one, 30 % count, 45 % relation."""
-    rng = np.random.default_rng(seed)
-    pools = {kind: [s for s in all_scenes() if s.kind == kind] for kind in KINDS}
-    latents, ids = [], []
-    for _ in tqdm(range(0, n, 256), desc="web data", mininterval=5):
-        kinds = rng.choice(KINDS, size=256, p=(0.25, 0.30, 0.45))
-        scenes: list[Scene] = [pools[kind][rng.integers(len(pools[kind]))] for kind in kinds]
-        images = damage(render(scenes, rng), rng, DAMAGED_SHARE)
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
-        latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
-        ids.append(tokenize(tokenizer, [s.prompt for s in wrong_captions(scenes, rng, WRONG_CAPTION_SHARE)]))
-    return Captioned(torch.cat(latents), torch.cat(ids))
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-class BaseTraining:
-    """The whole state of training the base, saved and resumed."""
-
-    def __init__(self, data: Captioned, tokenizer: CLIPTokenizer, seed: int):
-        torch.manual_seed(seed)
-        self.data, self.empty = data, tokenize(tokenizer, [""])
-        self.text, self.unet = build_text_encoder(tokenizer).train(), build_unet().train()
-        self.ema = copy.deepcopy(torch.nn.ModuleList([self.text, self.unet])).requires_grad_(False)
-        self.optimizers = split_optimizers([self.text, self.unet], lr=1.5e-3, muon_lr=0.015)
-        self.alphas_cumprod = build_scheduler().alphas_cumprod
-        self.step, self.seed = 0, seed
-
-    def train_step(self, batch_size: int, factor: float) -> float:
-        """One update at `factor` times the base learning rates; returns the loss."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        rows = torch.randint(len(self.data.latents), (batch_size,), generator=generator)
-        x_0, ids = self.data.latents[rows], self.data.ids[rows]
-        dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
-        ids = torch.where(dropped[:, None], self.empty, ids)
-        t = torch.randint(len(self.alphas_cumprod), (batch_size,), generator=generator)
-        noise = torch.randn(x_0.shape, generator=generator)
-        a = self.alphas_cumprod[t][:, None, None, None]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            text = self.text(ids).last_hidden_state
-            predicted = self.unet(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, text).sample.float()
-        snr = (a / (1 - a)).flatten()
-        weight = snr.clamp(max=SNR_GAMMA) / snr
-        loss = (weight * F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))).mean()
-        descend(loss, self.optimizers, factor)
-        self._average()
-        self.step += 1
-        return loss.item()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(EMA_DECAY, (self.step + 1) / (self.step + 20))
-        live = torch.nn.ModuleList([self.text, self.unet])
-        for mean, now in zip(self.ema.parameters(), live.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
-
-    def state_dict(self) -> dict:
-        parts = {"text": self.text, "unet": self.unet, "ema": self.ema}
-        return {
-            "step": self.step,
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            **{name: part.state_dict() for name, part in parts.items()},
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
-        for name in ("text", "unet", "ema"):
-            getattr(self, name).load_state_dict(state[name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-
-def train_base(training: BaseTraining, steps: int, batch_size: int, checkpoint: Path, save_every: int = 500) -> None:
-    """Constant learning rate after 100 steps of warm-up; the moving average stands in for a decay.
-
-    Resumes from `checkpoint`.
-    """
-    if checkpoint.exists():
-        training.load_state_dict(torch.load(checkpoint, weights_only=True))
-    bar = tqdm(range(training.step, steps), desc="base", initial=training.step, total=steps, mininterval=10)
-    for step in bar:
-        loss = training.train_step(batch_size, factor=min(1.0, (step + 1) / 100))
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if training.step % save_every == 0 or training.step == steps:
-            partial = checkpoint.with_suffix(".part")
-            torch.save(training.state_dict(), partial)
-            partial.replace(checkpoint)
+def loss(networks: nn.ModuleList, x_0: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Squared error of epsilon, weighted by min-SNR."""
+    text_encoder, unet = networks
+    alphas_cumprod = build_scheduler().alphas_cumprod
+    t = torch.randint(len(alphas_cumprod), (len(x_0),), generator=generator)
+    noise = torch.randn(x_0.shape, generator=generator)
+    a = alphas_cumprod[t][:, None, None, None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        text = text_encoder(ids).last_hidden_state
+        predicted = unet(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, text).sample.float()
+    snr = (a / (1 - a)).flatten()
+    weight = snr.clamp(max=SNR_GAMMA) / snr
+    return (weight * F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))).mean()
 
 
 def to_pipeline(training: BaseTraining, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """The averaged weights as a diffusers pipeline."""
-    text, unet = (copy.deepcopy(module).eval() for module in training.ema)
+    text, unet = training.averaged()
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,

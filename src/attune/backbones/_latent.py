@@ -116,11 +116,8 @@ def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[So
     return [*found, (source / "vae", ["config.json", *network])]
 
 
-def load_denoiser(model: Model, dtype: torch.dtype, device: torch.device, part: str = "unet") -> Denoiser:
-    """The pipeline's `unet` or `transformer`, frozen; errors as `pretrained.load_pretrained`."""
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-
-    kind = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}[part]
+def load_denoiser(kind: type[Any], part: str, model: Model, dtype: torch.dtype, device: torch.device) -> Any:
+    """The pipeline's denoiser, of a class of diffusers and in a folder, frozen; errors as `load_pretrained`."""
     first = device if model.quantize is None else torch.device("cpu")
     network = load_pretrained(kind, parse(model.path) / part, dtype, first, model.variant)
     network = network.to(memory_format=torch.channels_last) if model.channels_last else network

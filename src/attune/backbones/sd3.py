@@ -36,7 +36,7 @@ NOMINAL = _latent.Facts(
     adapter=746_496,
 )
 """Of Stable Diffusion 3.5 Medium; what its activations need has not been measured."""
-T5_TOKENS = 256  # diffusers' max_sequence_length
+T5_TOKENS = 256  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 
 
 def facts(model: Model) -> _latent.Facts:
@@ -57,13 +57,15 @@ class StableDiffusion3:
     prediction_type = "flow"
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
+        from diffusers import SD3Transformer2DModel
+
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
         self.path = _flow.load_path(model)
         self.encoders = self._load_encoders()
         self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start, DENOISER)
+        self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.turn.start)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser, DENOISER)
         self._check_size()
 
@@ -124,7 +126,8 @@ class StableDiffusion3:
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        wide = F.pad(embeds, (0, self.denoiser.config["joint_attention_dim"] - embeds.shape[-1], 0, T5_TOKENS))
+        more, zeros = self.denoiser.config["joint_attention_dim"] - embeds.shape[-1], self.model.max_sequence_length
+        wide = F.pad(embeds, (0, more, 0, T5_TOKENS if zeros is None else zeros))
         pooled = cond.tensors["text_embeds"].to(self.dtype)
         output = self.turn(denoiser)(
             x_t.to(self.dtype), timestep=t, encoder_hidden_states=wide, pooled_projections=pooled

@@ -54,6 +54,8 @@ class StableDiffusionXL:
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
+        from diffusers import UNet2DConditionModel
+
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
@@ -62,7 +64,7 @@ class StableDiffusionXL:
         self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
         self.vae = _latent.load_vae(model, self.turn.start)
-        self.denoiser = _latent.load_denoiser(model, self.dtype, self.turn.start)
+        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.

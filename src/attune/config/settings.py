@@ -61,9 +61,7 @@ class Model(StrictModel):
     path: Location = Field(description="a pipeline in diffusers' layout: folder, or owner/name@commit")
     variant: str | None = Field(None, description="which of its files, say fp16; null = the plain ones")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
-    resolution: int | None = Field(
-        None, ge=8, le=65_536, description="pixels, square; null = what the model was trained at"
-    )
+    resolution: int | None = Field(None, ge=8, le=65_536, description="pixels, square; null = as it was trained")
     vae: Location | None = Field(None, description="another autoencoder, say madebyollin/sdxl-vae-fp16-fix@commit")
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="float16 gives black images with the autoencoder that SDXL comes with"
@@ -75,6 +73,9 @@ class Model(StrictModel):
     channels_last: bool = Field(False, description="memory order of convolutions; other last bits, faster on many GPUs")
     quantize: Annotated[Literal["int8", "nf4"], AfterValidator(_has_bitsandbytes)] | None = Field(
         None, description="linear layers of the frozen denoiser in 8 or 4 bits, by bitsandbytes; for adapters alone"
+    )
+    max_sequence_length: int | None = Field(
+        None, ge=1, le=512, description="tokens of a prompt that a T5 or an LLM reads; null = as diffusers' pipeline"
     )
     offload: bool = Field(
         False,
@@ -98,8 +99,8 @@ class Lora(StrictModel):
     rank: int = Field(ge=1, le=100_000, description="of the two factors of each weight's change")
     targets: Literal["attention", "all"] | list[str] = Field(
         "attention",
-        description="attention: the projections of every attention; all: every Linear and Conv2d but conv_in and "
-        "conv_out; a list: endings of module names",
+        description="attention: the projections of every attention; all: every Linear and Conv2d but the first "
+        "and last; a list: endings of module names",
     )
 
 

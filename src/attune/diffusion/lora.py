@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     """The networks that are trained: modules of diffusers that save themselves and take adapters."""
 
 
+ENDS = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out")
+"""A denoiser's layers next to the latents, whose few channels have no low rank."""
+
+
 def target_modules(denoiser: nn.Module, targets: str | Sequence[str], attention: Sequence[str]) -> list[str]:
     """Names of the modules that an adapter is put on.
 
     Args:
-        targets: "attention", modules whose names end as `attention` says; "all", every Linear and Conv2d but
-            conv_in and conv_out, whose four channels have no low rank; or endings of module names.
+        targets: "attention", modules whose names end as `attention` says; "all", every Linear and Conv2d but ENDS;
+            or endings of module names.
         attention: endings of the attention projections' names, which the backbone knows.
 
     Raises:
@@ -40,7 +44,7 @@ def target_modules(denoiser: nn.Module, targets: str | Sequence[str], attention:
     """
     layers = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if targets == "all":
-        return [name for name in layers if name not in ("conv_in", "conv_out")]
+        return [name for name in layers if name not in ENDS]
     endings = attention if targets == "attention" else targets
     for ending in endings:
         if not any(f".{name}".endswith(f".{ending}") for name in layers):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -208,7 +208,7 @@ def _module(alpha_name: str) -> str:
 
 def part_of(denoiser: nn.Module) -> str:
     """Which of `PARTS` a denoiser is."""
-    return "transformer" if isinstance(denoiser, SD3Transformer2DModel) else "unet"
+    return "unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer"
 
 
 def read_denoiser(folder: Path, like: Denoiser, prediction_type: str) -> Denoiser:
