@@ -284,6 +284,8 @@ def test_half_precision_stays_inside(folder):
         predicted = backbone.predict(backbone.denoiser, noise(), torch.tensor([900.0, 30.0]), cond)
     assert predicted.dtype == torch.float32
     assert predicted.isfinite().all()
+    with pytest.raises(ValueError, match=r"model\.dtype: float16 ends at 65,504 .* write bfloat16"):
+        load(folder, dtype="float16")
 
 
 # ---------------------------------------------------------------- what is read and what is refused

@@ -66,6 +66,8 @@ class ZImage:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import ZImageTransformer2DModel
 
+        if model.dtype == "float16":
+            raise ValueError("model.dtype: float16 ends at 65,504 and values in Z-Image at 344,000; write bfloat16")
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.tokens = model.max_sequence_length or TOKENS
