@@ -110,6 +110,17 @@ class Backbone(Protocol):
         """What `denoiser` (which may be wrapped) predicts of `path.target`, converted to that at this boundary."""
         ...
 
+    def pipeline_parts(self) -> Mapping[str, Any]:
+        """Arguments of diffusers' pipeline: networks, tokenizers, and a scheduler with our sampler's times and levels.
+
+        The class of the pipeline is what `in_diffusers` of the backbone's file says.
+        """
+        ...
+
+    def pipeline_options(self, start: Tensor) -> Mapping[str, Any]:
+        """Arguments of a call of that pipeline, from the latents `start` and without noise but for that."""
+        ...
+
 
 class Objective(Protocol):
     """What the training loop asks: how a batch becomes minibatches, and the loss of one."""

@@ -13,6 +13,11 @@ LICENSES = {
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
+    "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+}
+NOT_OF_THE_HUB = {  # names of licences that the Hub has no word for -> where they are
+    "stabilityai-ai-community": "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
 }
 
 

@@ -160,6 +160,18 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Names in all safetensors files of a folder, from their headers alone."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        check_weights_files([file])
+        with safe_open(file, "pt") as opened:
+            names += opened.keys()
+    return names
+
+
 # ---------------------------------------------------------------- writing
 
 

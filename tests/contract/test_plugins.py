@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,8 @@ from attune.config import plugins
 from attune.config.plugins import plugin_config
 from attune.config.resolve import read_yaml
 from attune.config.schema import ConfigError
-from attune.config.settings import Model, SourceConfig
+from attune.config.settings import Model
+from attune.config.sources import SourceConfig
 from attune.data.rows import Pair, Prompt, Quota, SourceError
 from attune.data.splits import SPLITS, count_rows
 from attune.interfaces import Reward
@@ -83,6 +85,19 @@ def test_a_backbone_can_be_planned_for_before_it_is_here(name):
     for source, patterns in module.downloads(Model(backbone=name, path=there)):
         assert source.commit == "0" * 40
         assert patterns
+
+
+@pytest.mark.parametrize("name", plugins.available("backbones"))
+def test_a_backbone_says_what_it_is_in_diffusers(name):
+    """What packages, model cards and the plan ask: classes that there are, and the times of a flow's training."""
+    module = plugins.load("backbones", name)
+    names = module.in_diffusers(Model(backbone=name, path=f"owner/name@{'0' * 40}"))
+    pipeline, denoiser = (getattr(diffusers, kind) for kind in (names.pipeline, names.denoiser))
+    arguments = inspect.signature(pipeline).parameters
+    assert arguments[names.part].annotation in (denoiser, names.denoiser)
+    assert set(names.left_out) <= set(arguments)
+    assert hasattr(module, "times") == names.is_flow
+    assert names.is_flow == ("FlowMatch" in str(arguments["scheduler"].annotation))
 
 
 # ---------------------------------------------------------------- rewards

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from attune.diffusion.ddim import sample
 from attune.diffusion.noised import policy_error
 from attune.diffusion.policy import Policy
 from attune.methods import dpo, draft, kto, mapo, refl, sft, spin, spo
-from attune.sharing.package import write_package
 from attune.spm.noising import one_step_latents
 from trainables import Light
 
@@ -257,9 +255,3 @@ def test_an_adapter_is_saved_and_read_again(policy, backbone, folder, tmp_path):
     expected = theirs(PROMPTS, height=16, width=16, **options).images
     found = sample(policy, cond, lambda shape: noise(), 5, 0.0, 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_package_is_refused_before_anything_is_loaded(tmp_path):
-    trained = SimpleNamespace(made={"base": {"backbone": "sd3", "path": "nowhere"}}, folder="models/spo")
-    with pytest.raises(ValueError, match="no package of sd3 yet; share models/spo"):
-        write_package(tmp_path, trained, None, [], None, load_backbone=None)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from attune.backbones import _latent
 from attune.config.settings import Model
-from attune.diffusion.path import Flow, logit_normal
+from attune.diffusion.path import Density, Flow, logit_normal, uniform_over
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 OTHER_TABLES = (  # not of Stable Diffusion 3: FLUX's shift by size, and sigmas that samplers of other families use
@@ -20,12 +23,18 @@ OTHER_TABLES = (  # not of Stable Diffusion 3: FLUX's shift by size, and sigmas 
 
 
 def load_path(model: Model) -> Flow:
-    """Sampling at the scheduler's own sigmas; training at logit-normal ones with its shift, as Stable Diffusion 3.
+    """Sampling at the scheduler's own sigmas; training at those of `model.density`, with the scheduler's shift.
 
     Raises:
         ValueError: the scheduler is of another family, or its sigmas are none.
         FileNotFoundError: there is no scheduler.
     """
+    config = checked_config(model)
+    return Flow(partial(sampling_sigmas, config), density(model, config), config.get("num_train_timesteps", 1000))
+
+
+def checked_config(model: Model) -> Mapping[str, Any]:
+    """What the scheduler says of itself. Raises as `load_path`."""
     config, file = _latent.scheduler_config(model)
     if config.get("_class_name") != SCHEDULER:
         raise ValueError(f"{file}: a model for {config.get('_class_name')!r:.60} is no flow, which needs {SCHEDULER}")
@@ -37,7 +46,32 @@ def load_path(model: Model) -> Flow:
         raise ValueError(f"{file}: shift {shift!r:.40} is no number of 0.01 to 100")
     if isinstance(n_train, bool) or not isinstance(n_train, int) or n_train < 2:
         raise ValueError(f"{file}: num_train_timesteps {n_train!r:.40} is no number of timesteps")
-    return Flow(partial(sampling_sigmas, config), logit_normal(shift), n_train)
+    return config
+
+
+def density(model: Model, config: Mapping[str, Any]) -> Density:
+    """Of training times: logit-normal and shifted, as Stable Diffusion 3; or any of the shifted table, as likely."""
+    if model.density == "uniform":
+        return uniform_over(scheduler_of(config).sigmas)  # n_train of them, until `set_timesteps`
+    return logit_normal(config.get("shift", 1.0))
+
+
+def times(model: Model) -> dict[str, Any]:
+    """What run.json and the card say of the times that a model is trained and sampled at. Raises as `load_path`."""
+    config = checked_config(model)
+    return {"density": model.density or "logit_normal", "shift": config.get("shift", 1.0), "sampled_at": SCHEDULER}
+
+
+def load_scheduler(model: Model) -> FlowMatchEulerDiscreteScheduler:
+    """diffusers' own, which has our sampler's times. Raises as `load_path`."""
+    return scheduler_of(checked_config(model))
+
+
+def scheduler_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a configuration."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def sampling_sigmas(config: Mapping[str, Any], steps: int) -> Tensor:
@@ -45,9 +79,7 @@ def sampling_sigmas(config: Mapping[str, Any], steps: int) -> Tensor:
 
     They are read and never computed here, because it shifts a range that is shifted already.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    scheduler = scheduler_of(config)
     most = scheduler.config.num_train_timesteps - 1
     if not 1 <= steps <= most:
         raise ValueError(f"sampling steps must lie in 1..{most}, got {steps}")

@@ -14,7 +14,6 @@ from torch import Tensor
 from attune.backbones._memory import in_parts
 from attune.backbones._quantise import quantise
 from attune.config.settings import Model
-from attune.diffusion.process import Level, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
 from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
 from attune.weights import count_parameters, read_json
@@ -27,26 +26,6 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-SCHEDULERS = frozenset(  # diffusers' samplers of models trained as DDPM's are; EDM and flow matching have their own
-    f"{name}Scheduler"
-    for name in (
-        *(
-            "DDIM",
-            "DDIMParallel",
-            "DDIMInverse",
-            "DDPM",
-            "DDPMParallel",
-            "PNDM",
-            "LMSDiscrete",
-            "LCM",
-            "TCD",
-            "SASolver",
-        ),
-        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
-        *("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DPMSolverSDE"),
-        *("DEISMultistep", "UniPCMultistep"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +43,7 @@ class Facts:
     adapter: int = 0  # weights of a LoRA on the attention, per rank
     activations: int | None = None  # bytes per latent of each image
     checkpointed: int | None = None  # the same with gradient checkpointing
+    multiple: int = 8  # pixels that a resolution is a multiple of: those of a latent, or of a transformer's patch
 
 
 def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
@@ -74,15 +54,16 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
         nominal: of the published model.
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
-    resolution = nominal.resolution
+    resolution, multiple = nominal.resolution, nominal.multiple
     folder, network = Path(source.place), parts["denoiser"][0]
     if source.commit is None and all((folder / part / "config.json").is_file() for part in (network, "vae")):
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
+        factor = _pixels_per_latent(vae, folder / "vae/config.json")
+        multiple = factor * patch_size(config, folder / network / "config.json")
         if model.resolution is None:
-            factor = _pixels_per_latent(vae, folder / "vae/config.json")
             resolution = _sample_size(config, folder / network / "config.json") * factor
-    found = replace(nominal, **counts, resolution=model.resolution or resolution)
+    found = replace(nominal, **counts, resolution=model.resolution or resolution, multiple=multiple)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
 
@@ -92,6 +73,14 @@ def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
     size = config.get("sample_size")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{file}: sample_size {size!r:.40} is no number of latents; set model.resolution instead")
+    return size
+
+
+def patch_size(config: Mapping[str, Any], file: Path | Source) -> int:
+    """Latents per side of a transformer's patch; 1 of a UNet. Raises ValueError naming the file if it is no number."""
+    size = config.get("patch_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{file}: patch_size {size!r:.40} is no number of latents")
     return size
 
 
@@ -188,55 +177,6 @@ def scheduler_config(model: Model) -> tuple[Mapping[str, Any], Path]:
     return read_json(file), file
 
 
-def load_schedule(model: Model) -> tuple[Tensor, str]:
-    """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction.
-
-    Which of its family's samplers a pipeline names does not matter: the schedule of its training is the same.
-
-    Raises:
-        ValueError: the model is of another family (EDM, flow matching, a distilled decoder), or the schedule is none.
-        FileNotFoundError: there is no scheduler.
-    """
-    from diffusers import DDIMScheduler
-
-    config, file = scheduler_config(model)
-    _check_family(config, file)
-    try:
-        scheduler = DDIMScheduler.from_config(config)
-        alphas, predicts = scheduler.alphas_cumprod, scheduler.config.prediction_type
-    except Exception as error:  # values of a wrong type or size fail in as many ways
-        raise ValueError(f"{file}: its schedule cannot be computed: {' '.join(str(error).split())[:200]}") from error
-    if predicts not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{file}: prediction_type {predicts!r:.40} is not supported")
-    _check_schedule(alphas, file)
-    return alphas, predicts
-
-
-def _check_schedule(alphas: Tensor, file: Path) -> None:
-    """Raises ValueError unless the signal left falls at every step, from below 1 to nearly but not quite nothing."""
-    if alphas[-1] == 0:
-        raise ValueError(f"{file}: a schedule that ends in pure noise (zero SNR) has no x_0 there to predict")
-    falls = len(alphas) > 1 and bool((alphas.diff() < 0).all())  # false if there is a NaN
-    if not (falls and alphas[-1] > 0 and alphas[0] < 1):
-        raise ValueError(
-            f"{file}: its schedule is none: the signal left must fall at every step, from below 1 to above 0"
-        )
-    if alphas[-1] > 0.1:  # Stable Diffusion's is 0.005; sampling starts from pure noise
-        raise ValueError(f"{file}: its last step keeps {alphas[-1]:.0%} of the signal; is num_train_timesteps right?")
-
-
-def _check_family(config: Mapping[str, Any], file: Path) -> None:
-    """Raises ValueError unless a scheduler is of models that are trained on `process.add_noise` at whole timesteps."""
-    name = config.get("_class_name")
-    if not isinstance(name, str) or name not in SCHEDULERS:
-        raise ValueError(f"{file}: a model for {name!r:.60} is no Stable Diffusion and not supported")
-    kind = config.get("timestep_type")
-    odd = [] if kind in (None, "discrete") else [f"timestep_type: {kind!s:.40}"]
-    odd += [key for key in ("use_flow_sigmas", "sigma_data", "sigma_schedule") if config.get(key)]
-    if odd:
-        raise ValueError(f"{file}: a model with {odd[0]} is not supported; it is no Stable Diffusion")
-
-
 def image_size(
     model: Model, vae: AutoencoderKL, denoiser: Denoiser, part: str = "unet"
 ) -> tuple[int, tuple[int, int, int]]:
@@ -282,9 +222,3 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
     scale = _pixels_per_latent(vae.config, "the autoencoder")
     return in_parts(images, latents.to(vae.device), latents.shape[-2] * latents.shape[-1] * scale**2)
-
-
-def to_noise(output: Tensor, predicts: str, x_t: Tensor, at: Level) -> Tensor:
-    """A denoiser's output as epsilon, in the dtype of x_t."""
-    output = output.to(x_t.dtype)
-    return output if predicts == "epsilon" else velocity_to_noise(output, x_t, at)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attune.backbones import _latent
+from attune.backbones import _latent, _vp
+from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
@@ -46,6 +47,11 @@ def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     return _latent.downloads(model, PARTS)
 
 
+def in_diffusers(model: Model) -> InDiffusers:
+    """Its names in diffusers."""
+    return InDiffusers("StableDiffusionPipeline", "UNet2DConditionModel", "unet", "stable-diffusion")
+
+
 class StableDiffusion:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
@@ -57,7 +63,7 @@ class StableDiffusion:
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
-        schedule, self.prediction_type = _latent.load_schedule(model)
+        schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
         self.tokenizer, self.text_encoder = self._load_text()
         self.vae = _latent.load_vae(model, self.turn.start)
@@ -100,7 +106,15 @@ class StableDiffusion:
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
         output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
-        return _latent.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
+        return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        parts = {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "unet": self.denoiser}
+        nobody = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return parts | nobody | {"scheduler": _vp.ddim_scheduler(self.path, self.prediction_type)}
+
+    def pipeline_options(self, start: Tensor) -> dict[str, Any]:
+        return {"latents": start, "eta": 0.0}
 
 
 def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent
+from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source, parse
@@ -34,6 +35,7 @@ NOMINAL = _latent.Facts(
     autoencoder=83_819_683,
     resolution=1024,
     adapter=746_496,
+    multiple=16,
 )
 """Of Stable Diffusion 3.5 Medium; what its activations need has not been measured."""
 T5_TOKENS = 256  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
@@ -47,6 +49,17 @@ def facts(model: Model) -> _latent.Facts:
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
     return _latent.downloads(model, PARTS)
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """Its names in diffusers, whose pipeline must be told that there is no T5."""
+    names = ("StableDiffusion3Pipeline", "SD3Transformer2DModel", DENOISER, "stable-diffusion-3")
+    return InDiffusers(*names, is_flow=True, left_out=("text_encoder_3", "tokenizer_3"))
+
+
+def times(model: Model) -> dict[str, Any]:
+    """The times it is trained and sampled at, for run.json and the card."""
+    return _flow.times(model)
 
 
 class StableDiffusion3:
@@ -133,6 +146,23 @@ class StableDiffusion3:
             x_t.to(self.dtype), timestep=t, encoder_hidden_states=wide, pooled_projections=pooled
         ).sample
         return output.to(x_t.dtype)
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        (first, text_1), (second, text_2) = self.encoders
+        return {
+            "vae": self.vae,
+            "text_encoder": text_1,
+            "text_encoder_2": text_2,
+            "tokenizer": first,
+            "tokenizer_2": second,
+            "transformer": self.denoiser,
+            "scheduler": _flow.load_scheduler(self.model),
+            **dict.fromkeys(in_diffusers(self.model).left_out),
+        }
+
+    def pipeline_options(self, start: Tensor) -> dict[str, Any]:
+        tokens = self.model.max_sequence_length
+        return {"latents": start, "max_sequence_length": T5_TOKENS if tokens is None else tokens}
 
 
 def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion3:

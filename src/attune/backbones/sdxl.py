@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from attune.backbones import _latent
+from attune.backbones import _latent, _vp
+from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
@@ -48,6 +49,11 @@ def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     return [*_latent.downloads(model, PARTS), (parse(model.path), [INDEX])]
 
 
+def in_diffusers(model: Model) -> InDiffusers:
+    """Its names in diffusers."""
+    return InDiffusers("StableDiffusionXLPipeline", "UNet2DConditionModel", "unet", "stable-diffusion-xl")
+
+
 class StableDiffusionXL:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
@@ -59,7 +65,7 @@ class StableDiffusionXL:
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
-        schedule, self.prediction_type = _latent.load_schedule(model)
+        schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
         self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
@@ -118,7 +124,24 @@ class StableDiffusionXL:
         output = self.turn(denoiser)(
             x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
         ).sample
-        return _latent.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
+        return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        (first, text_1), (second, text_2) = self.encoders
+        return {
+            "vae": self.vae,
+            "text_encoder": text_1,
+            "text_encoder_2": text_2,
+            "tokenizer": first,
+            "tokenizer_2": second,
+            "unet": self.denoiser,
+            "scheduler": _vp.ddim_scheduler(self.path, self.prediction_type),
+            "force_zeros_for_empty_prompt": self.zeros_for_empty_prompt,
+            "add_watermarker": False,
+        }
+
+    def pipeline_options(self, start: Tensor) -> dict[str, Any]:
+        return {"latents": start, "eta": 0.0}
 
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from attune.config.plain import FILE_BYTES, check_expanded, check_plain, yaml_fa
 from attune.config.profile import Generate, Params, Profile, Run
 from attune.config.schema import ConfigError, check
 from attune.config.search import Config as SearchConfig
-from attune.config.settings import MethodConfig, Model, PreferenceConfig, Sampling, ScorerConfig, SourceConfig
+from attune.config.settings import MethodConfig, Model, PreferenceConfig, Sampling, ScorerConfig
+from attune.config.sources import SourceConfig
 from attune.text import shown
 
 PARAMS, LOCAL, PROFILES = Path("params.yaml"), Path("params.local.yaml"), Path("params")

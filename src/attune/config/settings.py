@@ -1,6 +1,6 @@
-"""Settings that several plug-ins share: the base model, sampling, training, scorers and sources of data.
+"""Settings that several plug-ins share: the base model, sampling, training and scorers; `config.sources` has data's.
 
-A method, scorer or data source brings its own `Config`, which extends one of these.
+A method or a scorer brings its own `Config`, which extends one of these.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _location(text: str) -> str:
     except (OSError, ValueError) as error:  # a path that the system refuses is said below
         if isinstance(error, ValueError):
             raise PydanticCustomError("location", "{reason}", {"reason": str(error)}) from None
-    return _path(text)
+    return possible_path(text)
 
 
-def _path(text: str) -> str:
+def possible_path(text: str) -> str:
     """The text, if there may be a file of that name."""
     if not text.strip() or "\n" in text:
         raise ValueError("an empty path" if not text.strip() else "a path of two lines")
@@ -76,6 +76,11 @@ class Model(StrictModel):
     )
     max_sequence_length: int | None = Field(
         None, ge=1, le=512, description="tokens of a prompt that a T5 or an LLM reads; null = as diffusers' pipeline"
+    )
+    density: Literal["logit_normal", "uniform"] | None = Field(
+        None,
+        description="of the times that a flow model is trained at: logit_normal, then shifted (so null), or uniform "
+        "over the scheduler's shifted table; of other models null",
     )
     offload: bool = Field(
         False,
@@ -261,40 +266,3 @@ def _is_location(field: FieldInfo) -> bool:
     """Whether a field's type is `Location`, or `Location | None`."""
     inside = [kind for part in get_args(field.annotation) for kind in getattr(part, "__metadata__", ())]
     return AfterValidator(_location) in [*field.metadata, *inside]
-
-
-class SourceConfig(StrictModel):
-    """What every data source decides. Source configs extend it with their own fields."""
-
-    score_with: list[str] = Field([], description="scorers whose scores of both images become columns of the pairs")
-    license: str | None = Field(None, max_length=200, description="of the data, for model cards; changes no result")
-
-    @field_validator("path", "test_list", "validation_list", check_fields=False)
-    @classmethod
-    def _may_be_a_path(cls, path: str | None) -> str | None:
-        return None if path is None else _path(path)
-
-
-VALIDATION_PROMPTS: Any = Field(
-    None, ge=0, description="at least so many prompts, taken first; null = what searches and early stopping ask for"
-)
-TEST_PROMPTS: Any = Field(None, ge=0, description="at least so many prompts, taken first; null = generate.prompts")
-"""Fields of sources that know all their prompts before an image is opened; the plan replaces null by the number."""
-
-
-class FilesConfig(SourceConfig):
-    """What every source of labelled images in files decides."""
-
-    path: str = Field(description="where the data set is")
-    validation_share: Float = Field(0.05, ge=0, le=0.5, description="of the prompts, where the data set has no split")
-    test_share: Float = Field(0.05, ge=0, le=0.5, description="of the prompts, where the data set has no split")
-    test_list: str | None = Field(None, description="a prompt list, .txt .json or .jsonl, for the test split")
-    min_side: int = Field(1, ge=1, description="pixels; images with a shorter side are quarantined")
-    max_bad_share: Float = Field(0.2, ge=0, le=1, description="a larger share of quarantined rows stops the stage")
-
-
-class PairFilesConfig(FilesConfig):
-    """What every source of labelled pairs in files decides."""
-
-    pairs: int | None = Field(None, ge=1, description="training pairs wanted; null = all there are")
-    held_out_pairs: int = Field(500, ge=1, description="validation pairs wanted, and as many test pairs")

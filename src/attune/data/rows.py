@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from attune.config.settings import SourceConfig
+from attune.config.sources import SourceConfig
 
 if TYPE_CHECKING:
     import numpy as np

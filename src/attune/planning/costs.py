@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
+from attune.backbones._diffusers import in_diffusers
 from attune.config import plugins
 from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
@@ -53,6 +54,7 @@ class Facts(Protocol):
     adapter: int  # weights of a LoRA on the attention, per rank; 0 where that is not known
     activations: int | None  # bytes per latent of an image in training, half precision; None: unknown
     checkpointed: int | None  # the same with gradient checkpointing
+    multiple: int  # pixels that a resolution must be a multiple of
 
 
 def facts(s: Settings) -> Facts:
@@ -129,7 +131,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.method_of(name)
     kind = rows_of(method, s.source)
-    does, sees = f"{method}: {_training(config, kind)}", _epochs(config, sizes.get(kind), kind)
+    does, sees = f"{method}: {_training(config, kind)}{_times(s)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
     gpu, host = _training_memory(config, method, s, weights), _frozen(s, weights)
     activations = _activations(config, _images_at_once(config, method, kind), s, weights)
@@ -139,6 +141,12 @@ def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> 
 def _training(config: TrainingConfig, kind: str) -> str:
     steps = f", a step each {config.accumulation} minibatches" if config.accumulation > 1 else ""
     return f"{config.batches:,} batches of {config.batch_size} {kind}{steps}"
+
+
+def _times(s: Settings) -> str:
+    """Of a flow model, which times are drawn."""
+    names = in_diffusers(s.model)
+    return f", times {s.model.density or 'logit_normal'}" if names is not None and names.is_flow else ""
 
 
 def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:

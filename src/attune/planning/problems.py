@@ -15,6 +15,7 @@ from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 from attune.config.settings import locations
+from attune.planning.base_problems import base
 from attune.planning.costs import Row, size
 from attune.planning.data_problems import data, prompts
 from attune.planning.make import needs_preference_model
@@ -52,7 +53,7 @@ def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[s
     Args:
         denoiser_weights: how many the base model's denoiser has.
     """
-    checks = (_runs, _orders, _scorers, _labels, data, prompts, _searches)
+    checks = (_runs, _orders, _scorers, _labels, base, data, prompts, _searches)
     found = [problem for one in checks for problem in one(settings)]
     return found + list(_machine(settings, denoiser_weights, here))
 
@@ -62,8 +63,8 @@ def _runs(s: Settings) -> Iterator[str]:
     for name in s.runs:
         if name in RESERVED:
             yield f"runs.{name}: the name is taken by a folder of models/{s.profile}; choose another"
-    base = s.runs.get(BASE)
-    if base is None or base.method or base.released:
+    first = s.runs.get(BASE)
+    if first is None or first.method or first.released:
         yield f"runs.{BASE}: is what every run is compared with; write `after: {DATA}` below it, and no method or from"
     for name in s.methods:
         if name in s.runs and s.runs[name].method is None:

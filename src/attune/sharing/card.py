@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from attune.backbones._diffusers import InDiffusers, in_diffusers
 from attune.config import plugins
+from attune.config.settings import Model
 from attune.evaluation.report.document import (
     DocumentBlock,
     Heading,
@@ -27,9 +29,11 @@ from attune.evaluation.report.tables import decimals, hacking_table, not_held_ou
 from attune.evaluation.report.verdict import verdict
 from attune.evaluation.summary import Summary
 from attune.hub import parse
-from attune.licenses import base_license
+from attune.licenses import NOT_OF_THE_HUB, base_license
 
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+UNKNOWN = InDiffusers(
+    "DiffusionPipeline", "AutoModel", "unet", "diffusion"
+)  # of a backbone that says nothing of itself
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
 _WORDS = {"yes", "no", "on", "off", "true", "false", "null", "y", "n"}  # that YAML would not read as text
 
@@ -71,7 +75,9 @@ def _subject(made: Mapping[str, Any]) -> str:
 def _front(made: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
     base, lora = parse(made["base"]["path"]), bool(made["settings"]["lora"])
     if found := base_license(made["base"]["path"]):
-        yield f"license: {yaml_text(found)}"
+        link = NOT_OF_THE_HUB.get(found)
+        yield f"license: {yaml_text('other' if link else found)}"
+        yield from (f"license_name: {found}", f"license_link: {link}") if link else ()
     if base.commit is not None:
         yield f"base_model: {yaml_text(base.place)}"
         yield f"base_model_relation: {'adapter' if lora else 'finetune'}"
@@ -79,8 +85,7 @@ def _front(made: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
     yield "pipeline_tag: text-to-image"
     if dataset := _dataset(data):
         yield from ("datasets:", f"- {yaml_text(dataset)}")
-    kind = "stable-diffusion-xl" if made["base"]["backbone"] == "sdxl" else "stable-diffusion"
-    tags = ["text-to-image", "diffusers", kind, *(["lora"] if lora else []), "attune", made["method"]]
+    tags = ["text-to-image", "diffusers", _names(made).tag, *(["lora"] if lora else []), "attune", made["method"]]
     paper = plugins.paper("methods", made["method"])
     yield from ("tags:", *(f"- {yaml_text(tag)}" for tag in tags), *([f"- arxiv:{paper}"] if paper else []))
 
@@ -118,8 +123,9 @@ def _blocks(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence
     else:
         yield from _scores(evidence.summary, made["run"])
     sampling = ", ".join(f"{key} {value}" for key, value in evidence.sampling.items() if key != "batch_size")
+    sampler = "Euler" if _names(made).is_flow and evidence.sampling["eta"] == 0 else "DDIM"
     yield Heading("Samples")
-    yield Paragraph(f"The same prompts and noise for the base and for {made['run']}; DDIM, {sampling}.")
+    yield Paragraph(f"The same prompts and noise for the base and for {made['run']}; {sampler}, {sampling}.")
     yield Picture("base and tuned", evidence.picture)
 
 
@@ -133,6 +139,8 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
         yield "adapter", f"LoRA of rank {lora['rank']} and alpha {lora['rank']} on {targets}"
     else:
         yield "trained", "all weights of the denoiser"
+    if times := made.get("times"):
+        yield "times of training", f"{times['density'].replace('_', '-')}, shift {times['shift']}"
     if start := made["starts_from"] or made["settings"].get("start"):
         yield "starts from", str(start)
     where = f", {data['path']}" if data.get("path") else ""
@@ -184,10 +192,15 @@ def _scores(summary: Summary, run: str) -> Iterator[DocumentBlock]:
 
 def _loading(made: Mapping[str, Any], evidence: Evidence | None) -> str:
     base, run, lora = parse(made["base"]["path"]), made["run"], bool(made["settings"]["lora"])
-    pipeline = PIPELINES.get(made["base"]["backbone"], "DiffusionPipeline")
+    names, settings = _names(made), made["base"]
+    without = "".join(f", {part}=None" for part in names.left_out)
     revision = f', revision="{base.commit}"' if base.commit else ""
     steps = {key: evidence.sampling[key] for key in ("steps", "guidance_scale")} if evidence else {}
     options = f", num_inference_steps={steps['steps']}, guidance_scale={steps['guidance_scale']}" if steps else ""
+    if side := settings.get("resolution"):
+        options += f", height={side}, width={side}"
+    if names.is_flow and (tokens := settings.get("max_sequence_length")):
+        options += f", max_sequence_length={tokens}"
     packaged = evidence is not None
     load = [
         'folder = "."  # this folder, or the id of the repository it was uploaded to',
@@ -197,17 +210,25 @@ def _loading(made: Mapping[str, Any], evidence: Evidence | None) -> str:
     if not lora:
         load = [
             'folder = "."  # this folder, or the id of the repository it was uploaded to',
-            'pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")',
+            f'pipeline.{names.part} = {names.denoiser}.from_pretrained(folder, subfolder="{names.part}")',
         ]
+    classes = [*([] if names.is_flow else ["DDIMScheduler"]), names.pipeline, *([] if lora else [names.denoiser])]
     code = [
-        f"from diffusers import DDIMScheduler, {pipeline}{'' if lora else ', UNet2DConditionModel'}",
+        f"from diffusers import {', '.join(classes)}",
         "",
-        f"pipeline = {pipeline}.from_pretrained({_quoted(base.place)}{revision})",
+        f"pipeline = {names.pipeline}.from_pretrained({_quoted(base.place)}{revision}{without})",
         *load,
-        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)",
+        *([] if names.is_flow else ["pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)"]),
         f'image = pipeline("a prompt"{options}).images[0]',
     ]
-    return "\n".join(["## How to load it", "", "```python", *code, "```", "", *_elsewhere(run, lora, packaged), ""])
+    return "\n".join(
+        ["## How to load it", "", "```python", *code, "```", "", *_elsewhere(run, lora, packaged, names), ""]
+    )
+
+
+def _names(made: Mapping[str, Any]) -> InDiffusers:
+    """What the base is in diffusers. Settings are not checked: a card is also written of what is no longer valid."""
+    return in_diffusers(Model.model_construct(**made["base"])) or UNKNOWN
 
 
 def _quoted(text: str) -> str:
@@ -215,13 +236,16 @@ def _quoted(text: str) -> str:
     return json.dumps(one_line(text)).replace("`", "\\x60")
 
 
-def _elsewhere(run: str, lora: bool, packaged: bool) -> Sequence[str]:
+def _elsewhere(run: str, lora: bool, packaged: bool, names: InDiffusers) -> Sequence[str]:
     if not lora:
         return ["ComfyUI and A1111 read single checkpoints; this is a denoiser in diffusers' layout."]
     file = f"`{run}.safetensors`"
     made = "" if packaged else f" (`make package RUN={run}` writes it)"
+    comfyui = f"ComfyUI: put {file}{made} into `models/loras` and load it with the node Load LoRA, strength 1."
+    if names.part != "unet":
+        return [comfyui]
     return [
-        f"ComfyUI: put {file}{made} into `models/loras` and load it with the node Load LoRA, strength 1.",
+        comfyui,
         "",
         f"A1111: put {file} into `models/Lora` and write `<lora:{run}:1>` into the prompt.",
     ]

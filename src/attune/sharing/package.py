@@ -1,7 +1,8 @@
 """A package of a run's model for others to use, and the check that others' programs read it as we do.
 
-A LoRA is written as diffusers and as kohya write it. Each file is loaded into diffusers' own pipeline, which then
-generates; a picture that differs from our own by more than rounding is an error, and nothing is left of the package.
+A LoRA is written as diffusers writes it, and as ComfyUI reads it. Each file is loaded into diffusers' own pipeline,
+which then generates; a picture that differs from our own by more than rounding is an error, and nothing is left of the
+package.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attune.backbones._diffusers import InDiffusers, in_diffusers
 from attune.config.settings import Model, Sampling
 from attune.diffusion.ddim import sample
 from attune.diffusion.lora import lora_ranks, unload_lora
@@ -26,10 +28,10 @@ from attune.diffusion.policy import Policy
 from attune.evaluation.protocol import MODEL
 from attune.evaluation.summary import Summary
 from attune.licenses import base_license
-from attune.sharing import kohya
-from attune.sharing.card import PIPELINES, Evidence, card
+from attune.sharing import comfyui, kohya
+from attune.sharing.card import Evidence, card
 from attune.sharing.models import NamedModel
-from attune.sharing.pipeline import generated, pipeline_of, read_unet
+from attune.sharing.pipeline import generated, pipeline_of, read_denoiser
 from attune.sharing.sample import generate, image_rows, write_sheet
 from attune.weights import read_header, read_tensors, save_tensors
 
@@ -110,7 +112,8 @@ def write_package(
         ValueError: the model does not fit its base, or its kind of base has no package.
     """
     settings = Model(**model.made["base"])
-    if settings.backbone not in PIPELINES:
+    names = in_diffusers(settings)
+    if names is None:
         why = f"model.backbone: there is no package of {settings.backbone} yet"
         raise ValueError(f"{why}; share {model.folder}, which diffusers reads")
     exact = settings.model_copy(update={"dtype": "float32", "vae_dtype": "float32"})
@@ -125,12 +128,12 @@ def write_package(
         backbone = load_backbone(exact)
     header = _header(model, evidence)
     if model.is_lora:
-        _write_lora(folder, model, backbone, header)
+        _write_lora(folder, model, backbone, names, header)
     else:
-        shutil.copytree(model.folder / "unet", folder / "unet")
+        shutil.copytree(model.folder / names.part, folder / names.part)
     (folder / "README.md").write_text(card(model.made, model.data, evidence), encoding="utf-8")
     (folder / "run.json").write_text(json.dumps({**model.made, "commit": evidence.commit}, indent=2) + "\n")
-    return check_layouts(folder, model, backbone, prompts[:2], max(1.0, sampling.guidance_scale))
+    return check_layouts(folder, model, backbone, names, prompts[:2], max(1.0, sampling.guidance_scale))
 
 
 def _header(model: Trained, evidence: Evidence) -> dict[str, str]:
@@ -153,25 +156,30 @@ def _header(model: Trained, evidence: Evidence) -> dict[str, str]:
     return known | {name: value for name, value in optional.items() if value}
 
 
-def _write_lora(folder: Path, model: Trained, backbone: Backbone, header: Mapping[str, str]) -> None:
+def _write_lora(
+    folder: Path, model: Trained, backbone: Backbone, names: InDiffusers, header: Mapping[str, str]
+) -> None:
     """Both layouts of a LoRA."""
-    source, unet = model.folder / ADAPTER_FILE, dict(backbone.denoiser.config)
+    source, config = model.folder / ADAPTER_FILE, dict(backbone.denoiser.config)
     tensors = read_tensors(source)
-    plain = {name.removeprefix("unet."): value for name, value in tensors.items()}
+    plain = {name.removeprefix(f"{names.part}."): value for name, value in tensors.items()}
     ranks = checked_ranks(plain, backbone.denoiser, source)
-    of_kohya = kohya.header(ranks, unet, backbone.prediction_type, backbone.resolution, model.made)
+    if names.part == "unet":
+        told = kohya.header(ranks, config, backbone.prediction_type, backbone.resolution, model.made)
+        for_others = kohya.to_kohya(tensors, config)
+    else:
+        told, for_others = comfyui.header(ranks, names, backbone.resolution, model.made), tensors
     if license_ := header.get("base_license"):
-        of_kohya["modelspec.license"] = license_
+        told["modelspec.license"] = license_
     save_tensors(tensors, folder / "diffusers" / ADAPTER_FILE, {**read_header(source), **header})
-    file = folder / f"{model.made['run']}.safetensors"
-    save_tensors(kohya.to_kohya(tensors, unet), file, {**header, **of_kohya})
+    save_tensors(for_others, folder / f"{model.made['run']}.safetensors", {**header, **told})
 
 
 # ---------------------------------------------------------------- the check
 
 
 def check_layouts(
-    folder: Path, model: Trained, backbone: Backbone, prompts: list[str], guidance_scale: float
+    folder: Path, model: Trained, backbone: Backbone, names: InDiffusers, prompts: list[str], guidance_scale: float
 ) -> list[Check]:
     """Loads each layout into diffusers' own pipeline, generates, and compares with our policy.
 
@@ -186,22 +194,23 @@ def check_layouts(
     ours, ranks = _ours(policy, prompts, start, guidance_scale), lora_ranks(policy.denoiser)
     effect = float((ours - base).abs().max())
     unload_lora(backbone.denoiser)
-    pipeline = pipeline_of(backbone)
+    pipeline = pipeline_of(backbone, names)
     start = start.to(policy.device)
 
     def checked(layout: str) -> Check:
-        if lora_ranks(pipeline.unet) != ranks:
-            read = len(lora_ranks(pipeline.unet))
+        found = lora_ranks(getattr(pipeline, names.part))
+        if found != ranks:
+            read = len(found)
             raise PackageError(f"{layout}: diffusers read {read} modules of {len(ranks)}, or other ranks")
-        theirs = generated(pipeline, prompts, start, STEPS, guidance_scale)
+        theirs = generated(pipeline, backbone, prompts, start, STEPS, guidance_scale)
         check = Check(layout, float((theirs - ours).abs().max()), effect)
         if not check.difference <= max(ROUNDING, min(LARGEST, effect / 10)):
             raise PackageError(f"{check}: diffusers makes other images with it than the model does")
         return check
 
     if not model.is_lora:
-        pipeline.unet = read_unet(folder / "unet").to(policy.device)
-        return [checked("unet")]
+        setattr(pipeline, names.part, read_denoiser(folder / names.part, names).to(policy.device))
+        return [checked(names.part)]
     checks = []
     for place, name in ((folder / "diffusers", ADAPTER_FILE), (folder, f"{model.made['run']}.safetensors")):
         pipeline.load_lora_weights(place, weight_name=name)

@@ -21,7 +21,7 @@ from attune.config.settings import locations
 from attune.costs import noted_seconds
 from attune.files import write_atomically
 from attune.paths import CHECKPOINTS, Paths, project_root
-from attune.planning import costs
+from attune.planning import base_problems, costs
 from attune.planning.checkpoints import saved_trainings
 from attune.planning.data_problems import notes
 from attune.planning.local_files import Digests
@@ -47,7 +47,7 @@ def main() -> None:
     if found:
         sys.exit(message("\n".join(found)))
     if given.show:
-        for note in notes(settings):
+        for note in [*base_problems.notes(settings), *notes(settings)]:
             say(f"\nnote: {note}")
         say_saved(settings)
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from attune.config import plugins
 from attune.config.plan import PreparePlan, Session, read
-from attune.config.settings import SourceConfig
+from attune.config.sources import SourceConfig
 from attune.data.rows import SourceError
 from attune.files import write_atomically
 from attune.last_output import last_output

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from attune.config import plugins
 from attune.config.plan import RunPlan, Session, read
 from attune.files import write_atomically
 from attune.versions import versions
@@ -25,6 +26,7 @@ def write_run_json(plan: RunPlan, folder: Path) -> dict[str, Any]:
         "base": plan.model.model_dump(mode="json"),
         "from": plan.released,
         "starts_from": plan.after,
+        **_times(plan),
         "trained_on": read(Session, "session").trained_on.get(plan.run, []),
         "seed": plan.seed,
         "files": dict(plan.files),
@@ -32,3 +34,9 @@ def write_run_json(plan: RunPlan, folder: Path) -> dict[str, Any]:
     }
     write_atomically(folder / "run.json", (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
     return known
+
+
+def _times(plan: RunPlan) -> dict[str, Any]:
+    """Of a flow model, which times a training drew; nothing where none was, or of other models, which draw any."""
+    tell = getattr(plugins.load("backbones", plan.model.backbone), "times", None)
+    return {} if plan.method is None or tell is None else {"times": tell(plan.model)}

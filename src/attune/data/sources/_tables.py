@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from attune.config.settings import FilesConfig
+from attune.config.sources import FilesConfig
 from attune.data.local import is_utf_16
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, Quota, SourceError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesConfig
+from attune.config.sources import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesConfig
 from attune.data.rows import BadImage, BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._captions import Captions, plain_name, read_captions, stem
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts

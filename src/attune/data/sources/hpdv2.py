@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from attune.config.settings import PairFilesConfig
+from attune.config.sources import PairFilesConfig
 from attune.data.rows import BadImage, BadRow, ImageGenerator, Pair, Prompt, Quota, Row, SourceError
 from attune.data.sources._cells import as_float, shown
 from attune.data.sources._files import image_in, listed_test_prompts, prompt_texts

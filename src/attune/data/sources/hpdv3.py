@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import PairFilesConfig
+from attune.config.sources import PairFilesConfig
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._cells import as_float, as_text, shown

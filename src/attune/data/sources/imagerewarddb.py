@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import pyarrow
 from pydantic import Field
 
-from attune.config.settings import PairFilesConfig
+from attune.config.sources import PairFilesConfig
 from attune.data.local import MAX_IMAGE_BYTES
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadImage, BadRow, ImageGenerator, ImageRef, Pair, Prompt, Quota, Row, SourceError

@@ -25,7 +25,8 @@ import pyarrow
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import Location, PairFilesConfig
+from attune.config.settings import Location
+from attune.config.sources import PairFilesConfig
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row, SourceError
 from attune.data.sources._cells import as_flag, as_float, as_image, as_text, shown

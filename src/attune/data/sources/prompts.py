@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import Field
 
 from attune.config.schema import Float
-from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, SourceConfig
+from attune.config.sources import TEST_PROMPTS, VALIDATION_PROMPTS, SourceConfig
 from attune.data.rows import ImageGenerator, Quota, Row
 from attune.data.sources._files import are_small, prompt_list, prompt_texts
 from attune.data.sources._layouts import begins_with

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesConfig
+from attune.config.sources import TEST_PROMPTS, VALIDATION_PROMPTS, PairFilesConfig
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, Pair, Quota, Row
 from attune.data.sources._cells import as_float, as_split, as_text

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
-from attune.config.settings import TEST_PROMPTS, VALIDATION_PROMPTS, FilesConfig
+from attune.config.sources import TEST_PROMPTS, VALIDATION_PROMPTS, FilesConfig
 from attune.data.quarantine import RejectedRow
 from attune.data.rows import BadRow, ImageGenerator, LabelledImage, Quota, Row, SourceError
 from attune.data.sources._captions import Captions, plain_name, read_captions, stem

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, ValidationInfo, field_validator
 
 from attune.config.schema import Float
-from attune.config.settings import SourceConfig
+from attune.config.sources import SourceConfig
 from attune.data.rows import ImageGenerator, Pair, Prompt, Quota, SourceError
 from attune.world.grammar import KINDS, all_scenes
 

@@ -1,0 +1,30 @@
+"""What a base model is in diffusers: names of its classes and folders, which are known before any file is here.
+
+A package, a model card and the plan ask this of a backbone's file. Each has `in_diffusers(model)`, and its class the
+methods `pipeline_parts` and `pipeline_options`; one without them works, but has no package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attune.config import plugins
+from attune.config.settings import Model
+
+
+@dataclass(frozen=True)
+class InDiffusers:
+    """Names of a base model there and on the Hub."""
+
+    pipeline: str  # class
+    denoiser: str  # class
+    part: str  # its folder, its argument of the pipeline and the first part of its LoRA's names: unet or transformer
+    tag: str  # on the Hub, and as architecture in the header of a LoRA
+    is_flow: bool = False  # else variance-preserving, sampled by DDIM
+    left_out: tuple[str, ...] = ()  # parts of the pipeline that are not loaded, which it must be told
+
+
+def in_diffusers(model: Model) -> InDiffusers | None:
+    """What the backbone of `model.backbone` says of itself; None if it says nothing."""
+    tell = getattr(plugins.load("backbones", model.backbone), "in_diffusers", None)
+    return None if tell is None else tell(model)

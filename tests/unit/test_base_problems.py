@@ -1,0 +1,164 @@
+"""Settings that a base model cannot have are told by the plan; which times a flow model is trained at."""
+
+import json
+import re
+import shutil
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import params
+import tiny
+from attune.backbones import sd, sd3, sdxl
+from attune.config.resolve import load
+from attune.config.schema import ConfigError
+from attune.config.settings import Model
+from attune.planning.base_problems import base, notes
+from attune.planning.costs import facts, rows
+from attune.planning.local_files import Digests
+from attune.planning.make import make
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+HUB = "stabilityai/stable-diffusion-3.5-medium@" + "b" * 40
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Those of the profile `tiny`, changed."""
+
+    def made(**changes):
+        given, profile = params.shipped()
+        return load(params.write(tmp_path, given, params.changed(profile, **changes)))
+
+    with chdir(ROOT):
+        yield made
+
+
+def of_flow(settings, path, **changes):
+    return settings(model={"backbone": "sd3", "path": path, **changes.pop("model", {})}, **changes)
+
+
+# ---------------------------------------------------------------- density
+
+
+def drawn(flow, density):
+    path = sd3.load(Model(backbone="sd3", path=flow, density=density), CPU).path
+    return path.training_times(tiny.draws(20_000), 20_000)
+
+
+def test_uniform_times_are_any_of_the_schedulers_table_as_likely(flow):
+    """A thousand, of which half lie below 3 * 0.5 / (1 + 2 * 0.5) = 0.75; the least is 0.0029940, once shifted."""
+    table = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas * 1000
+    found = drawn(flow, "uniform")
+    assert torch.isin(found, table).all()
+    assert len(table) == 1000
+    assert table.min().item() == pytest.approx(2.9940, abs=1e-4)
+    assert len(found.unique()) > 990
+    assert (found < 750.0).double().mean().item() == pytest.approx(0.5, abs=0.015)  # four standard errors
+    assert (found > 900.0).double().mean().item() == pytest.approx(0.25, abs=0.013)  # 3 s / (1 + 2 s) > 0.9 at s > 0.75
+
+
+def test_without_a_density_times_are_logit_normal(flow):
+    assert torch.equal(drawn(flow, None), drawn(flow, "logit_normal"))
+    assert not torch.equal(drawn(flow, None), drawn(flow, "uniform"))
+    above = (drawn(flow, None) > 900.0).double().mean().item()  # logit(0.75) = 1.0986 is passed by 13.6 %
+    assert above == pytest.approx(0.136, abs=0.01)
+
+
+@pytest.mark.parametrize(("module", "backbone"), [(sd, "sd"), (sdxl, "sdxl")])
+def test_a_model_that_is_no_flow_has_no_density(settings, module, backbone):
+    """Told by the plan, and by the loading of the model before it reads a file."""
+    model = Model(backbone=backbone, path="nowhere", density="uniform")
+    with pytest.raises(ValueError, match=rf"model\.density: only flow models have one, and {backbone} is none"):
+        module.load(model, CPU)
+    (line,) = base(settings(model__density="uniform", model__backbone=backbone))
+    assert line == f"params/tiny.yaml:model.density: only flow models have one, and {backbone} is none; remove it"
+
+
+def test_another_word_for_a_density_is_refused_with_those_there_are(settings):
+    with pytest.raises(ConfigError, match=r"model\.density.*logit_normal.*uniform"):
+        settings(model__density="cosine")
+
+
+def test_the_plan_says_and_holds_the_times(settings, flow):
+    for given, shown in ((None, "logit_normal"), ("uniform", "uniform")):
+        found = of_flow(settings, flow, model={"density": given})
+        table = {row.stage: row.does for row in rows(found, {}, {}, {})}
+        assert table["align@dpo"].endswith(f"pairs, times {shown}")
+    assert not any(", times" in row.does for row in rows(settings(), {}, {}, {}))
+
+
+def test_another_density_is_another_training(settings, flow, tmp_path):
+    plans = [
+        make(of_flow(settings, flow, model={"density": density}), Digests(tmp_path / "d.json"))
+        for density in ("logit_normal", "uniform")
+    ]
+    differ = {file.stem for file in plans[0] if plans[0][file] != plans[1][file]}
+    assert {"align-dpo", "align-sft"} <= differ
+    assert not {name for name in differ if name.startswith("evaluate")}
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_a_resolution_must_be_a_multiple_of_what_the_files_say(settings, flow):
+    """Two pixels to a latent and two latents to a patch."""
+    assert facts(of_flow(settings, flow)).multiple == 4
+    assert not list(base(of_flow(settings, flow, model={"resolution": 32})))
+    (line,) = base(of_flow(settings, flow, model={"resolution": 30}))
+    assert line.startswith("params/tiny.yaml:model.resolution: 30 is not a multiple of 4")
+    assert line.endswith("write 28 or 32")
+
+
+@pytest.mark.parametrize(("backbone", "multiple"), [("sd", 8), ("sdxl", 8), ("sd3", 16)])
+def test_of_a_model_that_is_not_here_it_is_the_published_one(settings, backbone, multiple):
+    wrong, right = (
+        list(base(settings(model={"backbone": backbone, "path": HUB, "resolution": size})))
+        for size in (512 + multiple // 2, 512 + multiple)
+    )
+    assert not right
+    assert re.search(rf"{512 + multiple // 2} is not a multiple of {multiple}.*write 512 or {512 + multiple}", wrong[0])
+
+
+def test_a_patch_that_is_no_number_is_an_error_with_its_file(settings, flow, tmp_path):
+    copied = Path(shutil.copytree(flow, tmp_path / "copy"))
+    file = copied / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": "2"}))
+    with pytest.raises(ValueError, match=rf"{file}: patch_size '2' is no number"):
+        facts(of_flow(settings, str(copied)))
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_targets_that_fit_no_module_are_told_with_one_that_is_there(settings, flow):
+    lora = {"rank": 2, "targets": ["to_q", "conv1"]}
+    (line,) = base(of_flow(settings, flow, methods__dpo__lora=lora))
+    assert line.startswith("params/tiny.yaml:methods.dpo.lora.targets: no module of")
+    assert "ends in 'conv1'; one is called '" in line
+    assert not list(base(settings(methods__dpo__lora=lora)))  # the embedded base is a UNet and has both
+    assert not list(base(of_flow(settings, flow, methods__dpo__lora={"rank": 2, "targets": ["attn.to_q"]})))
+
+
+def test_a_rollout_without_candidates_is_told(settings, flow):
+    """Of six steps of a flow the last adds no noise: the fifth is the last with candidates."""
+    for start, problems in ((4, 0), (5, 1)):
+        found = of_flow(settings, flow, methods__spo__steps=6, methods__spo__start_step=start)
+        assert len([line for line in base(found) if "methods.spo.start_step: 5 of 6 steps" in line]) == problems
+    assert not list(base(settings(methods__spo__steps=6, methods__spo__start_step=5)))
+
+
+def test_noise_while_a_flow_is_sampled_is_noted(settings, flow):
+    noisy = {"steps": 4, "eta": 1, "guidance_scale": 1, "batch_size": 4}
+    found = of_flow(settings, flow, generate__sampling=noisy, sampling=noisy | {"eta": 0})
+    assert [line.split(": ")[0] for line in notes(found)] == ["params/tiny.yaml:generate.sampling.eta"]
+    assert not list(notes(settings(generate__sampling=noisy)))
