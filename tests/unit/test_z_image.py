@@ -1,29 +1,26 @@
 """Z-Image as a base: prompts and images as diffusers' own pipeline makes them, and what is trained and refused."""
 
-import json
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
-from safetensors.torch import load_file, save_file
 
 import tiny
 from attune import fsdp
 from attune.backbones import z_image
-from attune.config.settings import Model
+from attune.config.settings import Model, Sampling
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import sample
 from attune.diffusion.policy import Policy
 from attune.methods import dpo, draft, spo
+from attune.sharing.card import Evidence
+from attune.sharing.package import Trained, write_package
 from trainables import Light
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two owls and a dog, which have many more tokens than the cat has"]
-SCHEDULER, TRANSFORMER = "scheduler/scheduler_config.json", "transformer/config.json"
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +54,6 @@ def policy(backbone):
     policy = Policy(backbone, backbone.encode_prompts([""]))
     policy.add_adapter(rank=2, seed=0)
     return policy
-
-
-@pytest.fixture
-def copied(folder, tmp_path):
-    """A copy of the pipeline, to be damaged."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def changed(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def noise(seed=5, n=2):
@@ -284,108 +271,26 @@ def test_half_precision_stays_inside(folder):
         predicted = backbone.predict(backbone.denoiser, noise(), torch.tensor([900.0, 30.0]), cond)
     assert predicted.dtype == torch.float32
     assert predicted.isfinite().all()
-    with pytest.raises(ValueError, match=r"model\.dtype: float16 ends at 65,504 .* write bfloat16"):
-        load(folder, dtype="float16")
 
 
-# ---------------------------------------------------------------- what is read and what is refused
-
-
-def test_facts_are_counted_in_the_files_that_are_here(backbone, folder):
-    facts = z_image.facts(Model(backbone="z_image", path=folder))
-    assert facts.resolution == 1024
-    networks = {"denoiser": backbone.denoiser, "text_encoders": backbone.text_encoder, "autoencoder": backbone.vae}
-    for name, network in networks.items():
-        assert getattr(facts, name) == sum(weight.numel() for weight in network.parameters())
-
-
-def test_downloads_are_all_that_is_read(folder, tmp_path):
-    for part, patterns in z_image.downloads(Model(backbone="z_image", path=folder)):
-        for file in (file for pattern in patterns for file in Path(part.place).glob(pattern)):
-            copy = tmp_path / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
-    ours, whole = load(tmp_path).encode_prompts(PROMPTS), load(folder).encode_prompts(PROMPTS)
-    assert all(torch.equal(value, whole.tensors[name]) for name, value in ours.tensors.items())
-
-
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_missing_weights_are_an_error(copied, part):
-    (file,) = (copied / part).glob("*.safetensors")
-    tensors = load_file(file)
-    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{copied / part} does not fit: missing"):
-        load(copied)
-
-
-@pytest.mark.parametrize("name", ["Z-Image-Turbo", "z_image_turbo_bf16"])
-def test_turbo_is_refused_by_its_name_before_anything_is_read(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"model\.path: .*{name} is Z-Image-Turbo, which is distilled"):
-        load(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="scheduler"):
-        load(tmp_path / "Z-Image-De-Turbo")
-
-
-def test_turbo_is_refused_by_its_schedulers_shift(copied):
-    changed(copied / SCHEDULER, shift=3.0)
-    with pytest.raises(ValueError, match=r"copy \(its scheduler's shift is 3.0\) is Z-Image-Turbo"):
-        load(copied)
-    load(copied.rename(copied.with_name("Z-Image-De-Turbo")))
-
-
-@pytest.mark.parametrize(
-    ("file", "values", "says"),
-    [
-        (SCHEDULER, {"_class_name": "DDIMScheduler"}, "'DDIMScheduler' is no flow"),
-        (SCHEDULER, {"use_dynamic_shifting": True}, "use_dynamic_shifting is not supported"),
-        (TRANSFORMER, {"_class_name": "SD3Transformer2DModel"}, "describes a SD3Transformer2DModel, not a ZImage"),
-        ("text_encoder/config.json", {"vocab_size": 200}, "text_encoder cannot be read|does not fit"),
-        ("vae/config.json", {"shift_factor": "x"}, "shift_factor 'x' is not supported"),
-    ],
-)
-def test_files_that_say_something_else_are_refused(copied, file, values, says):
-    changed(copied / file, **values)
-    with pytest.raises(ValueError, match=says):
-        load(copied)
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ nonsense", "cannot be used"),
-        ("<|im_start|>user<|im_end|>", "leaves out the prompt"),
-        (None, "cannot be used"),
-    ],
-)
-def test_a_chat_template_without_the_prompt_is_refused(copied, template, says):
-    file = copied / "tokenizer/chat_template.jinja"
-    file.unlink() if template is None else file.write_text(template)
-    with pytest.raises(ValueError, match=rf"{copied / 'tokenizer'}: its chat template {says}"):
-        load(copied)
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"all_patch_size": [4]}, r"patches \[\(4, 1\)\] without \(2, 1\)"),
-        ({"cap_feat_dim": 24}, "cap_feat_dim 24, but its text encoder has 16"),
-        ({"siglip_feat_dim": 8}, "Z-Image-Omni"),
-    ],
-)
-def test_transformers_of_another_kind_are_refused(backbone, values, says):
-    config = {**backbone.denoiser.config, **values}
-    with pytest.raises(ValueError, match=says):
-        z_image.check_transformer(config, 16, "config.json")
-
-
-@pytest.mark.parametrize("resolution", [18, 68])
-def test_sizes_without_positions_are_refused(folder, resolution):
-    assert load(folder, resolution=64).latent_shape == (4, 32, 32)
-    with pytest.raises(ValueError, match=rf"model\.resolution: {resolution} is not a multiple of 4 up to 64"):
-        load(folder, resolution=resolution)
-
-
-def test_prompts_without_positions_are_refused(folder):
-    load(folder, max_sequence_length=224)
-    with pytest.raises(ValueError, match=r"model\.max_sequence_length: 225, but there are positions for 224 tokens"):
-        load(folder, max_sequence_length=225)
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_a_package_is_read_by_diffusers_as_the_model(backbone, folder, tmp_path, targets):
+    """Both files of it, and the card tells diffusers' users a guidance of one less."""
+    policy = Policy(load(folder), backbone.encode_prompts([""]))
+    policy.add_adapter(rank=2, seed=0, targets=targets)
+    tiny.move(policy, 0.1)
+    policy.save(tmp_path / "model")
+    known = {"run": "dpo", "profile": "short", "method": "dpo", "trained_on": [], "seed": 0, "from": None}
+    known |= {"settings": {"lora": {"rank": 2, "targets": targets}}, "starts_from": None}
+    known["base"] = backbone.model.model_dump(mode="json")
+    sampling = {"steps": 3, "eta": 0.0, "guidance_scale": 4.5, "batch_size": 2}
+    trained, evidence = Trained(tmp_path / "model", known, {"source": "world"}), Evidence(None, "", None, sampling)
+    (tmp_path / "package").mkdir()
+    checks = write_package(
+        tmp_path / "package", trained, evidence, PROMPTS, Sampling(**sampling), lambda model: z_image.load(model, CPU)
+    )
+    assert [check.layout for check in checks] == ["diffusers/pytorch_lora_weights.safetensors", "dpo.safetensors"]
+    assert all(check.difference < 1e-4 < 0.01 < check.effect for check in checks)
+    written = (tmp_path / "package/README.md").read_text()
+    assert "pipeline = ZImagePipeline.from_pretrained(" in written
+    assert "guidance_scale=3.5, height=16, width=16, max_sequence_length=128" in written

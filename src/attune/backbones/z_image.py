@@ -3,8 +3,6 @@
 The undistilled base, with classifier-free guidance; the empty prompt is encoded like any other. Its transformer is
 told 1 - s in the place of s, predicts x_0 - noise, and takes rows as lists, because a prompt has no tokens but its own.
 
-diffusers' `ZImagePipeline` writes guidance as cond + g (cond - uncond), so its `guidance_scale` is ours less 1.
-
 Source: Z-Image Team 2025, arXiv:2511.22699, and diffusers' `ZImagePipeline`.
 """
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent
+from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
@@ -49,12 +48,31 @@ TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
 
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    return _latent.facts(_sized(model), PARTS, NOMINAL)
+    found = _latent.facts(_sized(model), PARTS, NOMINAL)
+    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent; the size of its patches is no setting
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
     return _latent.downloads(model, PARTS)
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """Its names in diffusers, whose pipeline writes guidance as cond + g (cond - uncond)."""
+    names = ("ZImagePipeline", "ZImageTransformer2DModel", DENOISER, "z-image")
+    return InDiffusers(*names, is_flow=True, guidance_off=0.0)
+
+
+def times(model: Model) -> dict[str, Any]:
+    """The times it is trained and sampled at, for run.json and the card."""
+    return _flow.times(model)
+
+
+def check_settings(model: Model) -> None:
+    """Raises ValueError for what can be refused before any file is here: float16, and Z-Image-Turbo by its name."""
+    if model.dtype == "float16":
+        raise ValueError("model.dtype: float16 ends at 65,504 and values in Z-Image at 344,000; write bfloat16")
+    check_undistilled(model)
 
 
 class ZImage:
@@ -66,8 +84,7 @@ class ZImage:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import ZImageTransformer2DModel
 
-        if model.dtype == "float16":
-            raise ValueError("model.dtype: float16 ends at 65,504 and values in Z-Image at 344,000; write bfloat16")
+        check_settings(model)
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.tokens = model.max_sequence_length or TOKENS
@@ -133,6 +150,18 @@ class ZImage:
         output = self.turn(denoiser)(images, (last - t) / last, prompts).sample
         return -torch.stack(output).squeeze(2).to(x_t.dtype)
 
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "transformer": self.denoiser,
+            "scheduler": _flow.load_scheduler(self.model),
+        }
+
+    def pipeline_options(self, start: Tensor) -> dict[str, Any]:
+        return {"latents": start, "max_sequence_length": self.tokens}
+
 
 def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> ZImage:
     """A Z-Image pipeline as a `Backbone`; `dtype` is the denoiser's, if it is not to be the model's."""
@@ -151,10 +180,9 @@ def load_path(model: Model) -> Flow:
     """Sampling at the sigmas of diffusers' pipeline; training as any flow model's, see `_flow.load_path`.
 
     Raises:
-        ValueError: it is Z-Image-Turbo, the scheduler is of another family, or its sigmas are none.
+        ValueError: the scheduler is of another family, its sigmas are none, or it is of Z-Image-Turbo.
         FileNotFoundError: there is no scheduler.
     """
-    check_undistilled(model)
     path = _flow.load_path(model)
     config, _ = _latent.scheduler_config(model)
     check_undistilled(model, config.get("shift"))
