@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from safetensors.torch import load_file, save_file
 
 import tiny
 from attune import fsdp
@@ -271,6 +272,21 @@ def test_half_precision_stays_inside(folder):
         predicted = backbone.predict(backbone.denoiser, noise(), torch.tensor([900.0, 30.0]), cond)
     assert predicted.dtype == torch.float32
     assert predicted.isfinite().all()
+
+
+def test_adapters_as_other_trainers_write_them_are_read(policy, folder, tmp_path):
+    """ai-toolkit and DiffSynth-Studio call the transformer what ComfyUI calls it; alpha is half of the rank here."""
+    tiny.move(policy, 0.1)
+    policy.save(tmp_path / "ours")
+    (file,) = (tmp_path / "ours").glob("*.safetensors")
+    theirs = {name.replace("transformer.", "diffusion_model."): value for name, value in load_file(file).items()}
+    for name in [name for name in theirs if ".lora_B." in name]:
+        theirs[name] *= 2
+        theirs[name.replace("lora_B.weight", "alpha")] = torch.tensor(1.0)
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    again = Policy(load(folder), policy.uncond)
+    again.load(tmp_path / "theirs.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), policy.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
