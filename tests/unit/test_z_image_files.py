@@ -71,8 +71,11 @@ def test_missing_weights_are_an_error(copied, part):
 
 
 def test_float16_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.dtype: float16 ends at 65,504 .* write bfloat16"):
+    with pytest.raises(ValueError, match=r"model\.dtype: float16 ends at 65,504, .* write bfloat16"):
         load(tmp_path, dtype="float16")
+    int8 = Model(backbone="z_image", path=str(tmp_path)).model_copy(update={"quantize": "int8"})
+    with pytest.raises(ValueError, match=r"model\.quantize: int8 computes in float16, .* write nf4"):
+        z_image.load(int8, CPU)
 
 
 @pytest.mark.parametrize("name", ["Z-Image-Turbo", "z_image_turbo_bf16"])

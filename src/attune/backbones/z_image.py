@@ -43,6 +43,7 @@ NOMINAL = _latent.Facts(
 """Of Z-Image; its configuration names no resolution, so this is the pipeline's."""
 TOKENS = 512  # of a prompt: diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 PATCH, TOKENS_OF_A_BLOCK = 2, 32  # latents per side of a token; the transformer fills prompts up to a multiple of 32
+TOO_LARGE = "65,504, and values in Z-Image at 344,000"
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
 
 
@@ -69,9 +70,14 @@ def times(model: Model) -> dict[str, Any]:
 
 
 def check_settings(model: Model) -> None:
-    """Raises ValueError for what can be refused before any file is here: float16, and Z-Image-Turbo by its name."""
+    """Raises ValueError for what can be refused before any file is here: Turbo by its name, and float16.
+
+    Values in the first block's MLP reach 344,000, and bitsandbytes' int8 makes them float16.
+    """
     if model.dtype == "float16":
-        raise ValueError("model.dtype: float16 ends at 65,504 and values in Z-Image at 344,000; write bfloat16")
+        raise ValueError(f"model.dtype: float16 ends at {TOO_LARGE}; write bfloat16")
+    if model.quantize == "int8":
+        raise ValueError(f"model.quantize: int8 computes in float16, which ends at {TOO_LARGE}; write nf4")
     check_undistilled(model)
 
 
