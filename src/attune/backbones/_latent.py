@@ -44,6 +44,8 @@ class Facts:
     activations: int | None = None  # bytes per latent of each image
     checkpointed: int | None = None  # the same with gradient checkpointing
     multiple: int = 8  # pixels that a resolution is a multiple of: those of a latent, or of a transformer's patch
+    channels: int = 4  # of latents
+    text: int = 0  # latents that the activations of a prompt count as, of transformers that see both
 
 
 def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
@@ -54,16 +56,18 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
         nominal: of the published model.
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
-    resolution, multiple = nominal.resolution, nominal.multiple
+    resolution, multiple, channels = nominal.resolution, nominal.multiple, nominal.channels
     folder, network = Path(source.place), parts["denoiser"][0]
     if source.commit is None and all((folder / part / "config.json").is_file() for part in (network, "vae")):
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         factor = _pixels_per_latent(vae, folder / "vae/config.json")
+        channels = vae.get("latent_channels", channels)
         multiple = factor * patch_size(config, folder / network / "config.json")
         if model.resolution is None:
             resolution = _sample_size(config, folder / network / "config.json") * factor
-    found = replace(nominal, **counts, resolution=model.resolution or resolution, multiple=multiple)
+    sizes = {"resolution": model.resolution or resolution, "multiple": multiple, "channels": channels}
+    found = replace(nominal, **counts, **sizes)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
 

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 DENOISER = "transformer"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 NOMINAL = _latent.Facts(
-    denoiser=2_243_171_520,
+    denoiser=2_243_171_520 + 226_492_416,  # with its table of positions, which is in the file
     text_encoders=123_650_304 + 694_659_840,
     autoencoder=83_819_683,
     resolution=1024,
     adapter=746_496,
     multiple=16,
+    channels=16,
 )
 """Of Stable Diffusion 3.5 Medium; what its activations need has not been measured."""
 T5_TOKENS = 256  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise

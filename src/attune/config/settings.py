@@ -90,9 +90,9 @@ class Model(StrictModel):
 
 
 class Sampling(StrictModel):
-    """How images are drawn from a model: DDIM."""
+    """How images are drawn from a model: DDIM, whose step on a flow without noise is Euler's."""
 
-    steps: int = Field(ge=1, le=999, description="DDIM steps")
+    steps: int = Field(ge=1, le=999, description="denoising steps")
     eta: Float = Field(ge=0, le=1, description="0 deterministic, 1 ancestral")
     guidance_scale: Float = Field(ge=0, description="classifier-free guidance w, 1 = off")
     batch_size: int = Field(ge=1, description="images at a time; changes speed and memory only")

@@ -24,7 +24,6 @@ UNKNOWN = "unknown"
 GB = 1e9
 STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
 BYTES_PER_PAIR = 2000  # of the tables, with scores
-BYTES_PER_LATENT = 16  # four channels of float32, one for 64 pixels
 BYTES_PER_PIXEL = 1.5  # of a PNG of a photograph
 PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
 
@@ -55,6 +54,8 @@ class Facts(Protocol):
     activations: int | None  # bytes per latent of an image in training, half precision; None: unknown
     checkpointed: int | None  # the same with gradient checkpointing
     multiple: int  # pixels that a resolution must be a multiple of
+    channels: int  # of latents
+    text: int  # latents that the activations of a prompt count as
 
 
 def facts(s: Settings) -> Facts:
@@ -100,7 +101,7 @@ def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row
     shown = "images" if "images" in plugins.load("sources", s.source).GIVES else "pairs"
     found = f"source {s.source}: {_many(prompts)} training prompts, {_many(sizes.get(shown))} {shown}"
     encoded = sizes.get("images") if shown == "images" else None if pairs is None else 2 * pairs  # at most
-    latents = None if encoded is None else encoded * pixels / 64 * BYTES_PER_LATENT
+    latents = None if encoded is None else encoded * pixels / 64 * weights.channels * BYTES["float32"]
     tables = (pairs or 0) * BYTES_PER_PAIR
     yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=latents)
     yield _preference(s, weights, pairs)
@@ -131,7 +132,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.method_of(name)
     kind = rows_of(method, s.source)
-    does, sees = f"{method}: {_training(config, kind)}{_times(s)}", _epochs(config, sizes.get(kind), kind)
+    does, sees = f"{method}: {_training(config, kind)}{_times(s, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
     gpu, host = _training_memory(config, method, s, weights), _frozen(s, weights)
     activations = _activations(config, _images_at_once(config, method, kind), s, weights)
@@ -143,10 +144,11 @@ def _training(config: TrainingConfig, kind: str) -> str:
     return f"{config.batches:,} batches of {config.batch_size} {kind}{steps}"
 
 
-def _times(s: Settings) -> str:
-    """Of a flow model, which times are drawn."""
+def _times(s: Settings, kind: str) -> str:
+    """Which times of a flow model are drawn; none by methods that begin with prompts, see `rows_of`."""
     names = in_diffusers(s.model)
-    return f", times {s.model.density or 'logit_normal'}" if names is not None and names.is_flow else ""
+    is_drawn = names is not None and names.is_flow and kind != "prompts"
+    return f", times {s.model.density or 'logit_normal'}" if is_drawn else ""
 
 
 def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
@@ -183,7 +185,7 @@ def _activations(config: MethodConfig, images: int | None, s: Settings, weights:
         return None
     half = BYTES[s.model.dtype]
     copies = weights.denoiser * half if config.lora is None and half < 4 else 0
-    return copies + images * (weights.resolution / 8) ** 2 * per_latent * half / 2
+    return copies + images * ((weights.resolution / 8) ** 2 + weights.text) * per_latent * half / 2
 
 
 def _images_at_once(config: MethodConfig, method: str, kind: str) -> int | None:
