@@ -18,7 +18,10 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -27,6 +30,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
 )
 
 from attune.data.store import PreparedData
@@ -177,6 +183,45 @@ def write_sd3_pipeline(folder: Path) -> str:
         tokenizer_2=CLIPTokenizer(vocab=shifted, merges=[], model_max_length=16, pad_token="!"),
         tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """One token for each byte, and those around what is said in a chat, as Qwen3's template puts them."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    special = {"additional_special_tokens": tokens[-2:], "eos_token": "<|im_end|>"}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=template, **special)
+
+
+def write_z_image_pipeline(folder: Path) -> str:
+    """A Z-Image folder in diffusers' layout; as the released one, its text encoder has room for more tokens."""
+    torch.manual_seed(8)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 16, 16],
+    )
+    text = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    text |= {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 272}
+    vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    ZImagePipeline(
+        transformer=_loud(transformer),
+        vae=_loud(autoencoder(**vae)),
+        text_encoder=_loud(Qwen3Model(Qwen3Config(**text))),
+        tokenizer=chat_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     ).save_pretrained(folder)
     return str(folder)
 

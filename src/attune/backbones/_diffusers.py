@@ -22,6 +22,11 @@ class InDiffusers:
     tag: str  # on the Hub, and as architecture in the header of a LoRA
     is_flow: bool = False  # else variance-preserving, sampled by DDIM
     left_out: tuple[str, ...] = ()  # parts of the pipeline that are not loaded, which it must be told
+    guidance_off: float = 1.0  # the pipeline's guidance_scale without guidance, for which 1 is written here
+
+    def guidance_scale(self, ours: float) -> float:
+        """What the pipeline is told for a guidance of ours."""
+        return ours - 1.0 + self.guidance_off
 
 
 def in_diffusers(model: Model) -> InDiffusers | None:

@@ -20,14 +20,18 @@ from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft.tuners.lora.layer import Linear
 
-    Denoiser = UNet2DConditionModel | SD3Transformer2DModel
+    Denoiser = UNet2DConditionModel | SD3Transformer2DModel | ZImageTransformer2DModel
     """The networks that are trained: modules of diffusers that save themselves and take adapters."""
 
 
-ENDS = ("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out")
+ENDS = (
+    *("conv_in", "conv_out", "pos_embed.proj", "x_embedder", "proj_out"),
+    *("all_x_embedder.2-1", "all_final_layer.2-1.linear"),  # of Z-Image
+)
 """A denoiser's layers next to the latents, whose few channels have no low rank."""
 
 

@@ -43,6 +43,7 @@ OTHER_KINDS = (  # parts of tensors' names -> what trains such tensors
     (r"\.[ab][12]\.weight$", "GLoRA"),
     (r"\.diff(_b)?$|\.set_weight$|\.[wb]_norm$", "differences of whole weights"),
 )
+_PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.|diffusion_model\.)?")  # the last is of ComfyUI
 _ALPHA = re.compile(r"(?:^|\.)(?:lora_|network_)?alphas?$")
 
 
@@ -177,7 +178,7 @@ def _in_peft_names(
     given: Mapping[str, Tensor], file: Path, denoiser: Denoiser
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Tensors, float32, and alphas of the denoiser's modules by name; a text encoder's keep their prefix."""
-    tensors = {name.removeprefix("base_model.model.").removeprefix("transformer."): v for name, v in given.items()}
+    tensors = {_PREFIX.sub("", name): value for name, value in given.items()}
     plain = {name: value for name, value in tensors.items() if _ALPHA.search(name) and not name.startswith(KOHYA)}
     tensors = {name: value for name, value in tensors.items() if name not in plain}
     try:

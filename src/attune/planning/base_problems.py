@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attune.backbones._diffusers import in_diffusers
+from attune.config import plugins
 from attune.config.resolve import Settings
 from attune.hub import parse
 from attune.planning.costs import facts
@@ -15,6 +16,7 @@ from attune.weights import tensor_names
 
 def base(s: Settings) -> Iterator[str]:
     """A line for each setting that would be refused when the model is loaded, or when a training begins."""
+    yield from _refused(s)
     yield from _resolution(s)
     yield from _targets(s)
     yield from _flow(s)
@@ -33,6 +35,16 @@ def notes(s: Settings) -> Iterator[str]:
 def _is_flow(s: Settings) -> bool:
     names = in_diffusers(s.model)
     return names is not None and names.is_flow
+
+
+def _refused(s: Settings) -> Iterator[str]:
+    """What a backbone says of its block alone: its file may have `check_settings(model)`, which raises ValueError."""
+    check = getattr(plugins.load("backbones", s.model.backbone), "check_settings", None)
+    try:
+        if check is not None:
+            check(s.model)
+    except ValueError as error:
+        yield f"params/{s.profile}.yaml:{error}"
 
 
 def _resolution(s: Settings) -> Iterator[str]:

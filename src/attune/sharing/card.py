@@ -196,8 +196,10 @@ def _loading(made: Mapping[str, Any], evidence: Evidence | None) -> str:
     names, settings = _names(made), made["base"]
     without = "".join(f", {part}=None" for part in names.left_out)
     revision = f', revision="{base.commit}"' if base.commit else ""
-    steps = {key: evidence.sampling[key] for key in ("steps", "guidance_scale")} if evidence else {}
-    options = f", num_inference_steps={steps['steps']}, guidance_scale={steps['guidance_scale']}" if steps else ""
+    options = ""
+    if evidence:
+        guidance = f"{names.guidance_scale(evidence.sampling['guidance_scale']):g}"
+        options = f", num_inference_steps={evidence.sampling['steps']}, guidance_scale={guidance}"
     if side := settings.get("resolution"):
         options += f", height={side}, width={side}"
     if names.is_flow and (tokens := settings.get("max_sequence_length")):

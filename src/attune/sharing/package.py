@@ -202,7 +202,7 @@ def check_layouts(
         if found != ranks:
             read = len(found)
             raise PackageError(f"{layout}: diffusers read {read} modules of {len(ranks)}, or other ranks")
-        theirs = generated(pipeline, backbone, prompts, start, STEPS, guidance_scale)
+        theirs = generated(pipeline, backbone, prompts, start, STEPS, names.guidance_scale(guidance_scale))
         check = Check(layout, float((theirs - ours).abs().max()), effect)
         if not check.difference <= max(ROUNDING, min(LARGEST, effect / 10)):
             raise PackageError(f"{check}: diffusers makes other images with it than the model does")

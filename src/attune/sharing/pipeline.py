@@ -23,7 +23,11 @@ def pipeline_of(backbone: Backbone, names: InDiffusers) -> Any:
 def generated(
     pipeline: Any, backbone: Backbone, prompts: Sequence[str], start: Tensor, steps: int, guidance_scale: float
 ) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] from the latents `start`, without noise, as users of diffusers get them."""
+    """Images (B, 3, H, W) in [0, 1] from the latents `start`, without noise, as users of diffusers get them.
+
+    Args:
+        guidance_scale: as the pipeline calls it, see `InDiffusers.guidance_scale`.
+    """
     size, own = backbone.resolution, backbone.pipeline_options(start)
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt", **own}
     return pipeline(list(prompts), height=size, width=size, **options).images.float().cpu()

@@ -1,0 +1,297 @@
+"""Z-Image: a flow model of one stream of tokens, told of the prompt by a language model, Qwen3 4B.
+
+The undistilled base, with classifier-free guidance; the empty prompt is encoded like any other. Its transformer is
+told 1 - s in the place of s, predicts x_0 - noise, and takes rows as lists, because a prompt has no tokens but its own.
+
+Source: Z-Image Team 2025, arXiv:2511.22699, and diffusers' `ZImagePipeline`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attune.backbones import _flow, _latent
+from attune.backbones._diffusers import InDiffusers
+from attune.backbones._memory import Turns, release
+from attune.config.settings import Model
+from attune.diffusion.path import Flow
+from attune.hub import Source, parse
+from attune.interfaces import Conditioning
+from attune.pretrained import load_pretrained, load_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import PreTrainedModel, Qwen2Tokenizer
+
+DENOISER = "transformer"
+PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
+NOMINAL = _latent.Facts(
+    denoiser=6_154_908_736,
+    text_encoders=4_022_468_096,
+    autoencoder=83_819_683,
+    resolution=1024,
+    adapter=1_044_480,
+)
+"""Of Z-Image; its configuration names no resolution, so this is the pipeline's."""
+TOKENS = 512  # of a prompt: diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
+PATCH, TOKENS_OF_A_BLOCK = 2, 32  # latents per side of a token; the transformer fills prompts up to a multiple of 32
+TOO_LARGE = "65,504, and values in Z-Image at 344,000"
+TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
+
+
+def facts(model: Model) -> _latent.Facts:
+    """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
+    found = _latent.facts(_sized(model), PARTS, NOMINAL)
+    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent; the size of its patches is no setting
+
+
+def downloads(model: Model) -> list[tuple[Source, list[str]]]:
+    """What loading fetches: sources and their patterns of files."""
+    return _latent.downloads(model, PARTS)
+
+
+def in_diffusers(model: Model) -> InDiffusers:
+    """Its names in diffusers, whose pipeline writes guidance as cond + g (cond - uncond)."""
+    names = ("ZImagePipeline", "ZImageTransformer2DModel", DENOISER, "z-image")
+    return InDiffusers(*names, is_flow=True, guidance_off=0.0)
+
+
+def times(model: Model) -> dict[str, Any]:
+    """The times it is trained and sampled at, for run.json and the card."""
+    return _flow.times(model)
+
+
+def check_settings(model: Model) -> None:
+    """Raises ValueError for what can be refused before any file is here: Turbo by its name, and float16.
+
+    Values in the first block's MLP reach 344,000, and bitsandbytes' int8 makes them float16.
+    """
+    if model.dtype == "float16":
+        raise ValueError(f"model.dtype: float16 ends at {TOO_LARGE}; write bfloat16")
+    if model.quantize == "int8":
+        raise ValueError(f"model.quantize: int8 computes in float16, which ends at {TOO_LARGE}; write nf4")
+    check_undistilled(model)
+
+
+class ZImage:
+    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+
+    lora_targets: Sequence[str] = _latent.LORA_TARGETS
+    prediction_type = "flow"
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
+        from diffusers import ZImageTransformer2DModel
+
+        check_settings(model)
+        self.model, self.device = model, device
+        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
+        self.tokens = model.max_sequence_length or TOKENS
+        self.turn = Turns(device, model.offload)
+        self.path = load_path(model)
+        self.tokenizer, self.text_encoder = self._load_text()
+        self.vae = self._load_vae()
+        self.denoiser = _latent.load_denoiser(ZImageTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
+        self.resolution, self.latent_shape = _latent.image_size(_sized(model), self.vae, self.denoiser, DENOISER)
+        place = parse(model.path) / DENOISER / "config.json"
+        check_transformer(self.denoiser.config, self.text_encoder.config.hidden_size, place)
+        check_positions(self.denoiser.config["axes_lens"], self.tokens, self.latent_shape[-1], self.resolution)
+
+    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
+
+    @cached_property
+    def text_encoder(self) -> PreTrainedModel:
+        return self._load_text()[1]
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return self._load_vae()
+
+    def _load_text(self) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
+        return load_text(self.model, self.turn.start)
+
+    def _load_vae(self) -> AutoencoderKL:
+        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
+
+    def release(self) -> None:
+        release(self, "text_encoder", "vae")
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Hidden states before the last layer (B, L, D), zero after a prompt's end, and where they are its own (B, L).
+
+        L is the same for all prompts, so that they can be put together; the transformer is shown their own alone.
+        """
+        texts = as_chat(self.tokenizer, prompts)
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        own = tokens.attention_mask.bool()
+        encoder = self.turn(self.text_encoder)
+        states = encoder(input_ids=tokens.input_ids, attention_mask=own, output_hidden_states=True).hidden_states[-2]
+        return Conditioning({"prompt_embeds": states.masked_fill(~own[..., None], 0), "prompt_mask": own})
+
+    def is_cut(self, prompt: str) -> bool:
+        (text,) = as_chat(self.tokenizer, [prompt[: self.tokens * _latent.MAX_TOKEN_CHARS]])
+        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids) > self.tokens
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _latent.encode(self.turn(self.vae), images, generator)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return _latent.decode(self.turn(self.vae), latents)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        embeds, lengths = cond.tensors["prompt_embeds"].to(self.dtype), cond.tensors["prompt_mask"].sum(1).tolist()
+        prompts = [row[:length] for row, length in zip(embeds, lengths, strict=True)]
+        images = list(x_t.to(self.dtype).unsqueeze(2))  # (C, 1, h, w) each: one frame
+        last = self.path.n_train
+        output = self.turn(denoiser)(images, (last - t) / last, prompts).sample
+        return -torch.stack(output).squeeze(2).to(x_t.dtype)
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        return {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "transformer": self.denoiser,
+            "scheduler": _flow.load_scheduler(self.model),
+        }
+
+    def pipeline_options(self, start: Tensor) -> dict[str, Any]:
+        return {"latents": start, "max_sequence_length": self.tokens}
+
+
+def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> ZImage:
+    """A Z-Image pipeline as a `Backbone`; `dtype` is the denoiser's, if it is not to be the model's."""
+    return ZImage(model, device, dtype)
+
+
+def _sized(model: Model) -> Model:
+    """The settings with a resolution: Z-Image's files name none."""
+    return model.model_copy(update={"resolution": model.resolution or NOMINAL.resolution})
+
+
+# ---------------------------------------------------------------- path
+
+
+def load_path(model: Model) -> Flow:
+    """Sampling at the sigmas of diffusers' pipeline; training as any flow model's, see `_flow.load_path`.
+
+    Raises:
+        ValueError: the scheduler is of another family, its sigmas are none, or it is of Z-Image-Turbo.
+        FileNotFoundError: there is no scheduler.
+    """
+    path = _flow.load_path(model)
+    config, _ = _latent.scheduler_config(model)
+    check_undistilled(model, config.get("shift"))
+    return replace(path, sampling_sigmas=partial(sampling_sigmas, config))
+
+
+def sampling_sigmas(config: Mapping[str, Any], steps: int) -> Tensor:
+    """The falling sigmas (steps + 1,) of a run, from 1 to 0: evenly spaced ones, which diffusers' scheduler shifts.
+
+    The scheduler's own choice, which other pipelines take, would be shifted twice.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    most = scheduler.config.num_train_timesteps - 1
+    if not 1 <= steps <= most:
+        raise ValueError(f"sampling steps must lie in 1..{most}, got {steps}")
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist())
+    return scheduler.sigmas
+
+
+def check_undistilled(model: Model, shift: float | None = None) -> None:
+    """Raises ValueError if this is Z-Image-Turbo, by its name or by its scheduler's shift; the networks are alike.
+
+    Plain training takes from a distilled model what distillation gave it: images in few steps without guidance.
+    A copy that was trained until that was gone, and says so in its name, is read.
+
+    Source: Z-Image's README, which gives Turbo no fine-tunability, and ai-toolkit, which trains it beside an adapter
+    that is taken off again.
+    """
+    name = Path(parse(model.path).place).resolve().name
+    if re.search(r"de[-_ ]?turbo", name, re.IGNORECASE):
+        return
+    if "turbo" in name.lower() or shift == TURBO_SHIFT:
+        sign = "" if "turbo" in name.lower() else f" (its scheduler's shift is {TURBO_SHIFT})"
+        raise ValueError(
+            f"model.path: {model.path}{sign} is Z-Image-Turbo, which is distilled: training would undo that it needs "
+            "few steps and no guidance. Train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
+        )
+
+
+# ---------------------------------------------------------------- text
+
+
+def load_text(model: Model, device: torch.device) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
+    """Tokenizer and language model, which must fit each other.
+
+    Raises:
+        ValueError: they do not, or prompts cannot be put into the tokenizer's chat template; or as `load_pretrained`.
+    """
+    from transformers import Qwen2Tokenizer, Qwen3Model
+
+    source = parse(model.path)
+    tokenizer = load_tokenizer(Qwen2Tokenizer, source / "tokenizer")
+    encoder = load_pretrained(Qwen3Model, source / "text_encoder", getattr(torch, model.dtype), device, model.variant)
+    words, known = max(tokenizer.get_vocab().values()) + 1, encoder.config.vocab_size
+    if words > known:  # fewer are right: the model has room for 267 tokens that its tokenizer never makes
+        raise ValueError(f"{source / 'tokenizer'}: a tokenizer of {words} tokens for a model of {known}")
+    try:
+        (text,) = as_chat(tokenizer, ["a red fox"])
+    except Exception as error:  # there is none, or it is no template of jinja's
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source / 'tokenizer'}: its chat template cannot be used: {reason}") from error
+    if "a red fox" not in text:
+        raise ValueError(f"{source / 'tokenizer'}: its chat template leaves out the prompt")
+    return tokenizer, encoder
+
+
+def as_chat(tokenizer: Qwen2Tokenizer, prompts: Sequence[str]) -> list[str]:
+    """Each prompt as what a user says to the model, up to where the model's answer would begin."""
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    return [str(tokenizer.apply_chat_template(chat, **options)) for chat in chats]
+
+
+# ---------------------------------------------------------------- what the transformer can be given
+
+
+def check_transformer(config: Mapping[str, Any], width: int, file: Source) -> None:
+    """Raises ValueError unless a transformer takes prompts of a width and cuts images into patches of 2 x 2 latents."""
+    patches = list(zip(config["all_patch_size"], config["all_f_patch_size"], strict=True))
+    if (PATCH, 1) not in patches:
+        raise ValueError(f"{file}: patches {patches!s:.60} without ({PATCH}, 1), which diffusers' pipeline takes")
+    if config["cap_feat_dim"] != width:
+        raise ValueError(f"{file}: cap_feat_dim {config['cap_feat_dim']!r:.40}, but its text encoder has {width}")
+    if config["siglip_feat_dim"] is not None:
+        raise ValueError(f"{file}: a Z-Image-Omni (siglip_feat_dim), which is also shown images, is not supported")
+
+
+def check_positions(most: Sequence[int], tokens: int, latents: int, resolution: int) -> None:
+    """Raises ValueError unless there are positions for a prompt's tokens and an image's patches.
+
+    Args:
+        most: positions of prompts, image after them included; of rows; of columns.
+        tokens: of a prompt, at most.
+        latents: per side of an image of `resolution` pixels.
+    """
+    pixels, patches = resolution // latents * PATCH, min(most[1:])
+    if latents % PATCH or latents // PATCH > patches:
+        raise ValueError(
+            f"model.resolution: {resolution} is not a multiple of {pixels} up to {pixels * patches}, which Z-Image "
+            "has positions for"
+        )
+    longest = (most[0] - 2) // TOKENS_OF_A_BLOCK * TOKENS_OF_A_BLOCK
+    if tokens > longest:
+        raise ValueError(f"model.max_sequence_length: {tokens}, but there are positions for {longest} tokens")
