@@ -19,9 +19,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# The classes of diffusers' UNets whose weights are put together one module after another. What lies outside of them,
-# a UNet's first and last convolution and its embeddings, is put together for the whole call.
-BLOCKS = ("BasicTransformerBlock", "Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
+# The classes of diffusers' denoisers whose weights are put together one module after another. What lies outside of
+# them, the first and the last layer and the embeddings, is put together for the whole call.
+BLOCKS = (
+    *("BasicTransformerBlock", "Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    *("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+)
 
 
 def is_sharded(what: nn.Module | Iterable[Tensor]) -> bool:

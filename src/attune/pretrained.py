@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 M = TypeVar("M", bound="nn.Module")
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "config.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab.*", "merges.txt", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "config.json"),
+)
 
 
 def build_with(build: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:

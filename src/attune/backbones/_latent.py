@@ -16,6 +16,7 @@ from attune.backbones._quantise import quantise
 from attune.config.settings import Model
 from attune.diffusion.process import Level, velocity_to_noise
 from attune.hub import Source, fetch_folder, parse
+from attune.interfaces import Guidance
 from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
 from attune.weights import count_parameters, read_json
 
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel
 
-    from attune.diffusion.lora import Denoiser
-
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_LORA_TARGETS = (*LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of image and text
 SCHEDULERS = frozenset(  # diffusers' samplers of models trained as DDPM's are; EDM and flow matching have their own
     f"{name}Scheduler"
     for name in (
@@ -61,17 +61,20 @@ class Facts:
     text_encoders: int
     autoencoder: int
     resolution: int
+    guidance: Guidance = "cfg"
+    prompt: int = 0  # numbers that a prompt is stored as, where it is encoded by a T5; 0: few
     adapter: int = 0  # weights of a LoRA on the attention, per rank
     activations: int | None = None  # bytes per latent of each image
     checkpointed: int | None = None  # the same with gradient checkpointing
 
 
-def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
+def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, sample_size: int | None = None) -> Facts:
     """Of a local pipeline as its files say, from their headers; else the nominal ones.
 
     Args:
         parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
         nominal: of the published model.
+        sample_size: latents per side, of denoisers whose configuration says nothing of them.
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
     resolution = nominal.resolution
@@ -81,7 +84,7 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> F
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         if model.resolution is None:
             factor = _pixels_per_latent(vae, folder / "vae/config.json")
-            resolution = _sample_size(config, folder / network / "config.json") * factor
+            resolution = (sample_size or _sample_size(config, folder / network / "config.json")) * factor
     found = replace(nominal, **counts, resolution=model.resolution or resolution)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
@@ -238,19 +241,23 @@ def _check_family(config: Mapping[str, Any], file: Path) -> None:
 
 
 def image_size(
-    model: Model, vae: AutoencoderKL, denoiser: Denoiser, part: str = "unet"
+    model: Model, vae: AutoencoderKL, config: Mapping[str, Any], part: str = "unet", packed: int = 1
 ) -> tuple[int, tuple[int, int, int]]:
     """Resolution in pixels and shape of latents: as configured, else what the denoiser was trained at.
+
+    Args:
+        config: the denoiser's, which lies in `part`.
+        packed: how many latents the channels of one of its inputs hold.
 
     Raises:
         ValueError: the autoencoder cannot make latents of that size, or none that fit the denoiser.
     """
     factor = _pixels_per_latent(vae.config, parse(model.path) / "vae/config.json")
-    channels = denoiser.config["in_channels"]
-    if vae.config["latent_channels"] != channels:
-        raise ValueError(f"model.vae has {vae.config['latent_channels']} latent channels, the denoiser {channels}")
+    channels, wanted = vae.config["latent_channels"], config["in_channels"] / packed
+    if channels != wanted:
+        raise ValueError(f"model.vae has {channels} latent channels, the denoiser {wanted:g}")
     place = parse(model.path) / part / "config.json"
-    resolution = model.resolution or _sample_size(denoiser.config, place) * factor
+    resolution = model.resolution or _sample_size(config, place) * factor
     if resolution % factor:
         raise ValueError(f"model.resolution: {resolution} is not a multiple of {factor}, the pixels of a latent")
     return resolution, (channels, resolution // factor, resolution // factor)

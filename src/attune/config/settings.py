@@ -44,7 +44,6 @@ def _path(text: str) -> str:
 Location = Annotated[str, AfterValidator(_location)]
 """Where weights are: a local file or folder, or owner/name[/file]@commit on the Hub; see `attune.hub`."""
 
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -77,6 +76,7 @@ class Model(StrictModel):
     max_sequence_length: int | None = Field(
         None, ge=1, le=512, description="tokens of a prompt that a T5 or an LLM reads; null = as diffusers' pipeline"
     )
+    t5: bool = Field(False, description="Stable Diffusion 3 with its third text encoder, 4.8 billion weights")
     offload: bool = Field(
         False,
         description="networks take turns on the GPU and wait in the host's memory: less GPU memory, more time; not "
@@ -89,7 +89,7 @@ class Sampling(StrictModel):
 
     steps: int = Field(ge=1, le=999, description="DDIM steps")
     eta: Float = Field(ge=0, le=1, description="0 deterministic, 1 ancestral")
-    guidance_scale: Float = Field(ge=0, description="classifier-free guidance w, 1 = off")
+    guidance_scale: Float = Field(ge=0, description="guidance w: classifier-free, 1 = off; FLUX is told it")
     batch_size: int = Field(ge=1, description="images at a time; changes speed and memory only")
 
 
