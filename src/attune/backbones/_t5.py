@@ -50,11 +50,9 @@ def read_tokenizer(place: Source) -> T5Tokenizer:
     from transformers import T5Tokenizer
 
     folder = fetch_folder(place, TOKENIZER_FILES)
-    if not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file():
-        if find_spec("sentencepiece") is None:
-            raise FileNotFoundError(
-                f"{place}: there is no tokenizer.json; spiece.model needs the package sentencepiece"
-            )
+    alone = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and find_spec("sentencepiece") is None:
+        raise FileNotFoundError(f"{place}: there is no tokenizer.json; spiece.model needs the package sentencepiece")
     tokenizer: T5Tokenizer = load_tokenizer(T5Tokenizer, place)
     return tokenizer
 

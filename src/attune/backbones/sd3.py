@@ -1,7 +1,8 @@
 """Stable Diffusion 3.5 (and 3): a flow model with a transformer, told of the prompt by two CLIPs and perhaps a T5.
 
-Without `model.t5` its third text encoder, of 4.8 billion weights, is left out, as its authors allow; the transformer is
-then shown zeros in the place of its 256 tokens. Guidance is classifier-free; the empty prompt is encoded like any other.
+Without `model.t5` its third text encoder, of 4.8 billion weights, is left out, as its authors allow; the transformer
+is then shown zeros in the place of its 256 tokens. Guidance is classifier-free; the empty prompt is encoded like any
+other.
 
 Source: Esser et al. 2024, arXiv:2403.03206, sections 4 and 5, and diffusers' `StableDiffusion3Pipeline`.
 """
@@ -125,8 +126,8 @@ class StableDiffusion3:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both CLIPs side by side, (B, L, D_1 + D_2), and what they pool, (B, D_1 + D_2).
 
-        The T5's last ones, (B, L_3, D_3), are apart from them, if it is wanted. The zeros around, which without a T5 are
-        most of what the transformer sees, are added when it is called.
+        The T5's last ones, (B, L_3, D_3), are apart from them, if it is wanted. The zeros around, which without a T5
+        are most of what the transformer sees, are added when it is called.
         """
         encoded = [
             self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
@@ -134,8 +135,8 @@ class StableDiffusion3:
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded[:2]], dim=-1)
         pooled = torch.cat([output.text_embeds for output in encoded[:2]], dim=-1)
-        of_t5 = {"t5_embeds": output.last_hidden_state for output in encoded[2:]}
-        return Conditioning({"prompt_embeds": states, "text_embeds": pooled, **of_t5})
+        tensors = {"prompt_embeds": states, "text_embeds": pooled}
+        return Conditioning(tensors | ({"t5_embeds": encoded[2].last_hidden_state} if self.model.t5 else {}))
 
     def is_cut(self, prompt: str) -> bool:
         """By the T5, if there is one: what the CLIPs leave off is then not lost."""

@@ -88,9 +88,8 @@ class Policy:
         if guidance_scale == 1.0:
             return self._predict(x_t, t, cond)
         if kind == "none":
-            raise ValueError(
-                f"guidance_scale: {guidance_scale:g}, but {self.backbone.model.path} has none; set it to 1"
-            )
+            name = self.backbone.model.backbone
+            raise ValueError(f"guidance_scale: {guidance_scale:g}, but {name} has no guidance; set it to 1")
         both = Conditioning.cat([self.uncond.expand(len(cond)), cond])
         predicted = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         unconditional, conditional = predicted.chunk(2)
