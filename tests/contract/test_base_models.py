@@ -67,7 +67,7 @@ def test_it_says_what_it_is(name, bases):
     assert backbone.guidance == facts.guidance
     assert backbone.guidance in ("cfg", "embedded", "none")
     assert backbone.resolution == facts.resolution == 16
-    assert facts.denoiser == sum(weight.numel() for weight in backbone.denoiser.parameters())
+    assert facts.denoiser == sum(value.numel() for value in backbone.denoiser.state_dict().values())
     assert backbone.prediction_type in ("epsilon", "v_prediction", "flow")
     places = [place for place, _ in module.downloads(backbone.model)]
     assert all(place.place.startswith(backbone.model.path) for place in places)
@@ -207,12 +207,12 @@ def test_half_precision_is_inside_alone(name, adapted, dtype):
 
 
 def test_every_weight_in_float32_computes_in_half_precision(name, bases):
-    """As full fine-tuning does, under autocast."""
+    """As full fine-tuning does, under autocast. FLUX rounds 1000 w in half precision as it does 1000 s."""
     backbone = bases(name)
     policy = Policy(backbone, backbone.encode_prompts([""]), torch.bfloat16)
     policy.unfreeze()
-    predicted = policy.predict(*inputs(policy), 3.0)
-    exact = Policy(copy.copy(backbone), policy.uncond).predict(*inputs(policy), 3.0)
+    predicted = policy.predict(*inputs(policy))
+    exact = Policy(copy.copy(backbone), policy.uncond).predict(*inputs(policy))
     predicted.square().mean().backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in policy.parameters())
     assert 0 < (predicted - exact).norm() < 0.1 * exact.norm()
