@@ -19,6 +19,7 @@ from attune.planning.make import needs_preference_model, rows_of
 from attune.weights import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # of linear layers; nf4 has a float32 scale for 64 weights
 UNKNOWN = "unknown"
 GB = 1e9
 STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
@@ -152,8 +153,13 @@ def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
 
 def _frozen(s: Settings, weights: Facts) -> float:
     """Bytes of the base model's networks as they are loaded."""
-    half = BYTES[s.model.dtype]
-    return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
+    encoders = weights.text_encoders * BYTES[s.model.dtype]
+    return weights.denoiser * _per_weight(s) + encoders + weights.autoencoder * BYTES[s.model.vae_dtype]
+
+
+def _per_weight(s: Settings) -> float:
+    """Bytes of a frozen denoiser's weight; at least, as convolutions and norms are not quantised."""
+    return BYTES[s.model.dtype] if s.model.quantize is None else QUANTISED[s.model.quantize]
 
 
 def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Facts) -> float:
@@ -166,7 +172,7 @@ def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Fa
     if config.lora is None:
         return weights.denoiser * (STATE[config.optimizer] + 4) + decoder
     adapter = weights.adapter * config.lora.rank * STATE[config.optimizer]
-    return max(_frozen(s, weights), weights.denoiser * BYTES[s.model.dtype] + adapter + decoder)
+    return max(_frozen(s, weights), weights.denoiser * _per_weight(s) + adapter + decoder)
 
 
 def _activations(config: MethodConfig, images: int | None, s: Settings, weights: Facts) -> float | None:
