@@ -21,7 +21,10 @@ OTHER_TABLES = (  # neither of Stable Diffusion 3 nor of FLUX: sigmas that sampl
     *("shift_terminal", "invert_sigmas", "stochastic_sampling"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
 )
-SIZES = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")  # `calculate_shift`'s, in its order
+SIZES = {  # a scheduler's names -> those of diffusers' `calculate_shift`
+    **{"base_image_seq_len": "base_seq_len", "max_image_seq_len": "max_seq_len"},
+    **{"base_shift": "base_shift", "max_shift": "max_shift"},
+}
 
 
 def load_path(model: Model, tokens: int | None = None) -> Flow:
@@ -37,7 +40,8 @@ def load_path(model: Model, tokens: int | None = None) -> Flow:
     config, file = _latent.scheduler_config(model)
     if config.get("_class_name") != SCHEDULER:
         raise ValueError(f"{file}: a model for {config.get('_class_name')!r:.60} is no flow, which needs {SCHEDULER}")
-    odd = [key for key in OTHER_TABLES if config.get(key)] + ([DYNAMIC] if config.get(DYNAMIC) and not tokens else [])
+    refused = OTHER_TABLES if tokens is not None else (*OTHER_TABLES, DYNAMIC)
+    odd = [key for key in refused if config.get(key)]
     if odd:
         raise ValueError(f"{file}: a flow model with {odd[0]} is not supported")
     n_train = config.get("num_train_timesteps", 1000)
@@ -65,10 +69,8 @@ def size_shift(config: Mapping[str, Any], tokens: int, file: Path | str = "the s
     given = {key: config[key] for key in SIZES if key in config}
     if odd := [key for key, value in given.items() if not _is_number(value)]:
         raise ValueError(f"{file}: {odd[0]} {given[odd[0]]!r:.40} is no number")
-    names = ("base_seq_len", "max_seq_len", "base_shift", "max_shift")
-    sizes = {name: given[key] for name, key in zip(names, SIZES, strict=True) if key in given}
     try:
-        mu = float(calculate_shift(tokens, **sizes))
+        mu = float(calculate_shift(tokens, **{SIZES[key]: value for key, value in given.items()}))
     except ZeroDivisionError:
         mu = math.inf
     if not abs(mu) <= math.log(100):

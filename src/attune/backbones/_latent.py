@@ -87,7 +87,7 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, samp
             resolution = (sample_size or _sample_size(config, folder / network / "config.json")) * factor
     found = replace(nominal, **counts, resolution=model.resolution or resolution)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
-    return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
+    return found if same else replace(found, prompt=0, adapter=0, activations=None, checkpointed=None)
 
 
 def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:

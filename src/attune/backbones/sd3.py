@@ -131,12 +131,17 @@ class StableDiffusion3:
         """
         encoded = [
             self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
-            for tokenizer, encoder in self.encoders
+            for tokenizer, encoder in self.encoders[:2]
         ]
-        states = torch.cat([output.hidden_states[-2] for output in encoded[:2]], dim=-1)
-        pooled = torch.cat([output.text_embeds for output in encoded[:2]], dim=-1)
-        tensors = {"prompt_embeds": states, "text_embeds": pooled}
-        return Conditioning(tensors | ({"t5_embeds": encoded[2].last_hidden_state} if self.model.t5 else {}))
+        states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
+        tensors = {
+            "prompt_embeds": states,
+            "text_embeds": torch.cat([output.text_embeds for output in encoded], dim=-1),
+        }
+        for tokenizer, t5 in self.encoders[2:]:
+            ids = _latent.tokenise(tokenizer, prompts, self.device)
+            tensors["t5_embeds"] = self.turn(t5)(ids).last_hidden_state
+        return Conditioning(tensors)
 
     def is_cut(self, prompt: str) -> bool:
         """By the T5, if there is one: what the CLIPs leave off is then not lost."""
