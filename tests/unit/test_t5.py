@@ -103,6 +103,22 @@ def test_prompts_are_stored_in_the_models_precision(folder, dtype):
     assert full.encode_prompts(PROMPTS).tensors["t5_embeds"].dtype == getattr(torch, dtype)
 
 
+@torch.no_grad()
+def test_many_prompts_are_read_a_few_at_a_time(flux_folder, monkeypatch):
+    """Their attention would not fit otherwise; three of 20 tokens, then the fourth alone."""
+    backbone = flux.load(Model(backbone="flux", path=flux_folder, resolution=16, max_sequence_length=20), CPU)
+    prompts, seen = ["a cat", "an owl", "bees", "no hen"], []
+    whole = backbone.encode_prompts(prompts).tensors["prompt_embeds"]
+    monkeypatch.setattr(_t5, "TOKENS_AT_ONCE", 79)
+    hook = backbone.t5[1].register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    in_parts = backbone.encode_prompts(prompts).tensors["prompt_embeds"]
+    hook.remove()
+    torch.testing.assert_close(in_parts, whole)
+    assert seen == [3, 1]
+    monkeypatch.setattr(_t5, "TOKENS_AT_ONCE", 5)
+    torch.testing.assert_close(backbone.encode_prompts(prompts).tensors["prompt_embeds"], whole)
+
+
 # ---------------------------------------------------------------- what it reads of a prompt
 
 

@@ -7,11 +7,14 @@ Source: Raffel et al. 2020, arXiv:1910.10683, the encoder alone; diffusers' `_ge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from attune.backbones import _latent
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
 from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer
@@ -19,12 +22,13 @@ from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, T5Tokenizer
 
+TOKENS_AT_ONCE = 4096  # 8 prompts of 512, whose attention takes 1 GB where no kernel fuses its bias by position
 WEIGHTS = 4_762_310_656
 """Of T5 1.1 XXL's encoder, which both have."""
 
 
 def load(model: Model, number: str, length: int, device: torch.device) -> tuple[T5Tokenizer, PreTrainedModel]:
-    """A tokenizer and its encoder, which must fit each other; `_latent.tokenise` and `is_cut` take the tokenizer.
+    """A tokenizer and its encoder, which must fit each other; `encode` takes both, `_latent.is_cut` the tokenizer.
 
     Args:
         number: what their folders' names end in.
@@ -43,6 +47,13 @@ def load(model: Model, number: str, length: int, device: torch.device) -> tuple[
     _check(tokenizer, encoder.config, place)
     tokenizer.model_max_length = tokens(model, length)
     return tokenizer, encoder
+
+
+def encode(tokenizer: T5Tokenizer, encoder: PreTrainedModel, prompts: Sequence[str], device: torch.device) -> Tensor:
+    """The last hidden states (B, L, D) of any number of prompts."""
+    ids = _latent.tokenise(tokenizer, prompts, device)
+    parts = ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))
+    return torch.cat([encoder(part).last_hidden_state for part in parts])
 
 
 def read_tokenizer(place: Source) -> T5Tokenizer:

@@ -131,7 +131,7 @@ class Flux:
         """The last hidden states of the T5, (B, L, D), and what the CLIP pools, (B, D')."""
         (clip_tokenizer, clip), (t5_tokenizer, t5) = self.clip, self.t5
         pooled = self.turn(clip)(_latent.tokenise(clip_tokenizer, prompts, self.device)).pooler_output
-        states = self.turn(t5)(_latent.tokenise(t5_tokenizer, prompts, self.device)).last_hidden_state
+        states = _t5.encode(t5_tokenizer, self.turn(t5), prompts, self.device)
         return Conditioning({"prompt_embeds": states, "text_embeds": pooled})
 
     def is_cut(self, prompt: str) -> bool:

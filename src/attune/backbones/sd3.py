@@ -139,8 +139,7 @@ class StableDiffusion3:
             "text_embeds": torch.cat([output.text_embeds for output in encoded], dim=-1),
         }
         for tokenizer, t5 in self.encoders[2:]:
-            ids = _latent.tokenise(tokenizer, prompts, self.device)
-            tensors["t5_embeds"] = self.turn(t5)(ids).last_hidden_state
+            tensors["t5_embeds"] = _t5.encode(tokenizer, self.turn(t5), prompts, self.device)
         return Conditioning(tensors)
 
     def is_cut(self, prompt: str) -> bool:
