@@ -7,10 +7,10 @@ import torch
 from golden.flow_grpo import flow_grpo_step
 from golden.reading import tensors
 
-from attune.backbones._flow import sampling_sigmas, scheduler_of
+from attune.backbones._flow import sampling_sigmas, scheduler_of, size_shift
 from attune.diffusion import process
 from attune.diffusion.losses import denoising_error, implicit_reward, preference_loss
-from attune.diffusion.path import VP, Flow, flux_shift, logit_normal, shifted
+from attune.diffusion.path import VP, Flow, logit_normal, shifted
 
 pytestmark = pytest.mark.parity
 REL = 2e-6
@@ -63,10 +63,13 @@ def test_tables_that_training_draws_from(table):
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096])
 @pytest.mark.parametrize("steps", [10, 28])
 def test_the_shift_of_flux(table, tokens, steps):
-    case, shift = tensors("24b_flow_schedules"), flux_shift(tokens)
-    close(table, "24b", "mu, FLUX", torch.tensor(math.log(shift)), case[f"flux.tokens{tokens}.mu"])
-    sigmas = shifted(torch.linspace(1, 1 / steps, steps), shift)
-    close(table, "24b", "sigmas, FLUX", sigmas, case[f"flux.tokens{tokens}.n{steps}.sigmas"][:-1])
+    """What training draws is shifted by as much as what sampling visits: of even sigmas both make the same."""
+    case, config = tensors("24b_flow_schedules"), {"use_dynamic_shifting": True}
+    mu, expected = size_shift(config, tokens), case[f"flux.tokens{tokens}.n{steps}.sigmas"]
+    close(table, "24b", "mu, FLUX", torch.tensor(mu), case[f"flux.tokens{tokens}.mu"])
+    close(table, "24b", "sigmas, FLUX", sampling_sigmas(config, steps, mu), expected)
+    even = torch.linspace(1, 1 / steps, steps)
+    close(table, "24b", "shift in training, FLUX", shifted(even, math.exp(mu)), expected[:-1])
 
 
 @pytest.mark.parametrize(("beta", "rel"), [(100, 5e-5), (2000, 1e-4)])

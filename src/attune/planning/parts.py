@@ -26,7 +26,7 @@ def prepared_parts(settings: Settings, digests: Digests) -> dict[str, str]:
     """Of `prepare`: `latents`, `prompts`, `generated` (images that a source wants), and `scores/<scorer>`."""
     model, backbone = settings.model, plugins.module_name("backbones", settings.model.backbone)
     paths, encoded = paths_in(model), model.model_dump(exclude=ELSEWHERE)
-    latents = {key: value for key, value in encoded.items() if key not in ("dtype", "max_sequence_length")}
+    latents = {key: value for key, value in encoded.items() if key not in ("dtype", "max_sequence_length", "t5")}
     prompts = {key: value for key, value in encoded.items() if key not in ("vae", "vae_dtype", "channels_last")}
     parts = {
         "latents": _part(latents, paths, [backbone, COMPUTE], digests),
