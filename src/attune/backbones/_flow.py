@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch import Tensor
 from attune.backbones import _latent
 from attune.config.settings import Model
 from attune.diffusion.path import Density, Flow, logit_normal, shifted, uniform_over
-
-if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 DYNAMIC = "use_dynamic_shifting"
@@ -83,13 +80,13 @@ def times(model: Model, tokens: int | None = None) -> dict[str, Any]:
     return {"density": model.density or "logit_normal", "shift": shift, "sampled_at": SCHEDULER}
 
 
-def load_scheduler(model: Model, tokens: int | None = None) -> FlowMatchEulerDiscreteScheduler:
+def load_scheduler(model: Model, tokens: int | None = None) -> Any:
     """diffusers' own, which has our sampler's times. As `load_path`."""
     return scheduler_of(checked_config(model, tokens)[0])
 
 
-def scheduler_of(config: Mapping[str, Any]) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of a configuration."""
+def scheduler_of(config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler of a configuration."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler.from_config(config)

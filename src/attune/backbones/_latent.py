@@ -69,8 +69,8 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, samp
         multiple = factor * patch_size(config, folder / network / "config.json")
         if model.resolution is None:
             resolution = (sample_size or _sample_size(config, folder / network / "config.json")) * factor
-    sizes = {"resolution": model.resolution or resolution, "multiple": multiple, "channels": channels}
-    found = replace(nominal, **counts, **sizes)
+    resolution = model.resolution or resolution
+    found = replace(nominal, **counts, resolution=resolution, multiple=multiple, channels=channels)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, prompt=0, adapter=0, activations=None, checkpointed=None, text=0)
 
