@@ -21,7 +21,7 @@ from attune.weights import count_parameters, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTokenizer, PreTrainedModel
+    from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -160,12 +160,12 @@ def load_text(
     return tokenizer, encoder
 
 
-def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
+def tokenise(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Token ids (B, L), padded to the encoder's full length as the tokenizer's own configuration says."""
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 
-def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
+def is_cut(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """Whether a prompt has more tokens than the encoder reads; `tokenise` cuts off the rest."""
     beginning = " ".join(prompt.split())[: tokenizer.model_max_length * MAX_TOKEN_CHARS]
     ids = tokenizer(beginning, truncation=False, verbose=False).input_ids

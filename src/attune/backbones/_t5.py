@@ -20,7 +20,7 @@ from attune.hub import Source, fetch_folder, parse
 from attune.pretrained import TOKENIZER_FILES, load_pretrained, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, T5Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Tokenizer
 
 TOKENS_AT_ONCE = 4096  # 8 prompts of 512, whose attention takes 1 GB where no kernel fuses its bias by position
 WEIGHTS = 4_762_310_656
@@ -49,7 +49,9 @@ def load(model: Model, number: str, length: int, device: torch.device) -> tuple[
     return tokenizer, encoder
 
 
-def encode(tokenizer: T5Tokenizer, encoder: PreTrainedModel, prompts: Sequence[str], device: torch.device) -> Tensor:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str], device: torch.device
+) -> Tensor:
     """The last hidden states (B, L, D) of any number of prompts."""
     ids = _latent.tokenise(tokenizer, prompts, device)
     parts = ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))

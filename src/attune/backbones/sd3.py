@@ -27,7 +27,7 @@ from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENOISER = "transformer"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
@@ -99,14 +99,14 @@ class StableDiffusion3:
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
-    def encoders(self) -> list[tuple[CLIPTokenizer | T5Tokenizer, PreTrainedModel]]:
+    def encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         return self._load_encoders()
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         return self._load_vae()
 
-    def _load_encoders(self) -> list[tuple[CLIPTokenizer | T5Tokenizer, PreTrainedModel]]:
+    def _load_encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         from transformers import CLIPTextModelWithProjection
 
         clips = [_latent.load_text(CLIPTextModelWithProjection, self.model, n, self.turn.start) for n in ("", "_2")]
