@@ -166,3 +166,6 @@ def test_prompts_without_positions_are_refused(folder):
     load(folder, max_sequence_length=224)
     with pytest.raises(ValueError, match=r"model\.max_sequence_length: 225, but there are positions for 224 tokens"):
         load(folder, max_sequence_length=225)
+    z_image.check_positions([258, 16, 16], 256, 8, 16)  # the image stands at 257, after 1 to 256
+    with pytest.raises(ValueError, match="there are positions for 224 tokens"):
+        z_image.check_positions([257, 16, 16], 256, 8, 16)
