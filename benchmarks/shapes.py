@@ -1,4 +1,4 @@
-"""Models with random weights in the released shapes of SD 1.5, SDXL and ViT-H/14, or small ones that cost nothing.
+"""Models with random weights in the released shapes of SD 1.5, SDXL, SD 3.5 Medium and ViT-H/14, or small ones.
 
 Written to a folder in diffusers' layout (`write_pipeline`), which the real loading code reads, or made at once on a
 device (`RandomSD`, `RandomXL`, `random_clip`), which takes a second where reading 7 GB would take a minute.
@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -47,6 +53,24 @@ UNETS: dict[str, dict[str, Any]] = {
         "sample_size": 128,
     },
 }
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "sd35m": {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+}
+BACKBONES = {"sd15": "sd", "sdxl": "sdxl", "sd35m": "sd3"}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -66,6 +90,8 @@ SMALL_VIT = {
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 TEXT_2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
 SCALING = {"sd15": 0.18215, "sdxl": 0.13025}
+OF_FLOW = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+OF_FLOW |= {"use_quant_conv": False, "use_post_quant_conv": False}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 FIRST, LAST = "<|startoftext|>", "<|endoftext|>"
 
@@ -106,6 +132,9 @@ def scheduler() -> DDIMScheduler:
 
 def write_pipeline(base: str, folder: Path, dtype: torch.dtype, small: bool = False) -> None:
     """A pipeline folder in the released shapes and layout, with random weights."""
+    if base in TRANSFORMERS:
+        _write_flow(base, folder, dtype)
+        return
     made(lambda: unet(base, small), dtype).save_pretrained(folder / "unet")
     made(lambda: vae(base, small), dtype).save_pretrained(folder / "vae")
     made(lambda: CLIPTextModel(CLIPTextConfig(**TEXT)), dtype).save_pretrained(folder / "text_encoder")
@@ -115,6 +144,18 @@ def write_pipeline(base: str, folder: Path, dtype: torch.dtype, small: bool = Fa
         made(lambda: CLIPTextModelWithProjection(config), dtype).save_pretrained(folder / "text_encoder_2")
         tokenizer().save_pretrained(folder / "tokenizer_2")
     scheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text("{}")
+
+
+def _write_flow(base: str, folder: Path, dtype: torch.dtype) -> None:
+    """A flow model with a transformer and two CLIPs, without a T5."""
+    made(lambda: SD3Transformer2DModel(**TRANSFORMERS[base]), dtype).save_pretrained(folder / "transformer")
+    made(lambda: AutoencoderKL(**VAE, **OF_FLOW), dtype).save_pretrained(folder / "vae")
+    for number, text in (("", TEXT), ("_2", TEXT_2)):
+        config = CLIPTextConfig(**text, projection_dim=text["hidden_size"])
+        made(lambda c=config: CLIPTextModelWithProjection(c), dtype).save_pretrained(folder / f"text_encoder{number}")
+        tokenizer().save_pretrained(folder / f"tokenizer{number}")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text("{}")
 
 

@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python benchmarks/true_shapes.py sd15-dpo sd15-spo sdxl-dpo --dtype bfloat16 --steps 3
     PYTHONPATH=src python benchmarks/true_shapes.py sdxl-dpo --resolution 256 --checkpointing
+    PYTHONPATH=src python benchmarks/true_shapes.py sd35m-dpo --resolution 512
 
 Each case runs in a process of its own through the real loading code and the real training loop; only weights,
 latents and text embeddings are random. On a GPU, memory is what torch allocated there; on a CPU, the peak of the whole
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from gpu_rows import StepPairsOnly
-from shapes import UNETS, write_pipeline
+from shapes import BACKBONES, write_pipeline
 
 from attune.build import load_policy
 from attune.config.settings import Model
@@ -37,10 +38,10 @@ from attune.training.loop import Callbacks, train
 
 def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
     """The random pipeline as a policy with a LoRA on its attention, read as any other model is."""
-    backbone = "sdxl" if base == "sdxl" else "sd"
-    policy = load_policy(Model(backbone=backbone, path=str(folder), dtype=args.dtype, resolution=args.resolution))
+    settings = {"dtype": args.dtype, "vae_dtype": args.vae_dtype, "resolution": args.resolution}
+    policy = load_policy(Model(backbone=BACKBONES[base], path=str(folder), **settings))
     policy.backbone.release()  # as a training does
-    policy.add_adapter(rank=64 if base == "sdxl" else 4, seed=0)
+    policy.add_adapter(rank={"sd15": 4, "sdxl": 64, "sd35m": 32}[base], seed=0)
     if args.checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
     return policy
@@ -122,8 +123,11 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=[f"{base}-{method}" for base in UNETS for method in ("dpo", "spo")])
+    parser.add_argument(
+        "cases", nargs="+", choices=[f"{base}-{method}" for base in BACKBONES for method in ("dpo", "spo")]
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--vae-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--resolution", type=int, help="pixels; default 512 and 1024")
     parser.add_argument("--batch", type=int, default=1, help="pairs, or step pairs, per step")
     parser.add_argument("--steps", type=int, default=1, help="steps after the first")

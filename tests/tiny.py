@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -33,6 +35,9 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 from attune.data.store import PreparedData
@@ -149,8 +154,17 @@ def write_xl_pipeline(folder: Path, zeros_for_empty_prompt: bool = True) -> str:
     return str(folder)
 
 
-def write_sd3_pipeline(folder: Path) -> str:
-    """A Stable Diffusion 3.5 folder in diffusers' layout, without a T5; one block has a second attention."""
+def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A T5 of the kind that pipelines have, gated, and its tokenizer of letters; the model's number is rounded up."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    kinds = {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8, "is_encoder_decoder": False}
+    encoder = T5EncoderModel(T5Config(vocab_size=len(pieces) + 2, **sizes, **kinds))
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512), _loud(encoder)
+
+
+def write_sd3_pipeline(folder: Path, with_t5: bool = False) -> str:
+    """A Stable Diffusion 3.5 folder in diffusers' layout, with or without a T5; one block has a second attention."""
     torch.manual_seed(6)
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -178,11 +192,39 @@ def write_sd3_pipeline(folder: Path) -> str:
         vae=_loud(autoencoder(**vae)),
         text_encoder=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**first))),
         text_encoder_2=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**second))),
-        text_encoder_3=None,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer(vocab=shifted, merges=[], model_max_length=16, pad_token="!"),
-        tokenizer_3=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **dict(zip(("tokenizer_3", "text_encoder_3"), t5(48) if with_t5 else (None, None), strict=True)),
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def write_flux_pipeline(folder: Path) -> str:
+    """A FLUX.1-dev folder in diffusers' layout; four of its latent channels are a token of 16."""
+    torch.manual_seed(7)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    tokenizer(folder / "tokenizer")
+    tokenizer_2, text_encoder_2 = t5(32)
+    vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+    FluxPipeline(
+        transformer=_loud(transformer),
+        vae=_loud(autoencoder(**vae)),
+        text_encoder=_loud(CLIPTextModel(CLIPTextConfig(**TEXT, **ENDS))),
+        text_encoder_2=text_encoder_2,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=tokenizer_2,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ).save_pretrained(folder)
     return str(folder)
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # a denoiser's first and last layer and its embeddings, is put together for the whole call.
 BLOCKS = (
     *("BasicTransformerBlock", "Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
-    "ZImageTransformerBlock",
+    *("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock", "ZImageTransformerBlock"),
 )
 
 

@@ -30,6 +30,9 @@ Metrics = dict[str, float | Tensor]
 Log = Callable[[Mapping[str, float], int], None]
 """`log(metrics, step)`: how training reports its metrics."""
 
+Guidance = Literal["cfg", "embedded", "none"]
+"""How a model is guided: classifier-free, by a number that the denoiser is told, or not at all."""
+
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 """`score(images, prompts)`: what is called of a `Reward`."""
 
@@ -81,6 +84,7 @@ class Backbone(Protocol):
     denoiser: Denoiser
     path: Path  # levels of noise, native target, and times of training and sampling
     prediction_type: str  # what the denoiser's own output is: epsilon, v_prediction or flow
+    guidance: Guidance  # if embedded, `predict` finds it in its conditioning as "guidance", (B,)
     resolution: int  # pixels, square
     latent_shape: tuple[int, int, int]
     lora_targets: Sequence[str]

@@ -15,10 +15,12 @@ LICENSES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community",
     "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
+    "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
     "Tongyi-MAI/Z-Image": "apache-2.0",
 }
 NOT_OF_THE_HUB = {  # names of licences that the Hub has no word for -> where they are
     "stabilityai-ai-community": "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md",
+    "flux-1-dev-non-commercial-license": "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
 }
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="nn.Module")
 TOKENIZER_FILES = (
-    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "config.json"),
+    *("tokenizer*", "vocab.*", "merges.txt", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json"),
 )
 
 

@@ -87,6 +87,12 @@ def sd3(tmp_path_factory):
     return load("sd3", tmp_path_factory.mktemp("sd3"))
 
 
-def load(name, folder):
-    model = Model(backbone=name, path=write_pipeline(folder, f"tiny_{name}"))
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory):
+    """The tiny FLUX.1-dev of case 24e, which reads 16 tokens of a prompt; shared, so training needs `own`."""
+    return load("flux", tmp_path_factory.mktemp("flux"), resolution=16, max_sequence_length=16)
+
+
+def load(name, folder, **settings):
+    model = Model(backbone=name, path=write_pipeline(folder, f"tiny_{name}"), **settings)
     return plugins.load("backbones", name).load(model, torch.device("cpu"))

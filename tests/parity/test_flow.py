@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from golden.flow_grpo import flow_grpo_step
 from golden.reading import tensors
 
-from attune.backbones._flow import sampling_sigmas
+from attune.backbones._flow import sampling_sigmas, scheduler_of, size_shift
 from attune.diffusion import process
 from attune.diffusion.losses import denoising_error, implicit_reward, preference_loss
-from attune.diffusion.path import VP, Flow, flux_shift, logit_normal, shifted
+from attune.diffusion.path import VP, Flow, logit_normal, shifted
 
 pytestmark = pytest.mark.parity
 REL = 2e-6
@@ -22,18 +23,12 @@ def close(table, case, what, actual, expected, rel=REL):
 
 @pytest.mark.parametrize(("variant", "noise_level"), [("nl07", 0.7), ("nl02", 0.2)])
 def test_flow_grpos_step_is_eulers_and_a_push_along_our_noise(table, variant, noise_level):
-    """Their mean = our step at eta 0 + g^2 dt / (2 s) epsilon, g^2 = level^2 s / (1 - s); their std = g sqrt(-dt)."""
     case, name = tensors("24a_flow_sde_step"), f"24a {variant}"
     x, output = case["sample"], case["model_output"].clone().requires_grad_()
-    s, s_prev = case["sigma"].view(-1, 1, 1, 1), case["sigma_prev"].view(-1, 1, 1, 1)
-    now, to = FLOW.level(1000 * case["sigma"], x), FLOW.level(1000 * case["sigma_prev"], x)
-    x_0, noise = FLOW.x0_and_noise(output, x, now)
-    euler, no_noise = process.ddim_step(x_0, noise, now, to, eta=0.0)
-    assert not no_noise.any()
     times = FLOW.sampling_times(10) / 1000
     table.exact("24a", "sigmas", torch.stack([times[case["step_index"]], times[case["step_index"] + 1]]), sides(case))
-    variance = noise_level**2 * s / (1 - torch.where(s == 1, times[1], s))  # theirs at pure noise
-    mean, std = euler + variance * (s_prev - s) / (2 * s) * noise, (variance * (s - s_prev)).sqrt()
+    second = times[1].item()
+    mean, std = flow_grpo_step(FLOW, output, x, case["sigma"], case["sigma_prev"], second, noise_level)
     close(table, name, "mean", mean, case[f"{variant}.prev_sample_mean"])
     close(table, name, "std", std.flatten(), case[f"{variant}.noise_std"])
     log_prob = process.gaussian_log_prob(case["prev_sample"], mean, std)
@@ -60,16 +55,21 @@ def test_tables_that_training_draws_from(table):
     """FLUX's is not shifted before an image's size is known, so its shift is ours to add."""
     case, even = tensors("24b_flow_schedules"), torch.arange(1000, 0, -1) / 1000
     close(table, "24b", "training table, shift 3", shifted(even, 3.0), case["shift3.train_table_sigmas"])
+    drawn = scheduler_of({"shift": 3.0}).sigmas  # of `density: uniform`
+    table.exact("24b", "table of the uniform density, shift 3", drawn, case["shift3.train_table_sigmas"])
     close(table, "24b", "training table, FLUX", even, case["flux.train_table_sigmas"])
 
 
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4096])
 @pytest.mark.parametrize("steps", [10, 28])
 def test_the_shift_of_flux(table, tokens, steps):
-    case, shift = tensors("24b_flow_schedules"), flux_shift(tokens)
-    close(table, "24b", "mu, FLUX", torch.tensor(math.log(shift)), case[f"flux.tokens{tokens}.mu"])
-    sigmas = shifted(torch.linspace(1, 1 / steps, steps), shift)
-    close(table, "24b", "sigmas, FLUX", sigmas, case[f"flux.tokens{tokens}.n{steps}.sigmas"][:-1])
+    """What training draws is shifted by as much as what sampling visits: of even sigmas both make the same."""
+    case, config = tensors("24b_flow_schedules"), {"use_dynamic_shifting": True}
+    mu, expected = size_shift(config, tokens), case[f"flux.tokens{tokens}.n{steps}.sigmas"]
+    close(table, "24b", "mu, FLUX", torch.tensor(mu), case[f"flux.tokens{tokens}.mu"])
+    close(table, "24b", "sigmas, FLUX", sampling_sigmas(config, steps, mu), expected)
+    even = torch.linspace(1, 1 / steps, steps)
+    close(table, "24b", "shift in training, FLUX", shifted(even, math.exp(mu)), expected[:-1])
 
 
 @pytest.mark.parametrize(("beta", "rel"), [(100, 5e-5), (2000, 1e-4)])

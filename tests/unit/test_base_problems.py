@@ -1,5 +1,6 @@
 """Settings that a base model cannot have are told by the plan; which times a flow model is trained at."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import params
 import tiny
 from attune.backbones import sd, sd3, sdxl
+from attune.backbones._diffusers import sampler_name
 from attune.config.resolve import load
 from attune.config.schema import ConfigError
 from attune.config.settings import Model
@@ -94,6 +96,7 @@ def test_the_plan_says_and_holds_the_times(settings, flow):
         found = of_flow(settings, flow, model={"density": given})
         table = {row.stage: row.does for row in rows(found, {}, {}, {})}
         assert table["align@dpo"].endswith(f"pairs, times {shown}")
+        assert "times" not in table["align@spo"], "it trains on the times that it samples at"
     assert not any(", times" in row.does for row in rows(settings(), {}, {}, {}))
 
 
@@ -103,8 +106,8 @@ def test_another_density_is_another_training(settings, flow, tmp_path):
         for density in ("logit_normal", "uniform")
     ]
     differ = {file.stem for file in plans[0] if plans[0][file] != plans[1][file]}
-    assert {"align-dpo", "align-sft"} <= differ
-    assert not {name for name in differ if name.startswith("evaluate")}
+    trainings = {f"{stage}-{run}" for stage in ("align", "sweep") for run in ("base", "sft", "dpo", "spo")}
+    assert differ - {"report"} == trainings | {"preference"}, "no image is encoded or generated anew"
 
 
 # ---------------------------------------------------------------- sizes
@@ -135,6 +138,32 @@ def test_a_patch_that_is_no_number_is_an_error_with_its_file(settings, flow, tmp
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": "2"}))
     with pytest.raises(ValueError, match=rf"{file}: patch_size '2' is no number"):
         facts(of_flow(settings, str(copied)))
+
+
+def test_sixteen_channels_take_four_times_the_disk(settings, flow):
+    """Of 4 x 8 x 8 latents in float32, 1 KB; published ones of Stable Diffusion 3 have 16 channels, and so 4 KB."""
+    disk = {}
+    for channels, model in ((4, {"path": flow}), (16, {"path": HUB, "resolution": 64})):
+        found = settings(model={"backbone": "sd3", **model})
+        assert facts(found).channels == channels
+        disk[channels] = next(rows(found, {}, {}, {"pairs": 1000})).disk
+    assert disk[16] == 2 * 1000 * 16 * 8 * 8 * 4
+    assert disk[4] == 2 * 1000 * 4 * (16 / 8) ** 2 * 4
+
+
+def test_a_prompt_counts_as_activations_of_a_transformer(settings, monkeypatch):
+    """Two images of 64 latents and a prompt of 36: 2 * 100 * 1,000 bytes in half precision."""
+    counted = dataclasses.replace(sd3.NOMINAL, activations=1000, text=36)
+    monkeypatch.setattr(sd3, "NOMINAL", counted)
+    dpo = {"lora": {"rank": 2}, "batches": 1, "batch_size": 1, "gradient_checkpointing": False}
+    model = {"backbone": "sd3", "path": HUB, "resolution": 64, "dtype": "bfloat16"}
+    table = {row.stage: row for row in rows(settings(model=model, methods__dpo=dpo), {}, {}, {})}
+    assert table["align@dpo"].activations == 200_000
+
+
+def test_the_protocol_names_the_step(settings, flow):
+    names = [sampler_name(Model(backbone=kind, path=flow), eta) for kind, eta in (("sd", 1), ("sd3", 0), ("sd3", 1))]
+    assert names == ["DDIM", "Euler", "DDIM's step on the flow"]
 
 
 # ---------------------------------------------------------------- methods

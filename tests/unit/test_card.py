@@ -71,7 +71,7 @@ def test_text_from_outside_stays_text(where):
         "start": {"starts_from": HOSTILE},
     }[where]
     data = {"source": "table", "path": HOSTILE if where == "path" else "data/x"}
-    text = card(made(**changes), data, Evidence(None, HOSTILE, None, {"steps": 20, "guidance_scale": 7.5}))
+    text = card(made(**changes), data, Evidence(None, HOSTILE, None, {"steps": 20, "eta": 0, "guidance_scale": 7.5}))
     outside_code = text.split("```python")[0] + text.split("```\n", 1)[-1].rsplit("```\n", 1)[-1]
     assert "<script>" not in outside_code
     assert "[x](" not in outside_code

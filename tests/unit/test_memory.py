@@ -266,7 +266,12 @@ def test_planned_memory_is_near_what_was_measured(weights, rank, resolution, che
 )
 def test_images_at_once(name, changes, kind, images):
     config = plugins.load("methods", name).Config(**changes)
-    assert costs._images_at_once(config, name, kind) == images
+    assert costs._images_at_once(config, name, kind, doubled=True) == images
+
+
+def test_guidance_that_a_denoiser_is_told_shows_it_no_image_twice():
+    config = plugins.load("methods", "spo").Config(minibatch_size=5, guidance_scale=5.0)
+    assert costs._images_at_once(config, "spo", "prompts", doubled=False) == 5
 
 
 def test_a_model_of_another_shape_is_not_guessed(tiny_folder):

@@ -43,7 +43,7 @@ def folder(path: Path, sides: tuple[str, str], n: int, prompt: str = "a photo of
     return path
 
 
-@pytest.mark.parametrize("base", ["tiny", "sd15_12gb", "sd15_24gb", "sdxl_24gb", "z_image_24gb"])
+@pytest.mark.parametrize("base", ["tiny", "sd15_12gb", "sd15_24gb", "sdxl_24gb", "sd35m_24gb", "z_image_24gb"])
 @pytest.mark.parametrize(("sides", "method"), [(("chosen", "rejected"), "dpo"), (("liked", "disliked"), "kto")])
 def test_a_profile_that_has_no_problem_is_written(project, base, sides, method):
     data = folder(project / "mine", sides, 20)

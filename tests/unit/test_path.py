@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import tiny
+from attune.backbones._flow import size_shift
 from attune.diffusion import process
-from attune.diffusion.path import VP, Flow, flux_shift, logit_normal, shifted, uniform_over
+from attune.diffusion.path import VP, Flow, logit_normal, shifted, uniform_over
 
 
 def sigmas(steps):
@@ -161,10 +162,11 @@ def test_times_of_a_flow_are_the_schedulers():
 
 
 def test_shifts_by_hand():
-    """k s / (1 + (k - 1) s): 3 * 0.5 / (1 + 2 * 0.5) = 0.75; FLUX's e^0.5 at 256 tokens and e^1.15 at 4096."""
+    """k s / (1 + (k - 1) s): 3 * 0.5 / (1 + 2 * 0.5) = 0.75; FLUX's mu is 0.5 at 256 tokens and 1.15 at 4096."""
     torch.testing.assert_close(shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    assert flux_shift(256) == pytest.approx(1.6487213)
-    assert flux_shift(4096) == pytest.approx(3.1581929)
+    config = {"use_dynamic_shifting": True}
+    assert size_shift(config, 256) == pytest.approx(0.5)
+    assert size_shift(config, 4096) == pytest.approx(1.15)
 
 
 def test_training_times_are_drawn_row_by_row(path):

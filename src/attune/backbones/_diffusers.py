@@ -33,3 +33,11 @@ def in_diffusers(model: Model) -> InDiffusers | None:
     """What the backbone of `model.backbone` says of itself; None if it says nothing."""
     tell = getattr(plugins.load("backbones", model.backbone), "in_diffusers", None)
     return None if tell is None else tell(model)
+
+
+def sampler_name(model: Model, eta: float) -> str:
+    """What our sampler's step is called on this model: without noise, that of a flow is Euler's."""
+    names = in_diffusers(model)
+    if names is None or not names.is_flow:
+        return "DDIM"
+    return "Euler" if eta == 0 else "DDIM's step on the flow"

@@ -15,17 +15,17 @@ from attune.backbones._memory import in_parts
 from attune.backbones._quantise import quantise
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
+from attune.interfaces import Guidance
 from attune.pretrained import TOKENIZER_FILES, check_clip_tokenizer, load_pretrained, load_tokenizer, weight_files
 from attune.weights import count_parameters, read_json
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTokenizer, PreTrainedModel
-
-    from attune.diffusion.lora import Denoiser
+    from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_LORA_TARGETS = (*LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of image and text
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,39 @@ class Facts:
     text_encoders: int
     autoencoder: int
     resolution: int
+    guidance: Guidance = "cfg"
+    prompt: int = 0  # numbers that a prompt is stored as, where it is encoded by a T5; 0: few
     adapter: int = 0  # weights of a LoRA on the attention, per rank
     activations: int | None = None  # bytes per latent of each image
     checkpointed: int | None = None  # the same with gradient checkpointing
     multiple: int = 8  # pixels that a resolution is a multiple of: those of a latent, or of a transformer's patch
+    channels: int = 4  # of latents
+    text: int = 0  # latents that the activations of a prompt count as, of transformers that see both
 
 
-def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts) -> Facts:
+def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, sample_size: int | None = None) -> Facts:
     """Of a local pipeline as its files say, from their headers; else the nominal ones.
 
     Args:
         parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
         nominal: of the published model.
+        sample_size: latents per side, of denoisers whose configuration says nothing of them.
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
-    resolution, multiple = nominal.resolution, nominal.multiple
+    resolution, multiple, channels = nominal.resolution, nominal.multiple, nominal.channels
     folder, network = Path(source.place), parts["denoiser"][0]
     if source.commit is None and all((folder / part / "config.json").is_file() for part in (network, "vae")):
         counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         factor = _pixels_per_latent(vae, folder / "vae/config.json")
+        channels = said if isinstance(said := vae.get("latent_channels"), int) else channels
         multiple = factor * patch_size(config, folder / network / "config.json")
         if model.resolution is None:
-            resolution = _sample_size(config, folder / network / "config.json") * factor
-    found = replace(nominal, **counts, resolution=model.resolution or resolution, multiple=multiple)
+            resolution = (sample_size or _sample_size(config, folder / network / "config.json")) * factor
+    resolution = model.resolution or resolution
+    found = replace(nominal, **counts, resolution=resolution, multiple=multiple, channels=channels)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
-    return found if same else replace(found, adapter=0, activations=None, checkpointed=None)
+    return found if same else replace(found, prompt=0, adapter=0, activations=None, checkpointed=None, text=0)
 
 
 def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
@@ -153,12 +160,12 @@ def load_text(
     return tokenizer, encoder
 
 
-def tokenise(tokenizer: CLIPTokenizer, prompts: Sequence[str], device: torch.device) -> Tensor:
+def tokenise(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device) -> Tensor:
     """Token ids (B, L), padded to the encoder's full length as the tokenizer's own configuration says."""
     return tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
 
 
-def is_cut(tokenizer: CLIPTokenizer, prompt: str) -> bool:
+def is_cut(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
     """Whether a prompt has more tokens than the encoder reads; `tokenise` cuts off the rest."""
     beginning = " ".join(prompt.split())[: tokenizer.model_max_length * MAX_TOKEN_CHARS]
     ids = tokenizer(beginning, truncation=False, verbose=False).input_ids
@@ -178,19 +185,23 @@ def scheduler_config(model: Model) -> tuple[Mapping[str, Any], Path]:
 
 
 def image_size(
-    model: Model, vae: AutoencoderKL, denoiser: Denoiser, part: str = "unet"
+    model: Model, vae: AutoencoderKL, config: Mapping[str, Any], part: str = "unet", packed: int = 1
 ) -> tuple[int, tuple[int, int, int]]:
     """Resolution in pixels and shape of latents: as configured, else what the denoiser was trained at.
+
+    Args:
+        config: the denoiser's, which lies in `part`.
+        packed: how many latents the channels of one of its inputs hold.
 
     Raises:
         ValueError: the autoencoder cannot make latents of that size, or none that fit the denoiser.
     """
     factor = _pixels_per_latent(vae.config, parse(model.path) / "vae/config.json")
-    channels = denoiser.config["in_channels"]
-    if vae.config["latent_channels"] != channels:
-        raise ValueError(f"model.vae has {vae.config['latent_channels']} latent channels, the denoiser {channels}")
+    channels, wanted = vae.config["latent_channels"], config["in_channels"] / packed
+    if channels != wanted:
+        raise ValueError(f"model.vae has {channels} latent channels, the denoiser {wanted:g}")
     place = parse(model.path) / part / "config.json"
-    resolution = model.resolution or _sample_size(denoiser.config, place) * factor
+    resolution = model.resolution or _sample_size(config, place) * factor
     if resolution % factor:
         raise ValueError(f"model.resolution: {resolution} is not a multiple of {factor}, the pixels of a latent")
     return resolution, (channels, resolution // factor, resolution // factor)

@@ -18,7 +18,7 @@ from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source
-from attune.interfaces import Conditioning
+from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -56,6 +56,7 @@ class StableDiffusion:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
+    guidance: Guidance = "cfg"
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import UNet2DConditionModel
@@ -68,7 +69,7 @@ class StableDiffusion:
         self.tokenizer, self.text_encoder = self._load_text()
         self.vae = _latent.load_vae(model, self.turn.start)
         self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
-        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 

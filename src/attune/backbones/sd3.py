@@ -1,14 +1,16 @@
-"""Stable Diffusion 3.5 (and 3): a flow model with a transformer, told of the prompt by two CLIPs.
+"""Stable Diffusion 3.5 (and 3): a flow model with a transformer, told of the prompt by two CLIPs and perhaps a T5.
 
-Its third text encoder, a T5 of 4.8 billion weights, is left out, as its authors allow; the transformer is then shown
-256 tokens of zeros in its place. Guidance is classifier-free; the empty prompt is encoded like any other.
+Without `model.t5` its third text encoder, of 4.8 billion weights, is left out, as its authors allow; the transformer
+is then shown zeros in the place of its 256 tokens. Guidance is classifier-free; the empty prompt is encoded like any
+other.
 
 Source: Esser et al. 2024, arXiv:2403.03206, sections 4 and 5, and diffusers' `StableDiffusion3Pipeline`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,45 +18,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attune.backbones import _flow, _latent
+from attune.backbones import _flow, _latent, _t5
 from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source, parse
-from attune.interfaces import Conditioning
+from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from transformers import CLIPTokenizer, PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENOISER = "transformer"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 NOMINAL = _latent.Facts(
-    denoiser=2_243_171_520,
+    denoiser=2_243_171_520 + 226_492_416,  # with its table of positions, which is in the file
     text_encoders=123_650_304 + 694_659_840,
     autoencoder=83_819_683,
     resolution=1024,
     adapter=746_496,
     multiple=16,
+    channels=16,
 )
 """Of Stable Diffusion 3.5 Medium; what its activations need has not been measured."""
-T5_TOKENS = 256  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
+T5_TOKENS, T5_WIDTH = 256, 4096  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
+
+
+def parts(model: Model) -> Mapping[str, Sequence[str]]:
+    """`PARTS`, with the T5 if it is wanted."""
+    return PARTS | {"text_encoders": (*PARTS["text_encoders"], *(["text_encoder_3"] if model.t5 else []))}
 
 
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    return _latent.facts(model, PARTS, NOMINAL)
+    nominal = NOMINAL
+    if model.t5:
+        prompt = _t5.tokens(model, T5_TOKENS) * T5_WIDTH
+        nominal = replace(NOMINAL, text_encoders=NOMINAL.text_encoders + _t5.WEIGHTS, prompt=prompt)
+    return _latent.facts(model, parts(model), nominal)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
     """What loading fetches: sources and their patterns of files."""
-    return _latent.downloads(model, PARTS)
+    return _latent.downloads(model, parts(model))
 
 
 def in_diffusers(model: Model) -> InDiffusers:
-    """Its names in diffusers, whose pipeline must be told that there is no T5."""
+    """Its names in diffusers, whose pipeline must be told that there is no T5, if there is none."""
     names = ("StableDiffusion3Pipeline", "SD3Transformer2DModel", DENOISER, "stable-diffusion-3")
-    return InDiffusers(*names, is_flow=True, left_out=("text_encoder_3", "tokenizer_3"))
+    return InDiffusers(*names, is_flow=True, left_out=() if model.t5 else ("text_encoder_3", "tokenizer_3"))
 
 
 def times(model: Model) -> dict[str, Any]:
@@ -65,9 +77,10 @@ def times(model: Model) -> dict[str, Any]:
 class StableDiffusion3:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
-    # of images and of text; those of images are also in the second attention of 3.5 Medium's first blocks
-    lora_targets: Sequence[str] = (*_latent.LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    # those of images are also in the second attention of 3.5 Medium's first blocks
+    lora_targets: Sequence[str] = _latent.JOINT_LORA_TARGETS
     prediction_type = "flow"
+    guidance: Guidance = "cfg"
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import SD3Transformer2DModel
@@ -79,23 +92,25 @@ class StableDiffusion3:
         self.encoders = self._load_encoders()
         self.vae = self._load_vae()
         self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.turn.start)
-        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser, DENOISER)
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config, DENOISER)
         self._check_size()
+        self._check_width()
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
-    def encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         return self._load_encoders()
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         return self._load_vae()
 
-    def _load_encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
+    def _load_encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         from transformers import CLIPTextModelWithProjection
 
-        return [_latent.load_text(CLIPTextModelWithProjection, self.model, n, self.turn.start) for n in ("", "_2")]
+        clips = [_latent.load_text(CLIPTextModelWithProjection, self.model, n, self.turn.start) for n in ("", "_2")]
+        return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.turn.start)] if self.model.t5 else [])]
 
     def _load_vae(self) -> AutoencoderKL:
         return _latent.load_vae(self.model, self.turn.start, may_shift=True)
@@ -111,6 +126,13 @@ class StableDiffusion3:
                 f"what {parse(self.model.path) / DENOISER} has positions for"
             )
 
+    def _check_width(self) -> None:
+        """Raises ValueError unless the T5 has as many numbers to a token as the transformer takes."""
+        wanted = self.denoiser.config["joint_attention_dim"]
+        if self.model.t5 and (found := self.encoders[2][1].config.d_model) != wanted:
+            place = parse(self.model.path) / "text_encoder_3"
+            raise ValueError(f"{place}: d_model is {found}, joint_attention_dim of the transformer {wanted}")
+
     def release(self) -> None:
         release(self, "encoders", "vae")
 
@@ -118,18 +140,26 @@ class StableDiffusion3:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both CLIPs side by side, (B, L, D_1 + D_2), and what they pool, (B, D_1 + D_2).
 
-        The zeros around them, which are most of what the transformer sees, are added when it is called.
+        The T5's last ones, (B, L_3, D_3), are apart from them, if it is wanted. The zeros around, which without a T5
+        are most of what the transformer sees, are added when it is called.
         """
         encoded = [
             self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
-            for tokenizer, encoder in self.encoders
+            for tokenizer, encoder in self.encoders[:2]
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
-        pooled = torch.cat([output.text_embeds for output in encoded], dim=-1)
-        return Conditioning({"prompt_embeds": states, "text_embeds": pooled})
+        tensors = {
+            "prompt_embeds": states,
+            "text_embeds": torch.cat([output.text_embeds for output in encoded], dim=-1),
+        }
+        for tokenizer, t5 in self.encoders[2:]:
+            tensors["t5_embeds"] = _t5.encode(tokenizer, self.turn(t5), prompts, self.device)
+        return Conditioning(tensors)
 
     def is_cut(self, prompt: str) -> bool:
-        return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
+        """By the T5, if there is one: what the CLIPs leave off is then not lost."""
+        deciding = self.encoders[2:] or self.encoders
+        return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in deciding)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return _latent.encode(self.turn(self.vae), images, generator)
@@ -139,8 +169,11 @@ class StableDiffusion3:
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        more, zeros = self.denoiser.config["joint_attention_dim"] - embeds.shape[-1], self.model.max_sequence_length
-        wide = F.pad(embeds, (0, more, 0, T5_TOKENS if zeros is None else zeros))
+        more, of_t5 = self.denoiser.config["joint_attention_dim"] - embeds.shape[-1], cond.tensors.get("t5_embeds")
+        if of_t5 is None:
+            wide = F.pad(embeds, (0, more, 0, _t5.tokens(self.model, T5_TOKENS)))
+        else:
+            wide = torch.cat([F.pad(embeds, (0, more)), of_t5.to(self.dtype)], dim=1)
         pooled = cond.tensors["text_embeds"].to(self.dtype)
         output = self.turn(denoiser)(
             x_t.to(self.dtype), timestep=t, encoder_hidden_states=wide, pooled_projections=pooled
@@ -148,21 +181,13 @@ class StableDiffusion3:
         return output.to(x_t.dtype)
 
     def pipeline_parts(self) -> dict[str, Any]:
-        (first, text_1), (second, text_2) = self.encoders
-        return {
-            "vae": self.vae,
-            "text_encoder": text_1,
-            "text_encoder_2": text_2,
-            "tokenizer": first,
-            "tokenizer_2": second,
-            "transformer": self.denoiser,
-            "scheduler": _flow.load_scheduler(self.model),
-            **dict.fromkeys(in_diffusers(self.model).left_out),
-        }
+        parts = {"vae": self.vae, "transformer": self.denoiser, "scheduler": _flow.load_scheduler(self.model)}
+        for number, (tokenizer, encoder) in zip(("", "_2", "_3"), self.encoders, strict=False):  # the third is the T5
+            parts |= {f"tokenizer{number}": tokenizer, f"text_encoder{number}": encoder}
+        return parts | dict.fromkeys(in_diffusers(self.model).left_out)
 
     def pipeline_options(self, start: Tensor) -> dict[str, Any]:
-        tokens = self.model.max_sequence_length
-        return {"latents": start, "max_sequence_length": T5_TOKENS if tokens is None else tokens}
+        return {"latents": start, "max_sequence_length": _t5.tokens(self.model, T5_TOKENS)}
 
 
 def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion3:

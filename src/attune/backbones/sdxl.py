@@ -18,7 +18,7 @@ from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source, fetch_folder, parse
-from attune.interfaces import Conditioning
+from attune.interfaces import Conditioning, Guidance
 from attune.weights import read_json
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class StableDiffusionXL:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
+    guidance: Guidance = "cfg"
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import UNet2DConditionModel
@@ -71,7 +72,7 @@ class StableDiffusionXL:
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
         self.vae = _latent.load_vae(model, self.turn.start)
         self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
-        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser)
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 

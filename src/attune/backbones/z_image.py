@@ -39,6 +39,7 @@ NOMINAL = _latent.Facts(
     autoencoder=83_819_683,
     resolution=1024,
     adapter=1_044_480,
+    channels=16,
 )
 """Of Z-Image; its configuration names no resolution, so this is the pipeline's."""
 TOKENS = 512  # of a prompt: diffusers' max_sequence_length, unless model.max_sequence_length says otherwise

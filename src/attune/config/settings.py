@@ -44,7 +44,6 @@ def possible_path(text: str) -> str:
 Location = Annotated[str, AfterValidator(_location)]
 """Where weights are: a local file or folder, or owner/name[/file]@commit on the Hub; see `attune.hub`."""
 
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -82,6 +81,7 @@ class Model(StrictModel):
         description="of the times that a flow model is trained at: logit_normal, then shifted (so null), or uniform "
         "over the scheduler's shifted table; of other models null",
     )
+    t5: bool = Field(False, description="Stable Diffusion 3 with its third text encoder, 4.8 billion weights")
     offload: bool = Field(
         False,
         description="networks take turns on the GPU and wait in the host's memory: less GPU memory, more time; not "
@@ -90,11 +90,11 @@ class Model(StrictModel):
 
 
 class Sampling(StrictModel):
-    """How images are drawn from a model: DDIM."""
+    """How images are drawn from a model: DDIM, whose step on a flow without noise is Euler's."""
 
-    steps: int = Field(ge=1, le=999, description="DDIM steps")
+    steps: int = Field(ge=1, le=999, description="denoising steps")
     eta: Float = Field(ge=0, le=1, description="0 deterministic, 1 ancestral")
-    guidance_scale: Float = Field(ge=0, description="classifier-free guidance w, 1 = off")
+    guidance_scale: Float = Field(ge=0, description="guidance w: classifier-free, 1 = off; FLUX is told it")
     batch_size: int = Field(ge=1, description="images at a time; changes speed and memory only")
 
 

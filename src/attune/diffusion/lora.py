@@ -19,12 +19,13 @@ from attune.diffusion.lora_layers import LAYERS
 from attune.weights import check_finite, save_tensors
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
     from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from peft.tuners.lora.layer import Linear
 
-    Denoiser = UNet2DConditionModel | SD3Transformer2DModel | ZImageTransformer2DModel
+    Denoiser = UNet2DConditionModel | SD3Transformer2DModel | FluxTransformer2DModel | ZImageTransformer2DModel
     """The networks that are trained: modules of diffusers that save themselves and take adapters."""
 
 

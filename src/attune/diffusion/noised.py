@@ -39,15 +39,25 @@ class NoisedBatch:
         return NoisedBatch(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2), p_chosen)
 
 
-def policy_error(policy: Policy, m: NoisedBatch) -> Tensor:
-    """Squared error of the policy's prediction, in the path's target, of each image; mean over latent dimensions."""
+def policy_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> Tensor:
+    """Squared error of the policy's prediction, in the path's target, of each image; mean over latent dimensions.
+
+    Args:
+        embedded_guidance: what a denoiser that is told its guidance is told.
+
+    Raises:
+        ValueError: it is not 1, and the denoiser is not told its guidance.
+    """
+    if embedded_guidance != 1 and policy.backbone.guidance != "embedded":
+        name = policy.backbone.model.backbone
+        raise ValueError(f"embedded_guidance: {embedded_guidance:g}, but {name} is not told its guidance; set it to 1")
     path = policy.backbone.path
     x_t = process.add_noise(m.x_0, m.noise, path.level(m.t, m.x_0))
-    return denoising_error(policy.predict(x_t, m.t, m.cond), path.target(m.x_0, m.noise))
+    return denoising_error(policy.predict(x_t, m.t, m.cond, embedded_guidance), path.target(m.x_0, m.noise))
 
 
-def policy_and_reference_error(policy: Policy, m: NoisedBatch) -> tuple[Tensor, Tensor]:
+def policy_and_reference_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> tuple[Tensor, Tensor]:
     """`policy_error`, and without a graph that of the reference on the same noised images."""
-    error = policy_error(policy, m)
+    error = policy_error(policy, m, embedded_guidance)
     with policy.reference():
-        return error, policy_error(policy, m)
+        return error, policy_error(policy, m, embedded_guidance)

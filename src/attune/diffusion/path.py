@@ -6,7 +6,6 @@ schedulers and in a preference model's time embedding: whole numbers on VP, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -108,14 +107,6 @@ class Flow:
 def shifted(s: Tensor, shift: float) -> Tensor:
     """k s / (1 + (k - 1) s): the sigmas at which a larger image looks as noisy. Source: arXiv:2403.03206, eq. 23."""
     return shift * s / (1 + (shift - 1) * s)
-
-
-def flux_shift(tokens: int) -> float:
-    """FLUX's shift e^mu for an image of so many tokens: mu is linear, 0.5 at 256 tokens and 1.15 at 4096.
-
-    Source: diffusers' `pipeline_flux.calculate_shift`, with the constants of the released scheduler.
-    """
-    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
 def uniform_over(table: Tensor) -> Density:

@@ -72,13 +72,24 @@ class Policy:
         return next(iter(self.uncond.tensors.values())).device
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning, guidance_scale: float = 1.0) -> Tensor:
-        """What the path predicts (B, C, h, w); with guidance w != 1, uncond + w (cond - uncond), from one doubled call.
+        """What the path predicts (B, C, h, w) under guidance w.
 
-        Source: Ho and Salimans 2022, arXiv:2207.12598, eq. 6 in diffusers' scaling (1 = off).
+        Classifier-free: for w != 1 uncond + w (cond - uncond), from one doubled call. Source: Ho and Salimans 2022,
+        arXiv:2207.12598, eq. 6 in diffusers' scaling (1 = off). Embedded: the denoiser is told w, also of 1, in one
+        call. Source: Meng et al. 2022, arXiv:2210.03142, section 3.1.
+
+        Raises:
+            ValueError: w is not 1, and the model has no guidance.
         """
-        t = t.to(x_t.device)
+        t, kind = t.to(x_t.device), self.backbone.guidance
+        if kind == "embedded":
+            told = torch.full((len(cond),), float(guidance_scale), device=x_t.device)
+            return self._predict(x_t, t, Conditioning({**cond.tensors, "guidance": told}))
         if guidance_scale == 1.0:
             return self._predict(x_t, t, cond)
+        if kind == "none":
+            name = self.backbone.model.backbone
+            raise ValueError(f"guidance_scale: {guidance_scale:g}, but {name} has no guidance; set it to 1")
         both = Conditioning.cat([self.uncond.expand(len(cond)), cond])
         predicted = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
         unconditional, conditional = predicted.chunk(2)

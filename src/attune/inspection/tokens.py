@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from attune.backbones import _t5
 from attune.config import plugins
 from attune.config.settings import Model
 from attune.hub import fetch_folder, parse
@@ -48,14 +49,23 @@ def lengths(prompts: Sequence[str], model: Model) -> Lengths:
 
 
 def _by_encoder(prompts: Sequence[str], model: Model) -> Iterator[tuple[int, np.ndarray]]:
-    """Positions of each text encoder, and tokens (n,) of the prompts with those for beginning and end."""
+    """Positions of each text encoder, and tokens (n,) of the prompts with those for beginning and end.
+
+    Where there is a T5 it is the only one: it reads what CLIPs leave off.
+    """
     from transformers import CLIPTokenizer
 
-    source = parse(model.path)
-    for part in plugins.load("backbones", model.backbone).PARTS["text_encoders"]:
-        tokenizer = load_tokenizer(CLIPTokenizer, source / part.replace("text_encoder", "tokenizer"))
-        config = read_json(fetch_folder(source / part, ["config.json"]) / "config.json")
-        limit = config.get("max_position_embeddings", POSITIONS)
+    source, module = parse(model.path), plugins.load("backbones", model.backbone)
+    parts = [place.stem for place, _ in module.downloads(model) if place.stem.startswith("text_encoder")]
+    configs = {part: read_json(fetch_folder(source / part, ["config.json"]) / "config.json") for part in parts}
+    t5s = {part: config for part, config in configs.items() if config.get("model_type") == "t5"}
+    for part, config in (t5s or configs).items():
+        place = source / part.replace("text_encoder", "tokenizer")
+        if t5s:
+            tokenizer, limit = _t5.read_tokenizer(place), _t5.tokens(model, module.T5_TOKENS)
+        else:
+            tokenizer = load_tokenizer(CLIPTokenizer, place)
+            limit = config.get("max_position_embeddings", POSITIONS)
         counts: list[int] = []
         for start in range(0, len(prompts), BATCH):
             some = [" ".join(prompt.split())[: limit * TOKEN_CHARS] for prompt in prompts[start : start + BATCH]]

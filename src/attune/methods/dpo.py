@@ -20,13 +20,14 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import AIFeedback, Lora, MethodConfig
+from attune.config.settings import AIFeedback, Lora
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
 from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.distributed import Part
 from attune.interfaces import Metrics
+from attune.methods._given_images import GivenImagesConfig
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -36,7 +37,7 @@ LOSS_AT_REFERENCE = math.log(2)
 """The loss while the policy equals its reference, of the default `loss`."""
 
 
-class Config(MethodConfig):
+class Config(GivenImagesConfig):
     """Defaults: the paper's training of SD 1.5, 2,000 steps of 2,048 pairs, section 5.1 and the authors' code."""
 
     lora: Lora | None = Field(None, description="null = train every weight, in float32, as the paper does")
@@ -83,7 +84,7 @@ class Method:
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error, reference_error = policy_and_reference_error(self.policy, minibatch)
+        error, reference_error = policy_and_reference_error(self.policy, minibatch, self.config.embedded_guidance)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)

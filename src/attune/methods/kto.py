@@ -22,18 +22,19 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import Lora, MethodConfig
+from attune.config.settings import Lora
 from attune.data.batches import ImageBatch
 from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.distributed import Part
 from attune.interfaces import Metrics
+from attune.methods._given_images import GivenImagesConfig
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
 
 
-class Config(MethodConfig):
+class Config(GivenImagesConfig):
     """Defaults: the authors' exps/example.sh for SD 1.5, 20,000 steps of 2,048 images."""
 
     lora: Lora | None = Field(None, description="null = train every weight, in float32, as the authors do")
@@ -117,7 +118,7 @@ class Method:
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         c = self.config
-        error, reference_error = policy_and_reference_error(self.policy, minibatch)
+        error, reference_error = policy_and_reference_error(self.policy, minibatch, c.embedded_guidance)
         reward = c.beta * (reference_error - error)
         liked = minibatch.liked
         if liked is None:

@@ -19,19 +19,20 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import Lora, MethodConfig
+from attune.config.settings import Lora
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import preference_loss
 from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_error
 from attune.distributed import Part
 from attune.interfaces import Metrics
+from attune.methods._given_images import GivenImagesConfig
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
 
 
-class Config(MethodConfig):
+class Config(GivenImagesConfig):
     """Defaults: the authors' LoRA script for SDXL, 2,000 steps of 128 pairs; they have none for SD 1.5."""
 
     lora: Lora | None = Field(
@@ -83,7 +84,7 @@ class Method:
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error = policy_error(self.policy, minibatch)
+        error = policy_error(self.policy, minibatch, self.config.embedded_guidance)
         chosen_error, rejected_error = error.chunk(2)
         phi_chosen, phi_rejected = score(error, self.config.snr).chunk(2)
         margin = self.policy.backbone.path.n_train * (phi_chosen - phi_rejected)

@@ -13,18 +13,19 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import Lora, MethodConfig
+from attune.config.settings import Lora
 from attune.data.batches import ImageBatch
 from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_error
 from attune.distributed import Part
 from attune.interfaces import Metrics
+from attune.methods._given_images import GivenImagesConfig
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
 
 
-class Config(MethodConfig):
+class Config(GivenImagesConfig):
     """Defaults: no paper is followed; SPO's adapter and learning rate on 500 steps of 64 images."""
 
     lora: Lora | None = Field(Lora(rank=4), description="adapter; null = train every weight, in float32")
@@ -50,5 +51,5 @@ class Method:
         yield Part(NoisedBatch(batch.latents, t, noise, cond), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        loss = policy_error(self.policy, minibatch).mean()
+        loss = policy_error(self.policy, minibatch, self.config.embedded_guidance).mean()
         return loss, {"loss": loss}

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import Lora, MethodConfig
+from attune.config.settings import Lora
 from attune.data.batches import ImageBatch
 from attune.diffusion.ddim import sample
 from attune.diffusion.losses import implicit_reward, preference_loss
@@ -31,6 +31,7 @@ from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics
+from attune.methods._given_images import GivenImagesConfig
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -40,7 +41,7 @@ LOSS_AT_REFERENCE = math.log(2)
 """The loss while the policy equals its reference."""
 
 
-class Config(MethodConfig):
+class Config(GivenImagesConfig):
     """Defaults: the paper's first of three iterations on SD 1.5, 50 steps of 2,048 images.
 
     Its second has 500 steps at beta 5000, its third 200 at beta 5000 and lr 5e-8.
@@ -89,7 +90,7 @@ class Method:
             return sample(self.policy, cond, draws.noise, c.steps, c.eta, c.guidance_scale)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error, reference_error = policy_and_reference_error(self.policy, minibatch)
+        error, reference_error = policy_and_reference_error(self.policy, minibatch, self.config.embedded_guidance)
         real, opponent = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = real - opponent
         loss = preference_loss(margin).mean()

@@ -20,11 +20,11 @@ from attune.planning.make import needs_preference_model, rows_of
 from attune.weights import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # of linear layers; nf4 has a float32 scale for 64 weights
 UNKNOWN = "unknown"
 GB = 1e9
 STATE = {"adamw": 16, "adamw8bit": 10, "adafactor": 8}  # bytes per weight that trains: weight, gradient, moments
 BYTES_PER_PAIR = 2000  # of the tables, with scores
-BYTES_PER_LATENT = 16  # four channels of float32, one for 64 pixels
 BYTES_PER_PIXEL = 1.5  # of a PNG of a photograph
 PREFERENCE_WEIGHTS = 1_300_000_000  # a step-aware ViT-H/14, where the CLIP is not here to be counted
 
@@ -51,10 +51,14 @@ class Facts(Protocol):
     text_encoders: int
     autoencoder: int
     resolution: int  # pixels
+    guidance: str  # cfg, embedded or none
+    prompt: int  # numbers that a prompt is stored as; 0 where that is little
     adapter: int  # weights of a LoRA on the attention, per rank; 0 where that is not known
     activations: int | None  # bytes per latent of an image in training, half precision; None: unknown
     checkpointed: int | None  # the same with gradient checkpointing
     multiple: int  # pixels that a resolution must be a multiple of
+    channels: int  # of latents
+    text: int  # latents that the activations of a prompt count as
 
 
 def facts(s: Settings) -> Facts:
@@ -100,9 +104,10 @@ def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row
     shown = "images" if "images" in plugins.load("sources", s.source).GIVES else "pairs"
     found = f"source {s.source}: {_many(prompts)} training prompts, {_many(sizes.get(shown))} {shown}"
     encoded = sizes.get("images") if shown == "images" else None if pairs is None else 2 * pairs  # at most
-    latents = None if encoded is None else encoded * pixels / 64 * BYTES_PER_LATENT
+    latents = None if encoded is None else encoded * pixels / 64 * weights.channels * BYTES["float32"]
+    embedded = (prompts or 0) * weights.prompt * BYTES[s.model.dtype]
     tables = (pairs or 0) * BYTES_PER_PAIR
-    yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=latents)
+    yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=None if latents is None else latents + embedded)
     yield _preference(s, weights, pairs)
     for name, run in s.runs.items():
         yield _align(name, s, weights, sizes) if run.method else Row(f"align@{name}", "nothing is trained")
@@ -131,10 +136,11 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
 def _align(name: str, s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Row:
     config, method = s.methods[name], s.method_of(name)
     kind = rows_of(method, s.source)
-    does, sees = f"{method}: {_training(config, kind)}{_times(s)}", _epochs(config, sizes.get(kind), kind)
+    does, sees = f"{method}: {_training(config, kind)}{_times(s, kind)}", _epochs(config, sizes.get(kind), kind)
     disk = 0 if config.lora else weights.denoiser * BYTES["float32"]  # an adapter has tens of MB
     gpu, host = _training_memory(config, method, s, weights), _frozen(s, weights)
-    activations = _activations(config, _images_at_once(config, method, kind), s, weights)
+    images = _images_at_once(config, method, kind, doubled=weights.guidance == "cfg")
+    activations = _activations(config, images, s, weights)
     return Row(f"align@{name}", does, sees, gpu, activations, host, disk)
 
 
@@ -143,10 +149,11 @@ def _training(config: TrainingConfig, kind: str) -> str:
     return f"{config.batches:,} batches of {config.batch_size} {kind}{steps}"
 
 
-def _times(s: Settings) -> str:
-    """Of a flow model, which times are drawn."""
+def _times(s: Settings, kind: str) -> str:
+    """Which times of a flow model are drawn; none by methods that begin with prompts, see `rows_of`."""
     names = in_diffusers(s.model)
-    return f", times {s.model.density or 'logit_normal'}" if names is not None and names.is_flow else ""
+    is_drawn = names is not None and names.is_flow and kind != "prompts"
+    return f", times {s.model.density or 'logit_normal'}" if is_drawn else ""
 
 
 def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
@@ -156,8 +163,13 @@ def _epochs(config: TrainingConfig, n: int | None, kind: str) -> str:
 
 def _frozen(s: Settings, weights: Facts) -> float:
     """Bytes of the base model's networks as they are loaded."""
-    half = BYTES[s.model.dtype]
-    return (weights.denoiser + weights.text_encoders) * half + weights.autoencoder * BYTES[s.model.vae_dtype]
+    encoders = weights.text_encoders * BYTES[s.model.dtype]
+    return weights.denoiser * _per_weight(s) + encoders + weights.autoencoder * BYTES[s.model.vae_dtype]
+
+
+def _per_weight(s: Settings) -> float:
+    """Bytes of a frozen denoiser's weight; at least, as convolutions and norms are not quantised."""
+    return BYTES[s.model.dtype] if s.model.quantize is None else QUANTISED[s.model.quantize]
 
 
 def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Facts) -> float:
@@ -170,7 +182,7 @@ def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Fa
     if config.lora is None:
         return weights.denoiser * (STATE[config.optimizer] + 4) + decoder
     adapter = weights.adapter * config.lora.rank * STATE[config.optimizer]
-    return max(_frozen(s, weights), weights.denoiser * BYTES[s.model.dtype] + adapter + decoder)
+    return max(_frozen(s, weights), weights.denoiser * _per_weight(s) + adapter + decoder)
 
 
 def _activations(config: MethodConfig, images: int | None, s: Settings, weights: Facts) -> float | None:
@@ -183,14 +195,15 @@ def _activations(config: MethodConfig, images: int | None, s: Settings, weights:
         return None
     half = BYTES[s.model.dtype]
     copies = weights.denoiser * half if config.lora is None and half < 4 else 0
-    return copies + images * (weights.resolution / 8) ** 2 * per_latent * half / 2
+    return copies + images * ((weights.resolution / 8) ** 2 + weights.text) * per_latent * half / 2
 
 
-def _images_at_once(config: MethodConfig, method: str, kind: str) -> int | None:
+def _images_at_once(config: MethodConfig, method: str, kind: str, doubled: bool) -> int | None:
     """Images that the denoiser is given with a graph at a time; None where decoder and scorers have one too.
 
     Args:
         kind: what the method's batches are drawn from, see `rows_of`.
+        doubled: whether guidance shows the denoiser each image twice.
     """
     if kind == "pairs":
         liked_alone = plugins.load("methods", method).Method.consumes == "liked images"
@@ -200,7 +213,7 @@ def _images_at_once(config: MethodConfig, method: str, kind: str) -> int | None:
     steps: int | None = getattr(config, "minibatch_size", None)  # of SPO
     if steps is None:
         return None
-    guided, apart = getattr(config, "guidance_scale", 1.0) != 1.0, getattr(config, "inner_steps", 0) > 0
+    guided, apart = doubled and getattr(config, "guidance_scale", 1.0) != 1.0, getattr(config, "inner_steps", 0) > 0
     return steps * (1 + guided) * (1 + apart)
 
 

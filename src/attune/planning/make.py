@@ -25,7 +25,7 @@ from attune.config.plan import (
 from attune.config.profile import BASE, DATA, PREFERENCE
 from attune.config.resolve import Settings, held_out_prompts
 from attune.config.schema import StrictModel
-from attune.config.settings import MethodConfig
+from attune.config.settings import MethodConfig, Model
 from attune.data.splits import VERDICTS
 from attune.licenses import base_license
 from attune.paths import Paths
@@ -90,6 +90,11 @@ def run_plan(name: str, settings: Settings, digests: Digests) -> RunPlan:
     )
 
 
+def _without_training(settings: Settings) -> Model:
+    """The base model for stages that train nothing: what matters in a training alone is not set."""
+    return settings.model.model_copy(update={"density": None})
+
+
 def needs_preference_model(settings: Settings) -> bool:
     """Whether any run does, so that the model is trained at all."""
     return any(plugins.needs(run.method, "preference_model") for run in settings.runs.values())
@@ -108,7 +113,7 @@ def _prepare(settings: Settings, digests: Digests) -> PreparePlan:
     return PreparePlan(
         profile=settings.profile,
         seed=settings.seed,
-        model=settings.model,
+        model=_without_training(settings),
         sampling=settings.sampling,
         source=_plugin("sources", settings.source, settings.data.model_copy(update={"license": None})),
         score_with={name: _scorer(name, settings) for name in settings.data.score_with},
@@ -165,7 +170,7 @@ def _generate(name: str, settings: Settings, digests: Digests) -> GeneratePlan:
         profile=settings.profile,
         run=name,
         seed=settings.seed,
-        model=settings.model,
+        model=_without_training(settings),
         generate=settings.generate,
         files=digests.of([*paths_in(settings.model), *paths_in(run)]),
         code=code_digests(["attune.stages.generate", plugins.module_name("backbones", settings.model.backbone)]),

@@ -13,7 +13,12 @@ from attune.files import values_sha
 from attune.planning.code import code_digests
 from attune.planning.local_files import Digests
 
-ELSEWHERE = {"offload", "lora_dtype", "quantize"}  # settings of the model that change no latents and no embeddings
+ELSEWHERE = {
+    "offload",
+    "lora_dtype",
+    "quantize",
+    "density",
+}  # settings of the model that change no latents and no embeddings
 COMPUTE = "attune.data.ingest.compute"
 
 
@@ -21,7 +26,7 @@ def prepared_parts(settings: Settings, digests: Digests) -> dict[str, str]:
     """Of `prepare`: `latents`, `prompts`, `generated` (images that a source wants), and `scores/<scorer>`."""
     model, backbone = settings.model, plugins.module_name("backbones", settings.model.backbone)
     paths, encoded = paths_in(model), model.model_dump(exclude=ELSEWHERE)
-    latents = {key: value for key, value in encoded.items() if key != "dtype"}
+    latents = {key: value for key, value in encoded.items() if key not in ("dtype", "max_sequence_length", "t5")}
     prompts = {key: value for key, value in encoded.items() if key not in ("vae", "vae_dtype", "channels_last")}
     parts = {
         "latents": _part(latents, paths, [backbone, COMPUTE], digests),
@@ -37,7 +42,7 @@ def generated_part(settings: Settings, sampling: Sampling, paths: Iterable[str],
     """Images of a model; `paths`: local files that they depend on besides the base model's."""
     backbone = plugins.module_name("backbones", settings.model.backbone)
     modules = [backbone, "attune.build", "attune.diffusion.generate", "attune.diffusion.policy"]
-    values = [settings.model.model_dump(exclude={"offload"}), sampling.model_dump(), settings.seed]
+    values = [settings.model.model_dump(exclude={"offload", "density"}), sampling.model_dump(), settings.seed]
     return _part(values, [*paths_in(settings.model), *paths], modules, digests)
 
 

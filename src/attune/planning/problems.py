@@ -16,12 +16,13 @@ from attune.config.resolve import Settings
 from attune.config.schema import ConfigError, StrictModel, check, number_type, set_path
 from attune.config.settings import locations
 from attune.planning.base_problems import base
-from attune.planning.costs import Row, size
+from attune.planning.costs import Row, facts, size
 from attune.planning.data_problems import data, prompts
 from attune.planning.make import needs_preference_model
 from attune.text import shown
 
 RESERVED = (DATA, PREFERENCE, "embedded")  # names of folders beside those of runs
+TOLD = "embedded_guidance"
 LARGE = 500_000_000  # weights of a denoiser, from which on training on a CPU is not meant
 
 
@@ -53,7 +54,7 @@ def problems(settings: Settings, denoiser_weights: int, here: Machine) -> list[s
     Args:
         denoiser_weights: how many the base model's denoiser has.
     """
-    checks = (_runs, _orders, _scorers, _labels, base, data, prompts, _searches)
+    checks = (_runs, _orders, _model, _scorers, _labels, base, data, prompts, _searches)
     found = [problem for one in checks for problem in one(settings)]
     return found + list(_machine(settings, denoiser_weights, here))
 
@@ -73,6 +74,22 @@ def _runs(s: Settings) -> Iterator[str]:
             yield f"{where}:model.quantize: weights of {s.model.quantize} cannot be trained; set methods.{name}.lora"
     if s.preference is None and needs_preference_model(s):
         yield f"{where}:preference: is missing, and a run of spo needs the step-aware preference model"
+
+
+def _model(s: Settings) -> Iterator[str]:
+    """Settings that only some base models have."""
+    where, module = f"params/{s.profile}.yaml", plugins.load("backbones", s.model.backbone)
+    if s.model.t5 and module.downloads(s.model) == module.downloads(s.model.model_copy(update={"t5": False})):
+        yield f"{where}:model.t5: {s.model.backbone} has no T5 that may be left out; remove the line"
+    if facts(s).guidance == "embedded":
+        return
+    says = f"{s.model.backbone} is not told its guidance, which must be 1 in losses of given images; remove the line"
+    for name, config in s.methods.items():
+        if getattr(config, TOLD, 1) != 1:
+            yield f"{where}:methods.{name}.{TOLD}: {says}"
+    for name, search in s.search.items():
+        if TOLD in {*search.space, *search.fixed}:
+            yield f"{where}:search.{name}: {TOLD}: {says}"
 
 
 def _orders(s: Settings) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attune.backbones._diffusers import InDiffusers, in_diffusers
+from attune.backbones._diffusers import InDiffusers, in_diffusers, sampler_name
 from attune.config import plugins
 from attune.config.settings import Model
 from attune.evaluation.report.document import (
@@ -123,7 +123,7 @@ def _blocks(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence
     else:
         yield from _scores(evidence.summary, made["run"])
     sampling = ", ".join(f"{key} {value}" for key, value in evidence.sampling.items() if key != "batch_size")
-    sampler = "Euler" if _names(made).is_flow and evidence.sampling["eta"] == 0 else "DDIM"
+    sampler = sampler_name(_base(made), evidence.sampling["eta"])
     yield Heading("Samples")
     yield Paragraph(f"The same prompts and noise for the base and for {made['run']}; {sampler}, {sampling}.")
     yield Picture("base and tuned", evidence.picture)
@@ -140,7 +140,8 @@ def _facts(made: Mapping[str, Any], data: Mapping[str, Any], evidence: Evidence 
     else:
         yield "trained", "all weights of the denoiser"
     if times := made.get("times"):
-        yield "times of training", f"{times['density'].replace('_', '-')}, shift {times['shift']}"
+        drawn = (times["density"] or "those that it samples at").replace("_", "-")
+        yield "times of training", f"{drawn}, shift {times['shift']}"
     if start := made["starts_from"] or made["settings"].get("start"):
         yield "starts from", str(start)
     where = f", {data['path']}" if data.get("path") else ""
@@ -229,8 +230,13 @@ def _loading(made: Mapping[str, Any], evidence: Evidence | None) -> str:
 
 
 def _names(made: Mapping[str, Any]) -> InDiffusers:
-    """What the base is in diffusers. Settings are not checked: a card is also written of what is no longer valid."""
-    return in_diffusers(Model.model_construct(**made["base"])) or UNKNOWN
+    """What the base is in diffusers."""
+    return in_diffusers(_base(made)) or UNKNOWN
+
+
+def _base(made: Mapping[str, Any]) -> Model:
+    """The settings of the base, not checked: a card is also written where what they name is gone."""
+    return Model.model_construct(**made["base"])
 
 
 def _quoted(text: str) -> str:

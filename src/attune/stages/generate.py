@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attune.backbones._diffusers import sampler_name
 from attune.config.plan import GeneratePlan
 from attune.config.profile import BASE
 from attune.paths import Paths
@@ -141,7 +142,7 @@ def generation_protocol(plan: GeneratePlan, prompts: list[str], resolution: int)
         prompt_set_sha=hash_prompts(prompts),
         n_prompts=len(prompts),
         images_per_prompt=plan.generate.images_per_prompt,
-        sampler="ddim",
+        sampler=sampler_name(plan.model, plan.generate.sampling.eta).lower(),
         steps=sampling.steps,
         eta=sampling.eta,
         guidance_scale=sampling.guidance_scale,

@@ -37,6 +37,12 @@ def write_run_json(plan: RunPlan, folder: Path) -> dict[str, Any]:
 
 
 def _times(plan: RunPlan) -> dict[str, Any]:
-    """Of a flow model, which times a training drew; nothing where none was, or of other models, which draw any."""
+    """Of a flow model, the times of a training; nothing where none was, or of other models, which draw any.
+
+    Methods that begin with prompts draw none: they train on the times that they sample at.
+    """
     tell = getattr(plugins.load("backbones", plan.model.backbone), "times", None)
-    return {} if plan.method is None or tell is None else {"times": tell(plan.model)}
+    if plan.method is None or tell is None:
+        return {}
+    draws = plugins.load("methods", plan.method.name).Method.consumes != "prompts"
+    return {"times": tell(plan.model) | ({} if draws else {"density": None})}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import AutoencoderKL
-from golden.reading import HERE, TOKENIZER, tensors
+from golden.reading import HERE, T5_TOKENIZER, TOKENIZER, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ WEIGHTS = dict.fromkeys(("unet", "transformer", "vae"), "diffusion_pytorch_model
 
 
 def write_pipeline(folder: Path, name: str, **scheduler: str) -> str:
-    """`tiny_sd`, `tiny_sdxl` or `tiny_sd3` in diffusers' layout; `scheduler` overrides settings of its scheduler."""
+    """`tiny_sd`, `_sdxl`, `_sd3` or `_flux` in diffusers' layout; `scheduler` overrides settings of its scheduler."""
     configs, weights = json.loads((HERE / f"{name}.json").read_text()), tensors(name)
     for part, config in configs.items():
         place = folder / part
@@ -38,7 +38,9 @@ def write_pipeline(folder: Path, name: str, **scheduler: str) -> str:
         (place / "config.json").write_text(json.dumps(config))
         save_file(own, place / f"{WEIGHTS.get(part, 'model')}.safetensors", metadata={"format": "pt"})
     shutil.copytree(TOKENIZER, folder / "tokenizer")
-    if "text_encoder_2" in configs:
+    if configs.get("text_encoder_2", {}).get("model_type") == "t5":
+        shutil.copytree(T5_TOKENIZER, folder / "tokenizer_2")
+    elif "text_encoder_2" in configs:
         write_second_tokenizer(folder / "tokenizer_2")
     return str(folder)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
-TOKENIZER = HERE / "tokenizer"
+TOKENIZER, T5_TOKENIZER = HERE / "tokenizer", HERE / "tokenizer_t5"
 VOCABULARY = 1002
 PROMPTS: dict[str, list[str]] = json.loads((HERE / "prompts.json").read_text())
 
