@@ -23,8 +23,9 @@ from diffusers import ZImageTransformer2DModel
 from shapes import made
 from torch import Tensor
 
+from attune.backbones._flow import sampling_sigmas
 from attune.backbones._memory import Turns
-from attune.backbones.z_image import ZImage, sampling_sigmas
+from attune.backbones.z_image import ZImage
 from attune.config.settings import Model
 from attune.diffusion.noised import NoisedBatch
 from attune.diffusion.path import Flow, logit_normal
@@ -44,7 +45,7 @@ class FewBlocks(ZImage):
     def __init__(self, blocks: int, resolution: int):
         self.model = Model(backbone="z_image", path=".", dtype="bfloat16", resolution=resolution)
         self.device, self.dtype, self.turn = CPU, torch.bfloat16, Turns(CPU, offload=False)
-        self.path = Flow(partial(sampling_sigmas, {"shift": 6.0}), logit_normal(6.0))
+        self.path = Flow(partial(sampling_sigmas, {"shift": 6.0}, mu=0.0), logit_normal(6.0))
         shape: dict[str, Any] = {"n_layers": blocks, "n_refiner_layers": 1, "axes_lens": [1536, 512, 512]}
         self.denoiser = made(lambda: ZImageTransformer2DModel(**shape), self.dtype)
         self.resolution, self.latent_shape = resolution, (16, resolution // 8, resolution // 8)
@@ -87,7 +88,7 @@ def saved(blocks: int, resolution: int) -> int:
 def counted(resolution: int) -> dict[str, int]:
     """Bytes that a pair's forward pass keeps of a block and of all, with checkpointing too, and per latent."""
     one, two = (saved(blocks, resolution) for blocks in (1, 2))
-    latents = 2 * (resolution // 8) ** 2
+    latents = 2 * ((resolution // 8) ** 2 + 4 * TOKENS)  # a token of a prompt counts as the four of a patch
     inputs = 2 * ((resolution // 16) ** 2 + TOKENS) * WIDTH * 2  # of a main block, both images, 2 bytes
     of_all = one + (BLOCKS - 1 + REFINERS - 1) * (two - one)  # refiners of prompts, which are short, count as none
     found = {"a block": two - one, "plain": of_all, "checkpointed": (BLOCKS + REFINERS) * inputs + two - one}
