@@ -21,6 +21,7 @@ WRITERS = {
     "sdxl": tiny.write_xl_pipeline,
     "sd3": tiny.write_sd3_pipeline,
     "flux": tiny.write_flux_pipeline,
+    "z_image": tiny.write_z_image_pipeline,
 }
 PROMPTS = ["a cat", "two owls"]
 SIZE = {"resolution": 16, "max_sequence_length": 20}
