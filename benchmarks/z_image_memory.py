@@ -23,8 +23,9 @@ from diffusers import ZImageTransformer2DModel
 from shapes import made
 from torch import Tensor
 
+from attune.backbones._flow import sampling_sigmas
 from attune.backbones._memory import Turns
-from attune.backbones.z_image import ZImage, sampling_sigmas
+from attune.backbones.z_image import ZImage
 from attune.config.settings import Model
 from attune.diffusion.noised import NoisedBatch
 from attune.diffusion.path import Flow, logit_normal
@@ -44,7 +45,7 @@ class FewBlocks(ZImage):
     def __init__(self, blocks: int, resolution: int):
         self.model = Model(backbone="z_image", path=".", dtype="bfloat16", resolution=resolution)
         self.device, self.dtype, self.turn = CPU, torch.bfloat16, Turns(CPU, offload=False)
-        self.path = Flow(partial(sampling_sigmas, {"shift": 6.0}), logit_normal(6.0))
+        self.path = Flow(partial(sampling_sigmas, {"shift": 6.0}, mu=0.0), logit_normal(6.0))
         shape: dict[str, Any] = {"n_layers": blocks, "n_refiner_layers": 1, "axes_lens": [1536, 512, 512]}
         self.denoiser = made(lambda: ZImageTransformer2DModel(**shape), self.dtype)
         self.resolution, self.latent_shape = resolution, (16, resolution // 8, resolution // 8)
@@ -84,6 +85,16 @@ def saved(blocks: int, resolution: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def counted(resolution: int) -> dict[str, int]:
+    """Bytes that a pair's forward pass keeps of a block and of all, with checkpointing too, and per latent."""
+    one, two = (saved(blocks, resolution) for blocks in (1, 2))
+    latents = 2 * ((resolution // 8) ** 2 + 4 * TOKENS)  # a token of a prompt counts as the four of a patch
+    inputs = 2 * ((resolution // 16) ** 2 + TOKENS) * WIDTH * 2  # of a main block, both images, 2 bytes
+    of_all = one + (BLOCKS - 1 + REFINERS - 1) * (two - one)  # refiners of prompts, which are short, count as none
+    found = {"a block": two - one, "plain": of_all, "checkpointed": (BLOCKS + REFINERS) * inputs + two - one}
+    return found | {f"{name}, per latent": round(found[name] / latents) for name in ("plain", "checkpointed")}
+
+
 def step(blocks: int, resolution: int, checkpointing: bool) -> dict[str, float]:
     """Two steps: seconds of the second, bytes of the weights, and bytes of the process at its peak."""
     method, pair = dpo_of_a_pair(blocks, resolution, checkpointing)
@@ -101,21 +112,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolution", type=int, default=512, help="pixels")
     parser.add_argument("--blocks", type=int, default=3, help="main blocks of the step that is trained")
-    parser.add_argument("--step", choices=["plain", "checkpointed"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=["counted", "plain", "checkpointed"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.step:
-        found = step(args.blocks, args.resolution, args.step == "checkpointed")
-        sys.stdout.write(json.dumps({args.step: found}) + "\n")
-        return
-    one, two = (saved(blocks, args.resolution) for blocks in (1, 2))
-    latents = 2 * (args.resolution // 8) ** 2
-    inputs = 2 * ((args.resolution // 16) ** 2 + TOKENS) * WIDTH * 2  # of a main block, both images, 2 bytes
-    of_all = one + (BLOCKS - 1 + REFINERS - 1) * (two - one)  # refiners of prompts, which are short, count as none
-    counted = {"a block": two - one, "plain": of_all, "checkpointed": (BLOCKS + REFINERS) * inputs + two - one}
-    per_latent = {f"{name}, per latent": round(counted[name] / latents) for name in ("plain", "checkpointed")}
-    sys.stdout.write(json.dumps(counted | per_latent) + "\n")
-    for kind in ("plain", "checkpointed"):  # each in a process: a peak of memory is never given back
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--step", kind], check=True)
+    if args.part == "counted":
+        sys.stdout.write(json.dumps({args.part: counted(args.resolution)}) + "\n")
+    elif args.part:
+        found = step(args.blocks, args.resolution, args.part == "checkpointed")
+        sys.stdout.write(json.dumps({args.part: found}) + "\n")
+    else:
+        for part in ("counted", "plain", "checkpointed"):  # each in a process: a peak of memory is never given back
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)
 
 
 if __name__ == "__main__":

@@ -246,13 +246,13 @@ def write_z_image_pipeline(folder: Path) -> str:
     torch.manual_seed(8)
     transformer = ZImageTransformer2DModel(
         in_channels=4,
-        dim=32,
+        dim=128,
         n_layers=2,
         n_refiner_layers=1,
         n_heads=2,
         n_kv_heads=2,
         cap_feat_dim=16,
-        axes_dims=[8, 4, 4],
+        axes_dims=[16, 24, 24],
         axes_lens=[256, 16, 16],
     )
     text = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}

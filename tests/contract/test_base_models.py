@@ -22,9 +22,11 @@ WRITERS = {
     "sd3": tiny.write_sd3_pipeline,
     "flux": tiny.write_flux_pipeline,
     "z_image": tiny.write_z_image_pipeline,
+    "z_image": tiny.write_z_image_pipeline,
 }
 PROMPTS = ["a cat", "two owls"]
-SIZE = {"resolution": 16, "max_sequence_length": 20}
+SIZE = {"resolution": 16, "max_sequence_length": 32}
+OVERFLOW = ("z_image",)  # in float16
 pytestmark = pytest.mark.parametrize("name", plugins.available("backbones"))
 
 
@@ -197,6 +199,10 @@ def test_its_blocks_are_cut_where_every_weight_is_trained(name, bases):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_inside_alone(name, adapted, dtype):
+    if dtype == "float16" and name in OVERFLOW:
+        with pytest.raises(ValueError, match="float16 ends at 65,504"):
+            adapted(name, dtype=dtype)
+        return
     policy, exact = adapted(name, dtype=dtype), adapted(name)
     predicted = policy.predict(*inputs(policy))
     assert predicted.dtype == torch.float32

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import tiny
-from attune.backbones import _memory, sd, sdxl
+from attune.backbones import _memory, sd, sd3, sdxl
 from attune.backbones._memory import Turns, in_parts
 from attune.backbones._quantise import quantise
 from attune.backbones.sd import load as load_sd

@@ -44,7 +44,8 @@ def changed(file, **values):
 def test_facts_are_counted_in_the_files_that_are_here(folder):
     backbone = load(folder)
     facts = z_image.facts(Model(backbone="z_image", path=folder))
-    assert facts.resolution == 1024
+    assert facts.resolution == 2 * 128
+    assert z_image.facts(Model(backbone="z_image", path=f"a/b@{'0' * 40}")).resolution == 1024
     assert facts.multiple == 4
     networks = {"denoiser": backbone.denoiser, "text_encoders": backbone.text_encoder, "autoencoder": backbone.vae}
     for name, network in networks.items():

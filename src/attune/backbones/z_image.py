@@ -24,7 +24,7 @@ from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
 from attune.hub import Source, parse
-from attune.interfaces import Conditioning
+from attune.interfaces import Conditioning, Guidance
 from attune.pretrained import load_pretrained, load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,10 +39,13 @@ NOMINAL = _latent.Facts(
     autoencoder=83_819_683,
     resolution=1024,
     adapter=1_044_480,
+    activations=2_100_000,
+    checkpointed=400_000,
     channels=16,
 )
-"""Of Z-Image; its configuration names no resolution, so this is the pipeline's."""
-TOKENS = 512  # of a prompt: diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
+"""Of Z-Image; what its activations need was counted and measured in four of its 34 blocks, see docs/full_size.md."""
+SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
+TOKENS, WIDTH = 512, 2560  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 PATCH, TOKENS_OF_A_BLOCK = 2, 32  # latents per side of a token; the transformer fills prompts up to a multiple of 32
 TOO_LARGE = "65,504, and values in Z-Image at 344,000"
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
@@ -50,8 +53,10 @@ TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
 
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    found = _latent.facts(_sized(model), PARTS, NOMINAL)
-    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent; the size of its patches is no setting
+    tokens = model.max_sequence_length or TOKENS
+    nominal = replace(NOMINAL, prompt=tokens * WIDTH, text=tokens * PATCH**2)
+    found = _latent.facts(model, PARTS, nominal, SAMPLE_SIZE)
+    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent: no file says how large a patch is
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
@@ -87,6 +92,7 @@ class ZImage:
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     prediction_type = "flow"
+    guidance: Guidance = "cfg"
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import ZImageTransformer2DModel
@@ -100,10 +106,11 @@ class ZImage:
         self.tokenizer, self.text_encoder = self._load_text()
         self.vae = self._load_vae()
         self.denoiser = _latent.load_denoiser(ZImageTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
-        self.resolution, self.latent_shape = _latent.image_size(_sized(model), self.vae, self.denoiser, DENOISER)
+        config = {**self.denoiser.config, "sample_size": SAMPLE_SIZE}
+        self.resolution, self.latent_shape = _latent.image_size(model, self.vae, config, DENOISER)
         place = parse(model.path) / DENOISER / "config.json"
-        check_transformer(self.denoiser.config, self.text_encoder.config.hidden_size, place)
-        check_positions(self.denoiser.config["axes_lens"], self.tokens, self.latent_shape[-1], self.resolution)
+        check_transformer(config, self.text_encoder.config.hidden_size, place)
+        check_positions(config["axes_lens"], self.tokens, self.latent_shape[-1], self.resolution)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
@@ -175,16 +182,13 @@ def load(model: Model, device: torch.device, dtype: torch.dtype | None = None) -
     return ZImage(model, device, dtype)
 
 
-def _sized(model: Model) -> Model:
-    """The settings with a resolution: Z-Image's files name none."""
-    return model.model_copy(update={"resolution": model.resolution or NOMINAL.resolution})
-
-
 # ---------------------------------------------------------------- path
 
 
 def load_path(model: Model) -> Flow:
     """Sampling at the sigmas of diffusers' pipeline; training as any flow model's, see `_flow.load_path`.
+
+    The pipeline gives its scheduler evenly spaced sigmas, and a mu, of which one with a fixed shift makes no use.
 
     Raises:
         ValueError: the scheduler is of another family, its sigmas are none, or it is of Z-Image-Turbo.
@@ -193,22 +197,7 @@ def load_path(model: Model) -> Flow:
     path = _flow.load_path(model)
     config, _ = _latent.scheduler_config(model)
     check_undistilled(model, config.get("shift"))
-    return replace(path, sampling_sigmas=partial(sampling_sigmas, config))
-
-
-def sampling_sigmas(config: Mapping[str, Any], steps: int) -> Tensor:
-    """The falling sigmas (steps + 1,) of a run, from 1 to 0: evenly spaced ones, which diffusers' scheduler shifts.
-
-    The scheduler's own choice, which other pipelines take, would be shifted twice.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    most = scheduler.config.num_train_timesteps - 1
-    if not 1 <= steps <= most:
-        raise ValueError(f"sampling steps must lie in 1..{most}, got {steps}")
-    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist())
-    return scheduler.sigmas
+    return replace(path, sampling_sigmas=partial(_flow.sampling_sigmas, config, mu=0.0))
 
 
 def check_undistilled(model: Model, shift: float | None = None) -> None:
