@@ -22,7 +22,6 @@ WRITERS = {
     "sd3": tiny.write_sd3_pipeline,
     "flux": tiny.write_flux_pipeline,
     "z_image": tiny.write_z_image_pipeline,
-    "z_image": tiny.write_z_image_pipeline,
 }
 PROMPTS = ["a cat", "two owls"]
 SIZE = {"resolution": 16, "max_sequence_length": 32}

@@ -1,5 +1,6 @@
 """Z-Image as a base: prompts and images as diffusers' own pipeline makes them, and what is trained and refused."""
 
+import json
 import math
 
 import pytest
@@ -8,11 +9,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from safetensors.torch import load_file, save_file
 
+import stages
 import tiny
 from attune import fsdp
 from attune.backbones import z_image
 from attune.config.settings import Model, Sampling
 from attune.data.batches import PromptBatch
+from attune.data.store import PreparedData
 from attune.diffusion.ddim import sample
 from attune.diffusion.policy import Policy
 from attune.methods import dpo, draft, spo
@@ -272,6 +275,27 @@ def test_half_precision_stays_inside(folder):
         predicted = backbone.predict(backbone.denoiser, noise(), torch.tensor([900.0, 30.0]), cond)
     assert predicted.dtype == torch.float32
     assert predicted.isfinite().all()
+
+
+def test_the_commands_prepare_train_and_draw(folder, tmp_path):
+    """Prompts lie on disk with where each ends, and a training reads them as they were encoded."""
+    model = {"backbone": "z_image", "path": folder, "resolution": 16, "max_sequence_length": 64}
+    runs = {"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}
+    block = {"batches": 2, "batch_size": 4, "lr": 1e-3, "lora": {"rank": 2}}
+    made = stages.write(tmp_path, runs, model=model, preference=..., methods__dpo=block)
+    with stages.inside(made):
+        stages.write_plans()
+        stages.call("prepare")
+        stages.call("align", run="dpo")
+        stages.call("generate", run="dpo")
+    data = PreparedData.read(made / "data/short/prepared", "train")
+    encoded = load(folder, max_sequence_length=64).encode_prompts(data.prompts[:3]).tensors
+    assert data.cond.tensors["prompt_mask"].dtype == torch.bool
+    for name, rows in data.cond.tensors.items():
+        torch.testing.assert_close(rows[[0, 1, 2]], encoded[name], rtol=1e-5, atol=1e-5)
+    known = json.loads((made / "models/short/dpo/run.json").read_text())
+    assert known["times"]["shift"] == 6.0
+    assert list((made / "models/short/dpo").glob("*.safetensors"))
 
 
 def test_adapters_as_other_trainers_write_them_are_read(policy, folder, tmp_path):

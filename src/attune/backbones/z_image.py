@@ -250,7 +250,7 @@ def load_text(model: Model, device: torch.device) -> tuple[Qwen2Tokenizer, PreTr
 def as_chat(tokenizer: Qwen2Tokenizer, prompts: Sequence[str]) -> list[str]:
     """Each prompt as what a user says to the model, up to where the model's answer would begin."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
     return [str(tokenizer.apply_chat_template(chat, **options)) for chat in chats]
 
 
