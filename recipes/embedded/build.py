@@ -30,7 +30,7 @@ from attune.diffusion.generate import generate_images
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
 SEED = 0
-VAE_STEPS, BASE_STEPS, FLOW_STEPS, BASE_IMAGES = 4200, 1600, 6000, 65_536
+VAE_STEPS, BASE_STEPS, FLOW_STEPS, BASE_IMAGES = 4200, 1600, 700, 65_536
 SCORER_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
 POOL_RENDERED, POOL_GENERATED = 6000, 350  # prompts whose images train a scorer
 TEST_RENDERED, TEST_GENERATED = 300, 150
