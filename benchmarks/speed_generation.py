@@ -7,7 +7,8 @@ The pipeline is given the latents that attune starts from. It holds an adapter b
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,13 +25,21 @@ from attune.diffusion.noise import noise_seed, per_row_noise
 SEED, GUIDANCE = 0, 5.0
 
 
+@contextmanager
+def saved_lora(place: Place) -> Iterator[str | None]:
+    """A folder with an adapter, if the row has one; made before a base is read, as two of them would be the peak."""
+    with tempfile.TemporaryDirectory() as folder:
+        if place.options["lora"]:
+            lora_policy(place).save(Path(folder))
+        yield folder if place.options["lora"] else None
+
+
 def ours(place: Place) -> Side:
     """With options: `steps`, and whether there is a `lora`."""
     sampling = Sampling(steps=place.options["steps"], eta=0, guidance_scale=GUIDANCE, batch_size=place.n)
-    policy = base_policy(place)
-    if place.options["lora"]:
-        with tempfile.TemporaryDirectory() as folder:
-            lora_policy(place).save(Path(folder))
+    with saved_lora(place) as folder:
+        policy = base_policy(place)
+        if folder:
             policy.load(folder)
 
     def step() -> Mapping[str, Tensor]:
@@ -42,20 +51,9 @@ def ours(place: Place) -> Side:
 
 def in_order_of_diffusers(place: Place) -> Side:
     """Options as of `ours`."""
-    pipeline = StableDiffusionPipeline(
-        unet=frozen_unet(place.folder, place.computes, place.device),
-        vae=frozen_vae(place.folder, place.computes, place.device),
-        text_encoder=CLIPTextModel.from_pretrained(place.folder / "text_encoder", dtype=place.computes),
-        tokenizer=CLIPTokenizer.from_pretrained(place.folder / "tokenizer"),
-        scheduler=schedule(place.folder),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(place.device)
-    pipeline.set_progress_bar_config(disable=True)
-    if place.options["lora"]:
-        with tempfile.TemporaryDirectory() as folder:
-            lora_policy(place).save(Path(folder))
+    with saved_lora(place) as folder:
+        pipeline = pipeline_of(place)
+        if folder:
             pipeline.load_lora_weights(folder)
     seeds = [noise_seed(prompt, i, SEED) for i, prompt in enumerate(prompts(place.n))]
     start = per_row_noise(seeds)((place.n, 4, place.latent_side, place.latent_side))
@@ -68,3 +66,19 @@ def in_order_of_diffusers(place: Place) -> Side:
         return {"images": torch.from_numpy((images * 255).round())}
 
     return Side(step)
+
+
+def pipeline_of(place: Place) -> StableDiffusionPipeline:
+    """diffusers' pipeline of the base."""
+    pipeline = StableDiffusionPipeline(
+        unet=frozen_unet(place.folder, place.computes, place.device),
+        vae=frozen_vae(place.folder, place.computes, place.device),
+        text_encoder=CLIPTextModel.from_pretrained(place.folder / "text_encoder", dtype=place.computes),
+        tokenizer=CLIPTokenizer.from_pretrained(place.folder / "tokenizer"),
+        scheduler=schedule(place.folder),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(place.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -38,10 +38,10 @@ def network(name: str, size: str, device: torch.device, dtype: str = "float32") 
     if size == "vit-h":
         torch.manual_seed(0)
         words = tokenizer()
-        return in_dtype(random_clip(words, device), dtype), words
+        return in_dtype(random_clip(words, device), dtype, device), words
     if name == "hpsv2":
         return hpsv2.load(hpsv2.Config(**HPS_CONFIG, dtype=dtype), device).model, load_tokenizer(str(HPS))
-    return in_dtype(load_model(str(CLIP)).to(device), dtype), load_tokenizer(str(CLIP))
+    return in_dtype(load_model(str(CLIP)), dtype, device), load_tokenizer(str(CLIP))
 
 
 def files(place: Place) -> np.ndarray:

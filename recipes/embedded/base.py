@@ -83,6 +83,12 @@ def build_unet(hidden: int = 96) -> UNet2DConditionModel:
     )
 
 
+def build_networks(tokenizer: CLIPTokenizer, seed: int) -> list[nn.Module]:
+    """A text encoder and a denoiser, untrained."""
+    torch.manual_seed(seed)
+    return [build_text_encoder(tokenizer), build_unet()]
+
+
 def build_scheduler() -> DDIMScheduler:
     """Stable Diffusion's noise schedule."""
     return DDIMScheduler(

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from recipes.embedded import base, scorers
-from recipes.embedded.card import GUIDANCE, base_figures, base_policy, write_card
+from recipes.embedded import base, flow, scorers
+from recipes.embedded.card import BASES, GUIDANCE, base_figures, base_policy, write_card
+from recipes.embedded.training import BaseTraining, train_base, web_data
 from recipes.embedded.vae import train_vae
 from safetensors.torch import save_file
 from torch import nn
@@ -29,7 +30,7 @@ from attune.diffusion.generate import generate_images
 OUT = Path("models/embedded")
 WORK = Path(".checkpoints/embedded")
 SEED = 0
-VAE_STEPS, BASE_STEPS, BASE_IMAGES = 4200, 1600, 65_536
+VAE_STEPS, BASE_STEPS, FLOW_STEPS, BASE_IMAGES = 4200, 1600, 700, 65_536
 SCORER_STEPS = {"pickscore": 1200, "hpsv2": 1000, "aesthetic": 1200}
 POOL_RENDERED, POOL_GENERATED = 6000, 350  # prompts whose images train a scorer
 TEST_RENDERED, TEST_GENERATED = 300, 150
@@ -42,17 +43,30 @@ def main() -> None:
     vae = cached("vae", lambda: train_vae(VAE_STEPS, batch_size=16, seed=SEED), AutoencoderKL)
     tokenizer = base.build_tokenizer()
     if not (WORK / "base").exists():  # not asked of OUT, which holds the models that are being replaced
-        training = base.BaseTraining(base.web_data(vae, tokenizer, BASE_IMAGES, SEED + 1), tokenizer, SEED)
-        base.train_base(training, BASE_STEPS, 96, WORK / "base.pt")
+        data = web_data(vae, tokenizer, BASE_IMAGES, SEED + 1)
+        training = BaseTraining(data, tokenizer, base.build_networks(tokenizer, SEED), base.loss, SEED)
+        train_base(training, BASE_STEPS, 96, WORK / "base.pt")
         base.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(WORK / "base")
     shutil.copytree(WORK / "base", OUT / "base", dirs_exist_ok=True)
+    build_flow()
     generate = base_generator(OUT / "base")
     test = pool(generate, "test", TEST_RENDERED, TEST_GENERATED)
     figures = {}
     for name in ("pickscore", "hpsv2", "aesthetic"):
         started = time.monotonic()
         figures[name] = {**build_scorer(name, generate, test), "seconds": round(time.monotonic() - started)}
-    write_card(OUT, {w: base_figures(OUT / "base", w) for w in GUIDANCE}, figures)
+    write_card(OUT, {(name, w): base_figures(OUT / name, w) for name in BASES for w in GUIDANCE}, figures)
+
+
+def build_flow() -> None:
+    """Trains the base's flow twin and copies it to OUT."""
+    if not (WORK / "flow").exists():
+        vae, tokenizer = flow.shifted_autoencoder(OUT / "base/vae"), base.build_tokenizer()
+        data = web_data(vae, tokenizer, BASE_IMAGES, SEED + 1)
+        training = BaseTraining(data, tokenizer, flow.build_networks(tokenizer, SEED), flow.loss, SEED)
+        train_base(training, FLOW_STEPS, 192, WORK / "flow.pt")
+        flow.to_pipeline(training, vae, tokenizer).to(torch.float16).save_pretrained(WORK / "flow")
+    shutil.copytree(WORK / "flow", OUT / "flow", dirs_exist_ok=True)
 
 
 def build_scorer(name: str, generate: scorers.ImageGenerator, test: scorers.Pool) -> dict[str, float]:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recipes.embedded.base import text_config, tokenize
+from recipes.embedded.base import text_config
 from recipes.embedded.muon import split_optimizers
+from recipes.embedded.training import tokenize
 from recipes.embedded.vae import descend, warm_cosine
 from torch import Tensor
 from tqdm import tqdm

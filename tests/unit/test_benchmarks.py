@@ -102,6 +102,13 @@ def test_the_searches_of_a_run_are_plans(benchmark):
     assert plans.with_method_settings(run, {**run.method.settings, "beta": 3}).method.config.beta == 3
 
 
+@pytest.mark.parametrize(("base", "bytes_per_latent"), [("sd15", 194_000), ("sd35m", 447_000)])
+def test_what_autograd_keeps_is_what_the_docs_say(benchmark, base, bytes_per_latent):
+    """docs/full_size.md: of an image, in bfloat16, without checkpointing."""
+    found = benchmark("saved_activations").counted(base, checkpointing=False)
+    assert found["bytes_per_latent"] == pytest.approx(bytes_per_latent, rel=0.005)
+
+
 @pytest.mark.parametrize("method", ["dpo", "spo"])
 def test_a_step_of_random_data_is_trained(benchmark, method, policy):
     shapes = benchmark("true_shapes")

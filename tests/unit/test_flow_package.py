@@ -92,6 +92,13 @@ def test_the_code_on_the_card_loads_the_model(made, base, run):
         assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
+def test_what_would_be_uploaded_is_the_package(made, capsys):
+    with stages.inside(made):
+        stages.call("push", "--run", "whole", "--repo", "owner/name", "--dry-run")
+    listed = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "bytes" in line}
+    assert {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= listed
+
+
 def test_samples_of_a_flow_model_stand_beside_those_of_its_base(made, tmp_path):
     with stages.inside(made):
         words = ("--run", "dpo", "--against", "base", "--prompt", "a cat", "--n", "1", "--out", str(tmp_path / "s.png"))

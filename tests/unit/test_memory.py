@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import tiny
-from attune.backbones import _memory, sd, sdxl
+from attune.backbones import _memory, sd, sd3, sdxl
 from attune.backbones._memory import Turns, in_parts
 from attune.backbones._quantise import quantise
 from attune.backbones.sd import load as load_sd
@@ -240,6 +240,7 @@ def test_the_schedule_lies_where_the_model_does(new_policy):
         (sd.NOMINAL, 4, 512, True, 3.27),
         (sdxl.NOMINAL, 64, 256, False, 7.66),
         (sdxl.NOMINAL, 64, 512, False, 10.76),
+        (sd3.NOMINAL, 32, 512, False, 13.06),
     ],
 )
 def test_planned_memory_is_near_what_was_measured(weights, rank, resolution, checkpointing, measured):

@@ -73,8 +73,8 @@ def load_tokenizer(source: str, config: CLIPConfig | None = None) -> CLIPTokeniz
     return tokenizer
 
 
-def in_dtype(model: CLIPModel, dtype: str) -> CLIPModel:
-    """The CLIP with its linear and convolutional layers in "float32" or "bfloat16", to be called within `precision`.
+def in_dtype(model: CLIPModel, dtype: str, device: torch.device | str) -> CLIPModel:
+    """The CLIP on a device, linear and convolutional layers in "float32" or "bfloat16"; to be called in `precision`.
 
     Norms, embeddings, softmax and the sums that run from layer to layer stay float32, and so do features once they are
     projected: a bfloat16 has three digits, of which a cosine between 0.2 and 0.3 could not spare one.
@@ -82,7 +82,7 @@ def in_dtype(model: CLIPModel, dtype: str) -> CLIPModel:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(getattr(torch, dtype))
-    return model
+    return model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
 
 
 def precision(model: CLIPModel) -> torch.autocast:

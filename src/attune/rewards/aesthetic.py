@@ -75,5 +75,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     head = load_head(config.head, config.head_sha256)
     model = load_model(config.path, config.hidden_act)
-    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype, device)
     return Scorer(model, head.to(device), config)

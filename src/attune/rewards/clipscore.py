@@ -88,5 +88,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     vision = vision_config(model.config)
     if (vision.patch_size, vision.image_size) != (int(patch), int(size or 224)):
         raise ValueError(f"{config.path} is no {config.model}: patches {vision.patch_size}, images {vision.image_size}")
-    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype, device)
     return Scorer(model, load_tokenizer(config.path, model.config), config)

@@ -110,5 +110,5 @@ def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     tokenizer = load_tokenizer(config.tokenizer)
     model = load_open_clip(file, tokenizer, config.hidden_act)
     check_clip_tokenizer(tokenizer, text_config(model.config), config.tokenizer)
-    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype, device)
     return Scorer(model, tokenizer, config)

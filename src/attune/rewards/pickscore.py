@@ -68,5 +68,5 @@ class Scorer:
 def load(config: Config, device: torch.device | str = "cpu") -> Scorer:
     """The scorer, frozen, on a device. Raises ValueError for a wrong or incomplete checkpoint."""
     model = load_model(config.path, config.hidden_act)
-    model = in_dtype(model, config.dtype).to(device)  # type: ignore[arg-type]  # transformers wraps `to` without its first argument
+    model = in_dtype(model, config.dtype, device)
     return Scorer(model, load_tokenizer(config.tokenizer or config.path, model.config), config)
