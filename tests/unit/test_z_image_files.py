@@ -14,6 +14,7 @@ import tiny
 from attune.backbones import z_image
 from attune.config import resolve
 from attune.config.settings import Model
+from attune.inspection.tokens import lengths
 from attune.planning import base_problems
 
 CPU = torch.device("cpu")
@@ -60,6 +61,12 @@ def test_downloads_are_all_that_is_read(folder, tmp_path):
             shutil.copy(file, copy)
     ours, whole = load(tmp_path).encode_prompts(PROMPTS), load(folder).encode_prompts(PROMPTS)
     assert all(torch.equal(value, whole.tensors[name]) for name, value in ours.tensors.items())
+
+
+def test_an_inspection_counts_tokens_with_the_chat_around_them(folder):
+    found = lengths(["a cat", "a" * 50], Model(backbone="z_image", path=folder, max_sequence_length=64))
+    assert found.counts.tolist() == [19 + 5, 19 + 50]
+    assert (found.limit, found.cut, found.unit) == (64, 1, "tokens")
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])

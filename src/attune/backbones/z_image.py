@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attune.backbones import _flow, _latent
+from attune.backbones import _flow, _latent, _qwen3
 from attune.backbones._diffusers import InDiffusers
 from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
-from attune.pretrained import load_pretrained, load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -73,6 +72,12 @@ def in_diffusers(model: Model) -> InDiffusers:
 def times(model: Model) -> dict[str, Any]:
     """The times it is trained and sampled at, for run.json and the card."""
     return _flow.times(model)
+
+
+def token_counts(prompts: Sequence[str], model: Model) -> tuple[int, list[int]]:
+    """How many tokens of a prompt are read, and how many each has with the chat around it; by the tokenizer alone."""
+    most, tokenizer = model.max_sequence_length or TOKENS, _qwen3.read_tokenizer(model)
+    return most, [_qwen3.count_tokens(tokenizer, prompt, most) for prompt in prompts]
 
 
 def check_settings(model: Model) -> None:
@@ -123,7 +128,7 @@ class ZImage:
         return self._load_vae()
 
     def _load_text(self) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
-        return load_text(self.model, self.turn.start)
+        return _qwen3.load(self.model, self.turn.start)
 
     def _load_vae(self) -> AutoencoderKL:
         return _latent.load_vae(self.model, self.turn.start, may_shift=True)
@@ -137,7 +142,7 @@ class ZImage:
 
         L is the same for all prompts, so that they can be put together; the transformer is shown their own alone.
         """
-        texts = as_chat(self.tokenizer, prompts)
+        texts = _qwen3.as_chat(self.tokenizer, prompts)
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         ).to(self.device)
@@ -147,8 +152,7 @@ class ZImage:
         return Conditioning({"prompt_embeds": states.masked_fill(~own[..., None], 0), "prompt_mask": own})
 
     def is_cut(self, prompt: str) -> bool:
-        (text,) = as_chat(self.tokenizer, [prompt[: self.tokens * _latent.MAX_TOKEN_CHARS]])
-        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids) > self.tokens
+        return _qwen3.count_tokens(self.tokenizer, prompt, self.tokens) > self.tokens
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return _latent.encode(self.turn(self.vae), images, generator)
@@ -218,40 +222,6 @@ def check_undistilled(model: Model, shift: float | None = None) -> None:
             f"model.path: {model.path}{sign} is Z-Image-Turbo, which is distilled: training would undo that it needs "
             "few steps and no guidance. Train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
         )
-
-
-# ---------------------------------------------------------------- text
-
-
-def load_text(model: Model, device: torch.device) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
-    """Tokenizer and language model, which must fit each other.
-
-    Raises:
-        ValueError: they do not, or prompts cannot be put into the tokenizer's chat template; or as `load_pretrained`.
-    """
-    from transformers import Qwen2Tokenizer, Qwen3Model
-
-    source = parse(model.path)
-    tokenizer = load_tokenizer(Qwen2Tokenizer, source / "tokenizer")
-    encoder = load_pretrained(Qwen3Model, source / "text_encoder", getattr(torch, model.dtype), device, model.variant)
-    words, known = max(tokenizer.get_vocab().values()) + 1, encoder.config.vocab_size
-    if words > known:  # fewer are right: the model has room for 267 tokens that its tokenizer never makes
-        raise ValueError(f"{source / 'tokenizer'}: a tokenizer of {words} tokens for a model of {known}")
-    try:
-        (text,) = as_chat(tokenizer, ["a red fox"])
-    except Exception as error:  # there is none, or it is no template of jinja's
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source / 'tokenizer'}: its chat template cannot be used: {reason}") from error
-    if "a red fox" not in text:
-        raise ValueError(f"{source / 'tokenizer'}: its chat template leaves out the prompt")
-    return tokenizer, encoder
-
-
-def as_chat(tokenizer: Qwen2Tokenizer, prompts: Sequence[str]) -> list[str]:
-    """Each prompt as what a user says to the model, up to where the model's answer would begin."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-    return [str(tokenizer.apply_chat_template(chat, **options)) for chat in chats]
 
 
 # ---------------------------------------------------------------- what the transformer can be given

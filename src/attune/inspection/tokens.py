@@ -56,6 +56,10 @@ def _by_encoder(prompts: Sequence[str], model: Model) -> Iterator[tuple[int, np.
     from transformers import CLIPTokenizer
 
     source, module = parse(model.path), plugins.load("backbones", model.backbone)
+    if hasattr(module, "token_counts"):  # of a base model without a CLIP
+        limit, found = module.token_counts(prompts, model)
+        yield limit, np.array(found, dtype=int)
+        return
     parts = [place.stem for place, _ in module.downloads(model) if place.stem.startswith("text_encoder")]
     configs = {part: read_json(fetch_folder(source / part, ["config.json"]) / "config.json") for part in parts}
     t5s = {part: config for part, config in configs.items() if config.get("model_type") == "t5"}
