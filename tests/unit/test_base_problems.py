@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import params
+import stages
 import tiny
 from attune.backbones import sd, sd3, sdxl
 from attune.backbones._diffusers import sampler_name
@@ -164,6 +165,36 @@ def test_a_prompt_counts_as_activations_of_a_transformer(settings, monkeypatch):
 def test_the_protocol_names_the_step(settings, flow):
     names = [sampler_name(Model(backbone=kind, path=flow), eta) for kind, eta in (("sd", 1), ("sd3", 0), ("sd3", 1))]
     assert names == ["DDIM", "Euler", "DDIM's step on the flow"]
+
+
+DAMAGE = {  # a file of the base, what becomes of it, and what is said
+    "a patch": (
+        "transformer/config.json",
+        lambda text: text.replace(b'"patch_size": 2', b'"patch_size": "2"'),
+        "no number",
+    ),
+    "weights that are cut": ("transformer/diffusion_pytorch_model.safetensors", lambda text: text[:900], "is damaged"),
+    "no JSON": ("vae/config.json", lambda text: b"{", "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_base_ends_the_plan_with_its_file_and_no_traceback(settings, flow, tmp_path, name):
+    file, damage, says = DAMAGE[name]
+    copied = Path(shutil.copytree(flow, tmp_path / "copy"))
+    (copied / file).write_bytes(damage((copied / file).read_bytes()))
+    of_flow(settings, str(copied))
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    with stages.inside(tmp_path), pytest.raises(SystemExit) as ended:
+        stages.call("plan", "--show")
+    assert str(ended.value).startswith(f"plan: {copied / file}")
+    assert says in str(ended.value)
+
+
+def test_a_base_without_safetensors_has_no_names_to_compare_with(settings, flow, tmp_path):
+    copied = Path(shutil.copytree(flow, tmp_path / "copy"))
+    (copied / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    assert not list(base(of_flow(settings, str(copied), methods__dpo__lora={"rank": 2, "targets": ["to_q"]})))
 
 
 # ---------------------------------------------------------------- methods

@@ -1,6 +1,7 @@
 """Sharing a model of a flow base: the commands from data to a package, its files in diffusers and ComfyUI, its card."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 import stages
 import tiny
 from attune.backbones import sd3
+from attune.config.resolve import load as load_settings
 from attune.config.settings import Model, Sampling
 from attune.diffusion.lora import add_lora, lora_ranks
 from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.policy import Policy
 from attune.sharing.card import Evidence, card
+from attune.sharing.models import UnknownModelError, find_model
 from attune.sharing.package import PackageError, Trained, check_layouts, write_package
 from attune.weights import read_header
 
@@ -97,6 +100,24 @@ def test_what_would_be_uploaded_is_the_package(made, capsys):
         stages.call("push", "--run", "whole", "--repo", "owner/name", "--dry-run")
     listed = {line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "bytes" in line}
     assert {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= listed
+
+
+@pytest.mark.parametrize(("key", "is_same"), [("density", False), ("offload", True)])
+def test_a_model_of_before_there_was_a_setting_is_still_its_own(made, tmp_path, key, is_same):
+    """Without the key in run.json it means the default, and the default of a density is not uniform."""
+    folder = tmp_path / "project"
+    shutil.copytree(made, folder, symlinks=True)
+    file = folder / "models/short/dpo/run.json"
+    known = json.loads(file.read_text())
+    del known["base"][key]
+    file.write_text(json.dumps(known))
+    with stages.inside(folder):
+        settings = load_settings()
+        if is_same:
+            assert find_model("dpo", settings).source == "models/short/dpo"
+        else:
+            with pytest.raises(UnknownModelError, match="trained on another base model"):
+                find_model("dpo", settings)
 
 
 def test_samples_of_a_flow_model_stand_beside_those_of_its_base(made, tmp_path):

@@ -70,6 +70,8 @@ def _targets(s: Settings) -> Iterator[str]:
     if folder is None or not folder.is_dir() or not listed:
         return
     weights = [name.removesuffix(".weight") for name in tensor_names(folder) if name.endswith(".weight")]
+    if not weights:  # loading says what is missing
+        return
     for name, targets in listed.items():
         for ending in targets:
             if not any(f".{weight}".endswith(f".{ending}") for weight in weights):

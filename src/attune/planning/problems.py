@@ -203,7 +203,8 @@ def too_large(s: Settings, table: Iterable[Row], here: Machine) -> Iterator[str]
             yield (
                 f"{where}:{_block(row.stage)}: {row.stage} needs {size(row.gpu)} of GPU memory for weights, gradients "
                 f"and the optimizer's state alone, and this machine's GPU has {size(here.gpu_bytes)}; "
-                f"{_smaller(row.stage)}model.dtype bfloat16, or a larger GPU"
+                f"{_smaller(row.stage)}model.dtype bfloat16, model.quantize nf4 where only adapters are trained, or a "
+                "larger GPU"
             )
     if disk > here.free_disk_bytes:
         yield (

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from attune.config.profile import BASE
 from attune.config.resolve import Settings
+from attune.config.settings import Model
 from attune.hub import parse
 from attune.paths import Paths
 from attune.text import shown
@@ -84,12 +87,20 @@ def trained_folder(run: str, settings: Settings) -> Path:
         raise UnknownModelError(f"{folder}: {run} is not trained yet: `dvc repro align@{run}`") from None
     except ValueError as error:
         raise UnknownModelError(f"{folder}/run.json is not JSON ({error}): `dvc repro --force align@{run}`") from None
-    if made.get("base") != settings.model.model_dump(mode="json"):
+    if not _is_same(made.get("base"), settings.model):
         raise UnknownModelError(
             f"{folder}: {run} was trained on another base model than params/{settings.profile}.yaml:model says: "
             f"`dvc repro align@{run}`"
         )
     return folder
+
+
+def _is_same(base: object, model: Model) -> bool:
+    """Whether run.json names this base; settings that there were none of at that time are what they are by default."""
+    try:
+        return Model.model_validate(base) == model
+    except ValidationError:
+        return False
 
 
 def _run(name: str, settings: Settings) -> NamedModel:

@@ -39,9 +39,10 @@ def main() -> None:
         settings = load()
     except ConfigError as error:
         sys.exit(str(error))
-    here, table = machine(), list(costs.rows(settings, _downloads(settings), noted_seconds(), _rows_here(settings)))
-    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, here)]
-    found += [*too_large(settings, table, here), *(_missing_on_the_hub(settings) if given.online else ())]
+    try:
+        table, found = checked(settings, given.online)
+    except (ValueError, OSError) as error:  # a file of the base model is no good, and says so by its path
+        sys.exit(message(f"plan: {error}"))
     if given.show:
         say(costs.as_text(table))
     if found:
@@ -52,6 +53,13 @@ def main() -> None:
         say_saved(settings)
     else:
         write(settings)
+
+
+def checked(settings: Settings, online: bool) -> tuple[list[costs.Row], list[str]]:
+    """The table, and a line for each problem. Raises ValueError or OSError if a file of the base cannot be read."""
+    here, table = machine(), list(costs.rows(settings, _downloads(settings), noted_seconds(), _rows_here(settings)))
+    found = [*missing_files(settings), *problems(settings, costs.facts(settings).denoiser, here)]
+    return table, [*found, *too_large(settings, table, here), *(_missing_on_the_hub(settings) if online else ())]
 
 
 def texts(settings: Settings) -> dict[Path, str]:
