@@ -165,6 +165,15 @@ def test_sixteen_channels_take_four_times_the_disk(settings, flow):
     assert disk[4] == 2 * 1000 * 4 * (16 / 8) ** 2 * 4
 
 
+@pytest.mark.parametrize(("prompts", "read"), [({"prompts": 300}, 300), ({}, 1000)])
+def test_encoded_prompts_take_disk_also_before_they_are_counted(settings, prompts, read):
+    """FLUX's of 128 tokens in bfloat16 have a megabyte each, where latents of a pair of 64 px have 8 KB."""
+    model = {"backbone": "flux", "path": HUB, "resolution": 64, "dtype": "bfloat16", "max_sequence_length": 128}
+    data = {"source": "pickapic", "path": HUB, "pairs": 1000, "score_with": ["pickscore"]}
+    disk = next(rows(settings(model=model, data=data), {}, {}, prompts)).disk
+    assert disk == 2 * 1000 * 16 * 8 * 8 * 4 + read * 128 * 4096 * 2
+
+
 def test_a_prompt_counts_as_activations_of_a_transformer(settings, monkeypatch):
     """Two images of 64 latents and a prompt of 36: 2 * 100 * 1,000 bytes in half precision."""
     counted = dataclasses.replace(sd3.NOMINAL, activations=1000, text=36)
