@@ -63,6 +63,19 @@ def test_downloads_are_all_that_is_read(folder, tmp_path):
     assert all(torch.equal(value, whole.tensors[name]) for name, value in ours.tensors.items())
 
 
+@torch.no_grad()
+def test_many_prompts_are_read_a_few_at_a_time(folder, monkeypatch):
+    """Their states of all layers would not fit beside the model; three of 64 tokens, then the fourth alone."""
+    backbone, prompts, seen = load(folder), ["a cat", "an owl", "bees", "no hen"], []
+    whole = backbone.encode_prompts(prompts).tensors["prompt_embeds"]
+    monkeypatch.setattr(z_image, "TOKENS_AT_ONCE", 3 * 64 + 1)
+    backbone.text_encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    torch.testing.assert_close(backbone.encode_prompts(prompts).tensors["prompt_embeds"], whole)
+    assert seen == [3, 1]
+    monkeypatch.setattr(z_image, "TOKENS_AT_ONCE", 5)
+    torch.testing.assert_close(backbone.encode_prompts(prompts).tensors["prompt_embeds"], whole)
+
+
 def test_an_inspection_counts_tokens_with_the_chat_around_them(folder):
     found = lengths(["a cat", "a" * 50], Model(backbone="z_image", path=folder, max_sequence_length=64))
     assert found.counts.tolist() == [19 + 5, 19 + 50]
