@@ -62,7 +62,7 @@ def checked_config(model: Model, tokens: int | None = None) -> tuple[Mapping[str
 
 
 def density(model: Model, config: Mapping[str, Any], mu: float | None = None) -> Density:
-    """Of training times: logit-normal and shifted, as Stable Diffusion 3; or any of the shifted table, as likely."""
+    """Of training times: logit-normal and shifted, as Stable Diffusion 3; or uniform over the shifted table."""
     if model.density != "uniform":
         return logit_normal(shift_of(config, mu))
     table = scheduler_of(config).sigmas  # n_train of them, shifted unless that depends on the size

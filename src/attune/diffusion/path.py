@@ -110,7 +110,7 @@ def shifted(s: Tensor, shift: float) -> Tensor:
 
 
 def uniform_over(table: Tensor) -> Density:
-    """Any sigma of a table (T,), as alike; of the shifted training table as Linear-DPO's code does."""
+    """Any sigma of a table (T,), all equally likely; of the shifted training table as Linear-DPO's code does."""
     return lambda draws, count: table[draws.integers(len(table), count)]
 
 

@@ -1,7 +1,7 @@
 """Writes a run's model for others to use: `make package RUN=dpo`.
 
-The package holds a LoRA as diffusers and as kohya write it (ComfyUI, A1111), a card with the scores, and a picture.
-Each file is loaded into diffusers and sampled with before the package is called done.
+The package holds a LoRA as diffusers writes it and as ComfyUI reads it (of UNets also A1111), a card with the scores,
+and a picture. Each file is loaded into diffusers and sampled with before the package is called done.
 """
 
 from __future__ import annotations
