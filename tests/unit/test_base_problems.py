@@ -165,6 +165,19 @@ def test_sixteen_channels_take_four_times_the_disk(settings, flow):
     assert disk[4] == 2 * 1000 * 4 * (16 / 8) ** 2 * 4
 
 
+def test_a_clip_that_is_there_twice_is_counted_once(settings, tmp_path):
+    """As LAION's folders, which hold it in the layout of open_clip too; float32, gradients and AdamW: 16 bytes."""
+    folder = Path(shutil.copytree(ROOT / "models/embedded/pickscore", tmp_path / "clip"))
+    found = settings(preference__clip=str(folder))
+
+    def needed():
+        return next(row.gpu for row in rows(found, {}, {}, {}) if row.stage == "train_preference")
+
+    once = needed()
+    shutil.copy(folder / "model.safetensors", folder / "open_clip_model.safetensors")
+    assert needed() == once > 0
+
+
 @pytest.mark.parametrize(("prompts", "read"), [({"prompts": 300}, 300), ({}, 1000)])
 def test_encoded_prompts_take_disk_also_before_they_are_counted(settings, prompts, read):
     """FLUX's of 128 tokens in bfloat16 have a megabyte each, where latents of a pair of 64 px have 8 KB."""

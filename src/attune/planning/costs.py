@@ -17,6 +17,7 @@ from attune.config.resolve import Settings
 from attune.config.settings import MethodConfig, TrainingConfig
 from attune.data.rows import SourceError
 from attune.planning.make import needs_preference_model, rows_of
+from attune.pretrained import weight_files
 from attune.weights import count_parameters
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -127,7 +128,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     if not config.batches:
         return Row("train_preference", "nothing is trained: the weights as they are")
     clip = Path(config.clip)
-    own = count_parameters(clip) if clip.is_dir() else PREFERENCE_WEIGHTS
+    own = count_parameters(clip, weight_files("model")) if clip.is_dir() else PREFERENCE_WEIGHTS
     frozen = _frozen(s, weights)
     does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
     gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
