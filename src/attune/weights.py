@@ -148,12 +148,12 @@ def read_json(file: str | Path) -> dict[str, Any]:
     return values
 
 
-def count_parameters(folder: Path) -> int:
-    """Numbers in all safetensors files of a folder, from their headers alone."""
+def count_parameters(folder: Path, patterns: Iterable[str] = ("*.safetensors",)) -> int:
+    """Numbers in the safetensors files of a folder whose names fit any of the patterns, from their headers alone."""
     from safetensors import safe_open
 
     total = 0
-    for file in folder.glob("*.safetensors"):
+    for file in {file for pattern in patterns for file in folder.glob(pattern) if file.suffix == ".safetensors"}:
         check_weights_files([file])
         with safe_open(file, "pt") as opened:
             total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118

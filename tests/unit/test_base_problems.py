@@ -16,6 +16,7 @@ import stages
 import tiny
 from attune.backbones import sd, sd3, sdxl
 from attune.backbones._diffusers import sampler_name
+from attune.config import plugins
 from attune.config.resolve import load
 from attune.config.schema import ConfigError
 from attune.config.settings import Model
@@ -78,13 +79,25 @@ def test_without_a_density_times_are_logit_normal(flow):
 
 
 @pytest.mark.parametrize(("module", "backbone"), [(sd, "sd"), (sdxl, "sdxl")])
-def test_a_model_that_is_no_flow_has_no_density(settings, module, backbone):
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("density", "uniform", "only flow models have one, and {} is none; remove it"),
+        (
+            "max_sequence_length",
+            32,
+            "a CLIP reads as many tokens as it has positions for, and {} has no other; remove it",
+        ),
+    ],
+)
+def test_a_model_that_is_no_flow_has_none_of_its_settings(settings, module, backbone, key, value, says):
     """Told by the plan, and by the loading of the model before it reads a file."""
-    model = Model(backbone=backbone, path="nowhere", density="uniform")
-    with pytest.raises(ValueError, match=rf"model\.density: only flow models have one, and {backbone} is none"):
-        module.load(model, CPU)
-    (line,) = base(settings(model__density="uniform", model__backbone=backbone))
-    assert line == f"params/tiny.yaml:model.density: only flow models have one, and {backbone} is none; remove it"
+    says = says.format(backbone)
+    with pytest.raises(ValueError, match=rf"model\.{key}: .*{says}"):
+        module.load(Model(backbone=backbone, path="nowhere", **{key: value}), CPU)
+    (line,) = base(settings(model={"backbone": backbone, "path": HUB, key: value}))
+    assert line.startswith(f"params/tiny.yaml:model.{key}: ")
+    assert line.endswith(says)
 
 
 def test_another_word_for_a_density_is_refused_with_those_there_are(settings):
@@ -152,6 +165,15 @@ def test_sixteen_channels_take_four_times_the_disk(settings, flow):
     assert disk[4] == 2 * 1000 * 4 * (16 / 8) ** 2 * 4
 
 
+@pytest.mark.parametrize(("prompts", "read"), [({"prompts": 300}, 300), ({}, 1000)])
+def test_encoded_prompts_take_disk_also_before_they_are_counted(settings, prompts, read):
+    """FLUX's of 128 tokens in bfloat16 have a megabyte each, where latents of a pair of 64 px have 8 KB."""
+    model = {"backbone": "flux", "path": HUB, "resolution": 64, "dtype": "bfloat16", "max_sequence_length": 128}
+    data = {"source": "pickapic", "path": HUB, "pairs": 1000, "score_with": ["pickscore"]}
+    disk = next(rows(settings(model=model, data=data), {}, {}, prompts)).disk
+    assert disk == 2 * 1000 * 16 * 8 * 8 * 4 + read * 128 * 4096 * 2
+
+
 def test_a_prompt_counts_as_activations_of_a_transformer(settings, monkeypatch):
     """Two images of 64 latents and a prompt of 36: 2 * 100 * 1,000 bytes in half precision."""
     counted = dataclasses.replace(sd3.NOMINAL, activations=1000, text=36)
@@ -189,6 +211,45 @@ def test_a_damaged_base_ends_the_plan_with_its_file_and_no_traceback(settings, f
         stages.call("plan", "--show")
     assert str(ended.value).startswith(f"plan: {copied / file}")
     assert says in str(ended.value)
+
+
+DISTILLED = {"flux": "black-forest-labs/FLUX.1-schnell", "sd3": "stabilityai/stable-diffusion-3.5-large-turbo"}
+
+
+@pytest.mark.parametrize(("backbone", "name"), DISTILLED.items())
+def test_a_distilled_model_is_refused_by_its_name_before_it_is_downloaded(settings, backbone, name):
+    path = f"{name}@{'b' * 40}"
+    (line,) = base(settings(model={"backbone": backbone, "path": path}))
+    assert line.startswith(f"params/tiny.yaml:model.path: {path} ")
+    with pytest.raises(ValueError, match=r"model\.path: .*distilled to"):
+        plugins.load("backbones", backbone).load(Model(backbone=backbone, path=path), CPU)
+
+
+def test_a_scheduler_of_another_family_is_told_by_the_plan(settings, flow, tmp_path):
+    assert not list(base(of_flow(settings, flow)))
+    file = Path(shutil.copytree(flow, tmp_path / "copy")) / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    (line,) = base(of_flow(settings, str(tmp_path / "copy")))
+    assert line.startswith(f"params/tiny.yaml:model.path: {file}: a model for 'DDIMScheduler' is no flow")
+
+
+def test_stable_diffusion_3_5_large_is_counted_as_it_is():
+    """Its transformer in bfloat16 has 16.3 GB, Medium's 4.9."""
+    found = sd3.facts(Model(backbone="sd3", path=f"stabilityai/stable-diffusion-3.5-large@{'b' * 40}", t5=True))
+    assert found.denoiser * 2 == pytest.approx(16.3e9, rel=0.01)
+    assert found.prompt == 256 * 4096
+    assert sd3.facts(Model(backbone="sd3", path=HUB)).denoiser * 2 == pytest.approx(4.9e9, rel=0.01)
+
+
+def test_a_network_that_is_there_in_two_precisions_is_counted_once(flow, tmp_path):
+    """As in Stability's repositories, of which a clone has both."""
+    folder = Path(shutil.copytree(flow, tmp_path / "copy"))
+    for name in ("text_encoder/model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
+        shutil.copy(folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors")
+    whole = sd3.facts(Model(backbone="sd3", path=flow))
+    assert sd3.facts(Model(backbone="sd3", path=str(folder))) == whole
+    halves = sd3.facts(Model(backbone="sd3", path=str(folder), variant="fp16"))
+    assert halves.text_encoders == whole.text_encoders > 0
 
 
 def test_a_base_without_safetensors_has_no_names_to_compare_with(settings, flow, tmp_path):

@@ -143,9 +143,12 @@ def fresh(base):
     return Policy(backbone, backbone.encode_prompts([""]))
 
 
-def packaged(model, folder, base):
+def on_cpu(settings):
+    return sd3.load(settings, torch.device("cpu"))
+
+
+def packaged(model, folder, base, load=on_cpu):
     evidence = Evidence(None, "Not scored.", None, SAMPLING)
-    load = lambda settings: sd3.load(settings, torch.device("cpu"))  # noqa: E731
     folder.mkdir()
     return write_package(folder, model, evidence, PROMPTS, Sampling(**SAMPLING), load)
 
@@ -221,6 +224,17 @@ def test_the_tokens_in_the_place_of_the_t5_are_those_of_the_setting(base, tmp_pa
     checks = packaged(made, tmp_path / "package", base)
     assert all(check.difference < 1e-4 for check in checks)
     assert "max_sequence_length=16)" in (tmp_path / "package/README.md").read_text()
+
+
+def test_networks_that_take_turns_are_in_one_place_for_the_check(base, tmp_path):
+    """diffusers' pipeline would find its text encoder on the CPU, and the prompt's tokens on the GPU."""
+    policy = fresh(base)
+    policy.add_adapter(2, 0)
+    tiny.move(policy, 0.1)
+    made, asked = trained(policy, tmp_path / "model", base), []
+    made.made["base"]["offload"] = True
+    packaged(made, tmp_path / "package", base, load=lambda model: asked.append(model.offload) or on_cpu(model))
+    assert asked == [True, False]
 
 
 def test_a_backbone_that_says_nothing_of_itself_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Sharing a model of FLUX, and of Stable Diffusion 3 with its T5: as diffusers' pipelines draw with the files."""
 
+import re
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 
 import tiny
 from attune.backbones import flux, sd3
@@ -101,3 +104,22 @@ def test_a_t5_is_a_part_of_the_pipeline_only_where_it_is_read(bases):
     parts = sd3.load(with_t5, CPU).pipeline_parts()
     assert parts["text_encoder_3"] is not None
     assert sd3.load(without, CPU).pipeline_parts()["tokenizer_3"] is None
+
+
+OTHERS = (
+    *("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "lora_unet_single_blocks_3_linear1.lora_up.weight"),
+    *("diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight", "double_blocks.0.processor.qkv_lora1.up.weight"),
+    *(
+        "lora_unet_joint_blocks_2_x_block_attn_qkv.lora_down.weight",
+        "diffusion_model.layers.4.attention.qkv.lora_B.weight",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_adapter_in_the_names_of_the_models_own_code_is_refused_with_a_remedy(bases, tmp_path, name):
+    save_file({name: torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    backbone = load("backbones", "flux").load(bases["flux"], CPU)
+    policy = Policy(backbone, backbone.encode_prompts([""]))
+    with pytest.raises(ValueError, match=rf"other\.safetensors: {re.escape(name)} is a name .*convert_flux_lora\.py"):
+        policy.load(tmp_path / "other.safetensors")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import tiny
 from attune.backbones import sd3
@@ -127,6 +127,16 @@ def test_files_that_say_something_else_are_refused(folder, tmp_path, file, value
         load(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("key", ["pooled_projection_dim", "joint_attention_dim"])
+def test_text_encoders_of_other_widths_are_refused(folder, tmp_path, key):
+    """Of vectors that are too wide the transformer would see a part, as diffusers' pipeline shows it."""
+    config = SD3Transformer2DModel.load_config(folder, subfolder="transformer") | {key: 24}
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    SD3Transformer2DModel.from_config(config).save_pretrained(copied / "transformer")
+    with pytest.raises(ValueError, match=rf"{copied / 'text_encoder'}, .* {key}( of the transformer is)? 24"):
+        load(copied)
+
+
 @pytest.mark.parametrize("resolution", [18, 40])
 def test_sizes_without_positions_are_refused(folder, resolution):
     assert load(folder, resolution=32).latent_shape == (4, 16, 16)
@@ -187,6 +197,21 @@ def test_spo_compares_every_step_that_adds_noise(policy, backbone, start, inner,
     assert metrics["ratio_chosen"].item() == pytest.approx(1, abs=1e-5)
     assert all(w.grad is None or w.grad.isfinite().all() for w in policy.parameters())
     assert any(w.grad is not None and w.grad.any() for w in policy.parameters())
+
+
+def test_spo_judges_an_image_at_the_time_it_was_predicted_at(policy, backbone):
+    """The last step, which adds no noise, ends at what the network predicts where it begins."""
+    judged_at = []
+
+    def judge(images, prompts, t):
+        judged_at.extend(t.unique().tolist())
+        return tiny.brightness(images, prompts, t)
+
+    config = spo.Config(batches=1, batch_size=2, lora={"rank": 2}, steps=6, start_step=2, threshold=0.0)
+    method = spo.Method(config, policy, judge)
+    batch = PromptBatch(PROMPTS, backbone.encode_prompts(PROMPTS))
+    method.rollout(batch, tiny.draws(2).noise, tiny.draws(2).integers)
+    assert judged_at == backbone.path.sampling_times(6)[3:6].tolist()
 
 
 def test_spo_says_when_no_step_is_left_to_compare(policy, backbone):

@@ -62,7 +62,9 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, samp
     resolution, multiple, channels = nominal.resolution, nominal.multiple, nominal.channels
     folder, network = Path(source.place), parts["denoiser"][0]
     if source.commit is None and all((folder / part / "config.json").is_file() for part in (network, "vae")):
-        counts = {name: sum(count_parameters(folder / part) for part in folders) for name, folders in parts.items()}
+        counts = {
+            name: sum(_count(folder / part, model.variant) for part in folders) for name, folders in parts.items()
+        }
         config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
         factor = _pixels_per_latent(vae, folder / "vae/config.json")
         channels = said if isinstance(said := vae.get("latent_channels"), int) else channels
@@ -73,6 +75,12 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, samp
     found = replace(nominal, **counts, resolution=resolution, multiple=multiple, channels=channels)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
     return found if same else replace(found, prompt=0, adapter=0, activations=None, checkpointed=None, text=0)
+
+
+def _count(folder: Path, variant: str | None) -> int:
+    """Numbers in the files of a network that would be read: published folders often hold it twice, whole and fp16."""
+    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    return count_parameters(folder, weight_files(stem, variant))
 
 
 def _sample_size(config: Mapping[str, Any], file: Path | Source) -> int:
@@ -96,6 +104,11 @@ def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source | str) -> 
     if not isinstance(channels, list | tuple) or not channels:
         raise ValueError(f"{file}: block_out_channels {channels!r:.40} is no list of an autoencoder's channels")
     return 2 ** (len(channels) - 1)
+
+
+def own_name(model: Model) -> str:
+    """The name of the folder or repository without its owner's, in lower case."""
+    return Path(parse(model.path).place).resolve().name.lower()
 
 
 def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[Source, list[str]]]:

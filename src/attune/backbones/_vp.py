@@ -27,6 +27,15 @@ SCHEDULERS = frozenset(f"{name}Scheduler" for name in SAMPLERS)
 """diffusers' samplers of models trained as DDPM's are; EDM and flow matching have their own."""
 
 
+def check_settings(model: Model) -> None:
+    """Raises ValueError for settings of flow models, which would change nothing here."""
+    if model.density is not None:
+        raise ValueError(f"model.density: only flow models have one, and {model.backbone} is none; remove it")
+    if model.max_sequence_length is not None:
+        says = "only a T5 or an LLM can be told how much to read, a CLIP reads as many tokens as it has positions for"
+        raise ValueError(f"model.max_sequence_length: {says}, and {model.backbone} has no other; remove it")
+
+
 def load_schedule(model: Model) -> tuple[Tensor, str]:
     """alphas_cumprod (T,) float32, and what the denoiser predicts: epsilon or v_prediction.
 
@@ -38,8 +47,7 @@ def load_schedule(model: Model) -> tuple[Tensor, str]:
     """
     from diffusers import DDIMScheduler
 
-    if model.density is not None:
-        raise ValueError(f"model.density: only flow models have one, and {model.backbone} is none; remove it")
+    check_settings(model)
     config, file = _latent.scheduler_config(model)
     _check_family(config, file)
     try:

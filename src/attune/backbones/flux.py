@@ -35,6 +35,7 @@ DENOISER, KIND = "transformer", "FluxTransformer2DModel"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 T5_TOKENS, T5_WIDTH = 512, 4096  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
+DISTILLED = "was distilled to few steps, which training would take from it: take FLUX.1-dev, or another base"
 SIDE = 2  # latents per side of a token
 NOMINAL = _latent.Facts(
     denoiser=11_901_408_320,
@@ -65,6 +66,12 @@ def in_diffusers(model: Model) -> InDiffusers:
     return InDiffusers("FluxPipeline", KIND, DENOISER, "flux-1-dev", is_flow=True)
 
 
+def check_settings(model: Model) -> None:
+    """Raises ValueError for FLUX.1-schnell by its name, before any file is here; see `denoiser_config`."""
+    if "schnell" in _latent.own_name(model):
+        raise ValueError(f"model.path: {model.path} {DISTILLED}")
+
+
 def times(model: Model) -> dict[str, Any]:
     """The times it is trained and sampled at, for run.json and the card."""
     found = facts(model)
@@ -84,6 +91,7 @@ class Flux:
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
+        check_settings(model)
         config = denoiser_config(model)  # what is no good is said before 24 GB are read
         self.vae = self._load_vae()
         self.resolution, self.latent_shape = self._image_size(config)
@@ -209,8 +217,8 @@ def denoiser_config(model: Model) -> Mapping[str, Any]:
     config = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, **known}
     if config.get("guidance_embeds") is not True:
         raise ValueError(
-            f"{file}: guidance_embeds is not true, so this model is not told its guidance, as FLUX.1-schnell; one that "
-            "was distilled to few steps would lose them in training: take FLUX.1-dev, or another base"
+            f"{file}: guidance_embeds is not true, so this model is not told its guidance, as FLUX.1-schnell, which "
+            f"{DISTILLED}"
         )
     return config
 

@@ -52,6 +52,11 @@ def in_diffusers(model: Model) -> InDiffusers:
     return InDiffusers("StableDiffusionPipeline", "UNet2DConditionModel", "unet", "stable-diffusion")
 
 
+def check_settings(model: Model) -> None:
+    """Raises ValueError for settings that only other base models have."""
+    _vp.check_settings(model)
+
+
 class StableDiffusion:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 

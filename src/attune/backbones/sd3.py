@@ -43,7 +43,11 @@ NOMINAL = _latent.Facts(
     multiple=16,
     channels=16,
 )
-"""Of Stable Diffusion 3.5 Medium."""
+"""Of Stable Diffusion 3.5 Medium; 3 Medium has 2.1 billion."""
+LARGE = replace(
+    NOMINAL, denoiser=8_056_627_520 + 89_653_248, adapter=1_473_792, activations=None, checkpointed=None, text=0
+)
+"""Of Stable Diffusion 3.5 Large; what its activations need has not been measured."""
 T5_TOKENS, T5_WIDTH = 256, 4096  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 
 
@@ -54,10 +58,10 @@ def parts(model: Model) -> Mapping[str, Sequence[str]]:
 
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    nominal = NOMINAL
+    nominal = LARGE if "large" in _latent.own_name(model) else NOMINAL
     if model.t5:
         prompt = _t5.tokens(model, T5_TOKENS) * T5_WIDTH
-        nominal = replace(NOMINAL, text_encoders=NOMINAL.text_encoders + _t5.WEIGHTS, prompt=prompt)
+        nominal = replace(nominal, text_encoders=nominal.text_encoders + _t5.WEIGHTS, prompt=prompt)
     return _latent.facts(model, parts(model), nominal)
 
 
@@ -77,6 +81,15 @@ def times(model: Model) -> dict[str, Any]:
     return _flow.times(model)
 
 
+def check_settings(model: Model) -> None:
+    """Raises ValueError for Stable Diffusion 3.5 Large Turbo, known by its name: its files say what Large's do."""
+    if "turbo" in _latent.own_name(model):
+        raise ValueError(
+            f"model.path: {model.path} is distilled to four steps, which training at single noise levels takes from "
+            "it; train stabilityai/stable-diffusion-3.5-large, or -medium"
+        )
+
+
 class StableDiffusion3:
     """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
 
@@ -88,6 +101,7 @@ class StableDiffusion3:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import SD3Transformer2DModel
 
+        check_settings(model)
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.turn = Turns(device, model.offload)
@@ -97,7 +111,7 @@ class StableDiffusion3:
         self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.turn.start)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config, DENOISER)
         self._check_size()
-        self._check_width()
+        self._check_widths()
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
@@ -129,12 +143,21 @@ class StableDiffusion3:
                 f"what {parse(self.model.path) / DENOISER} has positions for"
             )
 
-    def _check_width(self) -> None:
-        """Raises ValueError unless the T5 has as many numbers to a token as the transformer takes."""
-        wanted = self.denoiser.config["joint_attention_dim"]
-        if self.model.t5 and (found := self.encoders[2][1].config.d_model) != wanted:
-            place = parse(self.model.path) / "text_encoder_3"
-            raise ValueError(f"{place}: d_model is {found}, joint_attention_dim of the transformer {wanted}")
+    def _check_widths(self) -> None:
+        """Raises ValueError unless the text encoders have as many numbers as the transformer takes.
+
+        Of the CLIPs' tokens it may take more, which are zeros.
+        """
+        clips, config = [clip.config for _, clip in self.encoders[:2]], self.denoiser.config
+        pooled, wide = (sum(getattr(clip, key) for clip in clips) for key in ("projection_dim", "hidden_size"))
+        takes, most, place = config["pooled_projection_dim"], config["joint_attention_dim"], parse(self.model.path)
+        if pooled != takes or wide > most:
+            of_clips = f"the CLIPs' tokens have {wide} numbers, pooled {pooled}"
+            said = f"joint_attention_dim of the transformer is {most}, pooled_projection_dim {takes}"
+            raise ValueError(f"{place / 'text_encoder'}, {place / 'text_encoder_2'}: {of_clips}; {said}")
+        if self.model.t5 and (found := self.encoders[2][1].config.d_model) != most:
+            place = place / "text_encoder_3"
+            raise ValueError(f"{place}: d_model is {found}, joint_attention_dim of the transformer {most}")
 
     def release(self) -> None:
         release(self, "encoders", "vae")

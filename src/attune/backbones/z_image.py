@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +69,10 @@ def in_diffusers(model: Model) -> InDiffusers:
 
 
 def times(model: Model) -> dict[str, Any]:
-    """The times it is trained and sampled at, for run.json and the card."""
-    return _flow.times(model)
+    """The times it is trained and sampled at, for run.json and the card. Raises ValueError if they are Turbo's."""
+    found = _flow.times(model)
+    check_undistilled(model, found["shift"])
+    return found
 
 
 def token_counts(prompts: Sequence[str], model: Model) -> tuple[int, list[int]]:
@@ -213,11 +214,11 @@ def check_undistilled(model: Model, shift: float | None = None) -> None:
     Source: Z-Image's README, which gives Turbo no fine-tunability, and ai-toolkit, which trains it beside an adapter
     that is taken off again.
     """
-    name = Path(parse(model.path).place).resolve().name
-    if re.search(r"de[-_ ]?turbo", name, re.IGNORECASE):
+    name = _latent.own_name(model)
+    if re.search(r"de[-_ ]?turbo", name):
         return
-    if "turbo" in name.lower() or shift == TURBO_SHIFT:
-        sign = "" if "turbo" in name.lower() else f" (its scheduler's shift is {TURBO_SHIFT})"
+    if "turbo" in name or shift == TURBO_SHIFT:
+        sign = "" if "turbo" in name else f" (its scheduler's shift is {TURBO_SHIFT})"
         raise ValueError(
             f"model.path: {model.path}{sign} is Z-Image-Turbo, which is distilled: training would undo that it needs "
             "few steps and no guidance. Train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"

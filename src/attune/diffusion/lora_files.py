@@ -43,6 +43,8 @@ OTHER_KINDS = (  # parts of tensors' names -> what trains such tensors
     (r"\.[ab][12]\.weight$", "GLoRA"),
     (r"\.diff(_b)?$|\.set_weight$|\.[wb]_norm$", "differences of whole weights"),
 )
+OF_AUTHORS = re.compile(r"(double|single|joint)_blocks[._]\d|\.attention\.qkv\.")
+"""Of transformers' LoRAs by kohya's sd-scripts and others: names of the models' own code, not of diffusers'."""
 _PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.|diffusion_model\.)?")  # the last is of ComfyUI
 _ALPHA = re.compile(r"(?:^|\.)(?:lora_|network_)?alphas?$")
 
@@ -162,6 +164,11 @@ def _check_kind(tensors: Mapping[str, Tensor], file: Path) -> None:
     for pattern, kind in OTHER_KINDS:
         if odd := next((name for name in tensors if re.search(pattern, name)), None):
             raise ValueError(f"{file}: {odd:.200} is of {kind}, which is not supported; only LoRA is read")
+    if odd := next((name for name in tensors if OF_AUTHORS.search(name)), None):
+        raise ValueError(
+            f"{file}: {odd:.200} is a name of the model's own code, where one matrix makes query, key and value; only "
+            "diffusers' are read (of FLUX, sd-scripts' networks/convert_flux_lora.py --dst ai-toolkit writes them)"
+        )
     if not any("lora" in name for name in tensors):
         first = min(tensors, default="none")
         of_whole = "; a whole model must be a folder in diffusers' layout" if len(tensors) > 0 else ""

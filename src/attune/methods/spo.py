@@ -191,7 +191,9 @@ class Method:
             if noisy:
                 segment.append(Transition(x_t, t, x_prev))
             x_t = x_prev
-        pairs, _, _ = self.scored(batch, segment, x_t, torch.zeros_like(t))
+        # where the last step of a flow ends is what was predicted at t; a Z-Image of 10 steps is there from 400 to 0
+        judged_at = torch.zeros_like(t) if self.noisy_steps == self.config.steps else t
+        pairs, _, _ = self.scored(batch, segment, x_t, judged_at)
         return StepPairs.cat(kept + pairs)
 
     def gathered(self, ours: StepPairs) -> StepPairs:

@@ -17,6 +17,7 @@ from attune.weights import tensor_names
 def base(s: Settings) -> Iterator[str]:
     """A line for each setting that would be refused when the model is loaded, or when a training begins."""
     yield from _refused(s)
+    yield from _times(s)
     yield from _resolution(s)
     yield from _targets(s)
     yield from _flow(s)
@@ -45,6 +46,17 @@ def _refused(s: Settings) -> Iterator[str]:
             check(s.model)
     except ValueError as error:
         yield f"params/{s.profile}.yaml:{error}"
+
+
+def _times(s: Settings) -> Iterator[str]:
+    """What the scheduler of a flow model says against it, where it is here."""
+    tell, source = getattr(plugins.load("backbones", s.model.backbone), "times", None), parse(s.model.path)
+    if tell is None or source.commit is not None or not Path(source.place).is_dir():
+        return
+    try:
+        tell(s.model)
+    except (ValueError, OSError) as error:
+        yield f"params/{s.profile}.yaml:model.path: {error}"
 
 
 def _resolution(s: Settings) -> Iterator[str]:
@@ -82,8 +94,6 @@ def _targets(s: Settings) -> Iterator[str]:
 def _flow(s: Settings) -> Iterator[str]:
     where = f"params/{s.profile}.yaml"
     if not _is_flow(s):
-        if s.model.density is not None:
-            yield f"{where}:model.density: only flow models have one, and {s.model.backbone} is none; remove it"
         return
     for name, config in s.methods.items():
         start, steps = getattr(config, "start_step", None), getattr(config, "steps", None)

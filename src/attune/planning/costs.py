@@ -105,7 +105,8 @@ def _rows(s: Settings, weights: Facts, sizes: Mapping[str, int]) -> Iterator[Row
     found = f"source {s.source}: {_many(prompts)} training prompts, {_many(sizes.get(shown))} {shown}"
     encoded = sizes.get("images") if shown == "images" else None if pairs is None else 2 * pairs  # at most
     latents = None if encoded is None else encoded * pixels / 64 * weights.channels * BYTES["float32"]
-    embedded = (prompts or 0) * weights.prompt * BYTES[s.model.dtype]
+    read = sizes.get(shown) if prompts is None else prompts  # where they are not counted yet, one for each row at most
+    embedded = (read or 0) * weights.prompt * BYTES[s.model.dtype]
     tables = (pairs or 0) * BYTES_PER_PAIR
     yield Row("prepare", found, gpu=frozen, host=frozen + tables, disk=None if latents is None else latents + embedded)
     yield _preference(s, weights, pairs)

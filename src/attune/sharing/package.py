@@ -116,7 +116,8 @@ def write_package(
     if names is None:
         why = f"model.backbone: there is no package of {settings.backbone} yet"
         raise ValueError(f"{why}; share {model.folder}, which diffusers reads")
-    exact = settings.model_copy(update={"dtype": "float32", "vae_dtype": "float32"})
+    # diffusers' pipeline finds its networks where they are put, so none of them may wait elsewhere for its turn
+    exact = settings.model_copy(update={"dtype": "float32", "vae_dtype": "float32", "offload": False})
     backbone = load_backbone(settings)
     models = [NamedModel("base", None), NamedModel(model.made["run"], str(model.folder), own=True)]
     rows = image_rows(prompts, 1)
