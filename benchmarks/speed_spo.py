@@ -130,11 +130,13 @@ def our_whole(place: Place) -> Side:
 
 
 def given_steps(place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_t, two x_prev near it, and t, of n steps, the same on both sides."""
+    """x_t, two x_prev near it, and t, a time that the run visits, of n steps, the same on both sides."""
     generator, side = torch.Generator().manual_seed(4), place.latent_side
     x_t, chosen, rejected = (torch.randn((place.n, 4, side, side), generator=generator) for _ in range(3))
-    steps = x_t, x_t + 0.3 * chosen, x_t + 0.3 * rejected
-    return *(x.to(place.device) for x in steps), torch.full((place.n,), 501, device=place.device)
+    around = x_t, x_t + 0.3 * chosen, x_t + 0.3 * rejected
+    steps = settings(place)["steps"]
+    t = torch.full((place.n,), _timesteps(steps, place.device)[steps // 2].item(), device=place.device)
+    return *(x.to(place.device) for x in around), t
 
 
 # ---------------------------------------------------------------- the authors' order

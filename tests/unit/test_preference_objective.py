@@ -83,7 +83,7 @@ class ToyBackbone:
         torch.manual_seed(3)
         self.denoiser = nn.Conv2d(3, 3, 1)
         self.path = VP(torch.linspace(0.99, 0.01, 100))
-        self.latent_shape, self.lora_targets = (3, 4, 4), ()
+        self.latent_shape, self.lora_targets, self.guidance = (3, 4, 4), (), "cfg"
 
     def decode_latents(self, latents):
         return latents.repeat_interleave(4, -1).repeat_interleave(4, -2)
