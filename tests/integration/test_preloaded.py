@@ -55,6 +55,7 @@ with serving(os.environ, Path("errors")) as found:
 def served(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     with serving(environment, tmp_path_factory.mktemp("served") / "errors") as found:
+        wait_for(found[ADDRESS])
         yield environment | found
 
 
@@ -75,6 +76,13 @@ def asked(served, tmp_path):
     for process in begun:
         process.kill()
         process.communicate()
+
+
+def wait_for(address: str) -> None:
+    """Until the server listens, or nearly: before that a stage runs by itself."""
+    limit = time.monotonic() + SECONDS
+    while not Path(address).exists() and time.monotonic() < limit:
+        time.sleep(0.05)
 
 
 def ended(pid: int) -> bool:
@@ -152,6 +160,7 @@ def test_the_server_outlives_who_asks_wrongly_and_who_is_killed(asked, served):
 def test_forks_end_with_the_server(asked, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with serving(environment, tmp_path / "errors") as found:
+        wait_for(found[ADDRESS])
         process = asked("waits", **found)
         fork = json.loads(process.stdout.readline())["pid"]
         psutil.Process(fork).parent().kill()
@@ -161,11 +170,19 @@ def test_forks_end_with_the_server(asked, tmp_path):
     assert "start again" in error
 
 
+def test_a_server_whose_parent_is_gone_before_it_looks_out_for_that_ends(tmp_path):
+    command = [sys.executable, "-m", "attune.stages.preloaded", str(tmp_path / "folder/socket"), str(os.getppid())]
+    (tmp_path / "folder").mkdir()
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, timeout=SECONDS).returncode == 0
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_stage_is_not_told_to_stop_by_the_end_of_attune_repro(asked, tmp_path):
     """A worker tells it, once: a second signal would end a training before it has saved."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen([sys.executable, "-c", STARTS], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as one:
         found = json.loads(one.stdout.readline())
+        wait_for(found[ADDRESS])  # else the stage would run by itself
         process = asked("stops", **found)
         fork = psutil.Process(json.loads(process.stdout.readline())["pid"])
         server = fork.ppid()
@@ -185,8 +202,7 @@ def test_where_the_server_cannot_import_a_stage_is_its_own_process(asked, tmp_pa
     (tmp_path / "torch.py").write_text("import time\ntime.sleep(2)\nraise ImportError('a library that is missing')\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
     with serving(environment, tmp_path / "errors") as found:
-        while not Path(found[ADDRESS]).exists():
-            time.sleep(0.01)
+        wait_for(found[ADDRESS])
         process = asked("3", **found)
         out, error = process.communicate(timeout=SECONDS)
     assert json.loads(out)["pid"] == process.pid

@@ -126,7 +126,7 @@ def serving(environment: Mapping[str, str], errors: Path) -> Iterator[dict[str, 
         return
     folder = Path(tempfile.mkdtemp(prefix="attune-"))  # for this user alone
     address = str(folder / "socket")
-    command = [sys.executable, "-m", "attune.stages.preloaded", address]
+    command = [sys.executable, "-m", "attune.stages.preloaded", address, str(os.getpid())]
     # a session of its own: Ctrl-C of a terminal reaches the stages, which pass it on; twice would mean at once
     options: dict[str, Any] = {"start_new_session": True, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     with errors.open("w") as file:
@@ -139,8 +139,10 @@ def serving(environment: Mapping[str, str], errors: Path) -> Iterator[dict[str, 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(address: str) -> None:
+def serve(address: str, parent: int) -> None:
     """Forks a stage for whoever asks, until it is told to end (SIGTERM) and the stages that run have ended.
+
+    If the process `parent` that has started it is gone already, which the system would not tell, it ends at once.
 
     So these are not interrupted a second time, which would be at once, by the end of `attune repro` or by a scheduler
     that sends SIGTERM to every process of a job.
@@ -155,6 +157,8 @@ def serve(address: str) -> None:
 
     signal.signal(signal.SIGTERM, end_when_idle)
     end_with_parent()
+    if os.getppid() != parent:
+        return
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()
@@ -247,6 +251,6 @@ def become(
 
 if __name__ == "__main__":
     try:
-        serve(sys.argv[1])
+        serve(sys.argv[1], int(sys.argv[2]))
     finally:  # `serving` does so itself, unless it was killed
         shutil.rmtree(Path(sys.argv[1]).parent, ignore_errors=True)
