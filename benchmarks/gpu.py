@@ -4,10 +4,11 @@
     PYTHONPATH=src python benchmarks/gpu.py --rows "DPO LoRA" --row-seconds 30 --compile
     PYTHONPATH=src python benchmarks/gpu.py --device cpu --tiny --out /tmp/gpu
 
-Random weights in the shapes of SD 1.5 (512 px), SDXL (1024 px) and ViT-H/14, in bfloat16, through the real methods and
-the real training step. First the machine's speed at a large matrix product and the losses and gradients of every
-method against the CPU's, then a table of works and switches, then the contract tests and the profile `short`. What
-fails is a line that says why, and the rest goes on; what time does not allow is listed. Written anew after every row.
+Random weights in the shapes of SD 1.5 (512 px), SDXL, SD 3.5 Medium, FLUX.1-dev, Z-Image (1024 px) and ViT-H/14, in
+bfloat16, through the real methods and the real training step. First the machine's speed at a large matrix product and
+the losses and gradients of every method against the CPU's, then a table of works and switches, then the contract tests
+and the profile `short`. What fails is a line that says why, and the rest goes on; what time does not allow is listed.
+Written anew after every row.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +60,43 @@ def checked_parity(device: str) -> Iterator[dict[str, Any]]:
         yield {"method": "not finished", "error": reason(error), "equal": False}
 
 
+def line_of(row: Row) -> dict[str, Any]:
+    """What a line starts with."""
+    return {"row": str(row), **asdict(row)}
+
+
 def measured_row(row: Row, place: Place, budget_s: float, ceiling: float) -> dict[str, Any]:
     """One line of the table; an error (out of memory, most often) is its content."""
-    line: dict[str, Any] = {"row": str(row), **asdict(row)}
-    release_memory(place.device)
+    line = line_of(row)
     began = time.monotonic()
     try:
         work = prepared(row, place)
-        found: Measured = measure(work.step, place.device, budget_s, count="compile" not in row.switches)
+        release_memory(place.device)  # making a quantised network takes more than having one
+        found: Measured = measure(
+            work.step, place.device, budget_s, count=not {"compile", "quantize"} & row.switches.keys()
+        )
     except Exception as error:
         return line | {"error": reason(error)}
-    finally:
-        release_memory_quietly(place.device)
     rate, share = work.per_step / found.step_s, found.flops / found.step_s / ceiling
     line |= {**asdict(found), "rate": rate, "unit": f"{work.unit}/s", "share": share if found.flops else None}
     return line | {"row_s": time.monotonic() - began}
 
 
-def release_memory_quietly(device: torch.device) -> None:
-    """As `release_memory`; after some errors of CUDA nothing works any more, and that is told by the next row."""
-    try:
-        release_memory(device)
-    except RuntimeError as error:
-        sys.stderr.write(f"{reason(error)}\n")
+def measured_rows(rows: Iterable[Row], place: Place, budget_s: float, ceiling: float) -> Iterator[dict[str, Any]]:
+    """A line per row, from a process that is another one after an error: some of CUDA's leave nothing that works."""
+    worker = None
+    for row in rows:
+        worker = worker or ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        try:
+            line = worker.submit(measured_row, row, place, budget_s, ceiling).result()
+        except BrokenProcessPool as error:  # its process has ended
+            line = line_of(row) | {"error": reason(error)}
+        if "error" in line:
+            worker.shutdown()
+            worker = None
+        yield line
+    if worker is not None:
+        worker.shutdown()
 
 
 # ---------------------------------------------------------------- the report
@@ -96,13 +114,15 @@ def cells(line: dict[str, Any]) -> list[str]:
         return [*start, line["error"], "", "", ""]
     share = "" if line["share"] is None else f"{line['share']:.0%}"
     rate = f"{line['rate']:.3g} {line['unit']}"
-    return [*start, rate, f"{line['step_s']:.3f} ({line['steps']})", f"{line['peak_GiB']:.1f}", share]
+    peak = "" if line["peak_GiB"] is None else f"{line['peak_GiB']:.1f}"
+    return [*start, rate, f"{line['step_s']:.3f} ({line['steps']})", peak, share]
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     on = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     parts = ["# Measured by benchmarks/gpu.py", on]
+    parts += [report["note"]] if "note" in report else []
     parts.append(f"A large bfloat16 matrix product: {report['ceiling'] / 1e12:.3g} TFLOP/s; shares below are of this.")
     if report["parity"]:
         rows = [
@@ -144,8 +164,22 @@ def chosen_rows(args: argparse.Namespace) -> list[Row]:
     rows = [row for row in rows if any(word in str(row) for word in args.rows or [""])]
     if not args.tiny:
         return rows
-    once = {row.work: row for row in reversed(rows)} | {row.base: row for row in reversed(rows) if row.base == "sdxl"}
-    return [replace(row, batch=1) for row in once.values()]
+    plain = [row for row in reversed(rows) if "quantize" not in row.switches]
+    once = {row.work: row for row in plain} | {row.base: row for row in plain if row.base not in ("sd15", "vit-h")}
+    sizes = ("resolution",)  # of full size
+    return [
+        replace(r, batch=1, switches={k: v for k, v in r.switches.items() if k not in sizes}) for r in once.values()
+    ]
+
+
+def checked(args: argparse.Namespace, timeout_s: float) -> list[Check]:
+    """Those that are not skipped, side by side in processes of their own."""
+    checks = {
+        "short": lambda: short_profile(args.device, timeout_s, args.tiny),
+        "contract": lambda: contract_tests(args.device, timeout_s, TINY_TEST if args.tiny else ""),
+    }
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda check: check(), (checks[name] for name in checks if name not in args.skip)))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,23 +192,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for line in checked_parity(args.device) if "parity" not in args.skip else ():
         report["parity"].append(line)
         write(report, args.out)
-    for_checks = 0 if args.tiny else 100 * sum(name not in args.skip for name in ("contract", "short"))
-    for row in rows:
-        if left() < for_checks + args.row_seconds:
-            report["not_reached"].append(str(row))
-            continue
-        report["rows"].append(measured_row(row, place, args.row_seconds, report["ceiling"]))
-        sys.stderr.write(f"{' | '.join(cells(report['rows'][-1]))}\n")
+    for_checks = 0 if args.tiny or {"contract", "short"} <= set(args.skip) else 150
+
+    def in_time() -> Iterator[Row]:
+        for row in rows:
+            if left() > for_checks + args.row_seconds:
+                yield row
+            else:
+                report["not_reached"].append(str(row))
+
+    for line in measured_rows(in_time(), place, args.row_seconds, report["ceiling"]):
+        report["rows"].append(line)
+        sys.stderr.write(f"{' | '.join(cells(line))}\n")
         write(report, args.out)
-    checks = {
-        "short": lambda: short_profile(args.device, max(60, left() - 30), args.tiny),
-        "contract": lambda: contract_tests(args.device, max(60, left()), TINY_TEST if args.tiny else ""),
-    }
-    for name, check in checks.items():
-        if name not in args.skip:
-            found: Check = check()
-            report["checks"].append(asdict(found))
-            write(report, args.out)
+    report["checks"] = [asdict(check) for check in checked(args, max(60, left() - 10))]
+    write(report, args.out)
     return report
 
 

@@ -78,17 +78,10 @@ def in_a_process(name: str, command: list[str], device: str, timeout_s: float, w
 
 
 def contract_tests(device: str, timeout_s: float, only: str = "") -> Check:
-    """The contract tests of all plug-ins, with models on the device."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/contract",
-        *(["-k", only] * bool(only)),
-    ]
+    """The contract tests of all plug-ins, and those of memory and quantised weights, with models on the device."""
+    words = ["-k", only] if only else ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+    tests = ["tests/contract", "tests/unit/test_memory.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *words]
     return in_a_process("contract tests", command, device, timeout_s)
 
 

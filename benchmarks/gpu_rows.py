@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from shapes import random_backbone, random_clip, random_images, tokenizer, vit_h_config
+from random_bases import random_backbone
+from shapes import BACKBONES, random_clip, random_images, tokenizer, vit_h_config
 
 from attune.config.settings import Model, PreferenceConfig
 from attune.data.batches import PairBatch, PromptBatch
@@ -22,8 +23,8 @@ from attune.spm.model import StepAwareCLIP, StepAwareReward
 from attune.spm.objective import SPMObjective
 from attune.training.step import TrainStep, allow_tf32
 
-BACKBONES = {"sd15": "sd", "sdxl": "sdxl"}
-RANK = {"sd15": 4, "sdxl": 64}
+RANK = {"sd15": 4, "sdxl": 64, "sd35m": 32, "flux": 32, "z_image": 32}
+GUIDANCE = {"sd15": 5.0, "sdxl": 5.0, "sd35m": 4.5, "flux": 3.5, "z_image": 5.0}
 PROMPT = "a cat on a mat"
 
 
@@ -32,7 +33,7 @@ class Row:
     """One line of the table: a piece of work on one model, and what differs from its plain form."""
 
     work: str  # a key of WORKS
-    base: str  # "sd15", "sdxl" or, of a scorer, "vit-h"
+    base: str  # a key of BACKBONES or, of a scorer, "vit-h"
     batch: int  # pairs, prompts or images at a time
     switches: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ class Place:
 
 def policy_of(row: Row, place: Place, lora: bool = True) -> Policy:
     """A policy with an adapter, or with all its weights in training, as `attune.build.load_learner` makes one."""
-    names = ("lora_dtype", "channels_last", "vae_dtype")
+    names = ("lora_dtype", "channels_last", "vae_dtype", "quantize", "resolution")
     given = {"dtype": "bfloat16", "vae_dtype": "bfloat16"} | {k: row.switches[k] for k in names if k in row.switches}
     model = Model(backbone=BACKBONES[row.base], path="random", **given)
     dtype, autocast = (None, None) if lora else (torch.float32, torch.bfloat16)
@@ -130,9 +131,9 @@ def dpo_step(row: Row, place: Place) -> Work:
 
 
 def spo_of(row: Row, place: Place) -> spo.Method:
-    """SPO with the paper's candidates, on a run of 6 steps of which 4 have them."""
-    candidates = {"sd15": 4, "sdxl": 2}[row.base]
-    own = {"candidates": candidates, "steps": 6, "start_step": 2, "threshold": 0.0, "minibatch_size": row.batch}
+    """SPO with the paper's candidates, on a run of 6 steps of which 4 have them, on a flow 3."""
+    own = {"candidates": 4 if row.base == "sd15" else 2, "steps": 6, "start_step": 2, "threshold": 0.0}
+    own |= {"minibatch_size": row.batch, "guidance_scale": GUIDANCE[row.base]}
     policy = policy_of(row, place)
     return spo.Method(spo.Config(**loop(row), **own), policy, StepAwareReward(*step_aware(place)))
 
@@ -140,7 +141,8 @@ def spo_of(row: Row, place: Place) -> spo.Method:
 def spo_rollout(row: Row, place: Place) -> Work:
     method = spo_of(row, place)
     batch, draws = prompts(method.policy, row.batch), draws_of(row.batch)
-    return Work(lambda: method.rollout(batch, draws.noise, draws.integers), row.batch * 4, "decisions")
+    decisions = 3 if method.policy.backbone.prediction_type == "flow" else 4
+    return Work(lambda: method.rollout(batch, draws.noise, draws.integers), row.batch * decisions, "decisions")
 
 
 @dataclass
@@ -185,13 +187,14 @@ def alignprop_step(row: Row, place: Place) -> Work:
 
 
 def generation(row: Row, place: Place) -> Work:
-    """20 DDIM steps with guidance, and decoding."""
+    """20 steps with guidance, and decoding."""
     policy = policy_of(row, place)
     cond, draws = policy.backbone.encode_prompts([PROMPT] * row.batch), draws_of(row.batch)
 
     @torch.no_grad()
     def step() -> torch.Tensor:
-        latents = sample(policy, cond, draws.noise, 4 if place.small else 20, 1.0, 5.0)
+        eta = 0.0 if policy.backbone.prediction_type == "flow" else 1.0
+        latents = sample(policy, cond, draws.noise, 4 if place.small else 20, eta, GUIDANCE[row.base])
         return policy.backbone.decode_latents(latents).clamp(0, 1).cpu()
 
     return Work(step, row.batch, "images")
@@ -230,14 +233,26 @@ CHECKPOINTED = {"checkpointing": True}
 ROWS = (
     Row("DPO LoRA", "sd15", 8),
     Row("DPO LoRA", "sdxl", 1),
+    Row("DPO LoRA", "sd35m", 1),
+    Row("DPO LoRA", "z_image", 1, CHECKPOINTED | {"resolution": 768}),
+    Row("DPO LoRA", "flux", 1, CHECKPOINTED),
     Row("SPO rollout", "sd15", 2),
     Row("SPO update", "sd15", 10),
     Row("SPM step", "sd15", 8),
     Row("AlignProp K=8", "sd15", 2, CHECKPOINTED),
     Row("generation", "sd15", 8),
     Row("generation", "sdxl", 2),
+    Row("generation", "sd35m", 2),
     Row("scoring", "vit-h", 32),
     Row("DPO full", "sd15", 4),
+    Row("DPO LoRA", "flux", 1, CHECKPOINTED | {"quantize": "nf4", "resolution": 512}),
+    Row("DPO LoRA", "z_image", 1, CHECKPOINTED | {"quantize": "nf4", "resolution": 768}),
+    Row("DPO LoRA", "sdxl", 1, {"quantize": "nf4"}),
+    Row("DPO LoRA", "sdxl", 1, {"quantize": "int8"}),
+    Row("SPO rollout", "sd35m", 1),
+    Row("SPO update", "sd35m", 2, CHECKPOINTED),
+    Row("generation", "flux", 1),
+    Row("generation", "z_image", 1),
     Row("DPO LoRA", "sd15", 8, {"lora_dtype": "float32"}),
     Row("DPO LoRA", "sd15", 8, {"channels_last": True}),
     Row("DPO LoRA", "sd15", 8, CHECKPOINTED),
@@ -246,6 +261,7 @@ ROWS = (
     Row("SPO rollout", "sd15", 2, {"tf32": True}),
     Row("generation", "sd15", 8, {"channels_last": True}),
     Row("DPO LoRA", "sdxl", 4, CHECKPOINTED),
+    Row("DPO LoRA", "sd35m", 4, CHECKPOINTED),
     Row("DPO LoRA", "sdxl", 1, {"lora_dtype": "float32"}),
     Row("SPO update", "sdxl", 2, CHECKPOINTED),
     Row("SPO rollout", "sdxl", 1),

@@ -1,12 +1,12 @@
-"""Models with random weights in the released shapes of SD 1.5, SDXL, SD 3.5 Medium and ViT-H/14, or small ones.
+"""Networks with random weights in the released shapes of the base models and of ViT-H/14, or small ones.
 
-Written to a folder in diffusers' layout (`write_pipeline`), which the real loading code reads, or made at once on a
-device (`RandomSD`, `RandomXL`, `random_clip`), which takes a second where reading 7 GB would take a minute.
+Those of Stable Diffusion can be written to a folder in diffusers' layout (`write_pipeline`), which the real loading
+code reads; `random_bases.py` makes base models of all kinds at once on a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,10 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 from transformers import (
@@ -28,13 +30,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from attune.backbones._memory import Turns
-from attune.backbones.sd import StableDiffusion
-from attune.backbones.sdxl import StableDiffusionXL
 from attune.clip.open_clip import VIT_H_14, clip_config
-from attune.config.settings import Model
-from attune.diffusion.path import VP
-from attune.interfaces import Backbone, Conditioning
 
 M = TypeVar("M", bound=nn.Module)
 UNETS: dict[str, dict[str, Any]] = {
@@ -69,8 +65,15 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
         "dual_attention_layers": tuple(range(13)),
         "qk_norm": "rms_norm",
     },
+    "flux": {"guidance_embeds": True},  # the rest is the default of diffusers' class
+    "z_image": {"axes_lens": [1536, 512, 512]},  # likewise
 }
-BACKBONES = {"sd15": "sd", "sdxl": "sdxl", "sd35m": "sd3"}
+TRANSFORMER_CLASSES = {
+    "sd35m": SD3Transformer2DModel,
+    "flux": FluxTransformer2DModel,
+    "z_image": ZImageTransformer2DModel,
+}
+BACKBONES = {"sd15": "sd", "sdxl": "sdxl", "sd35m": "sd3", "flux": "flux", "z_image": "z_image"}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -80,6 +83,11 @@ VAE = {
 SMALL = {"sd15": {"block_out_channels": (32, 32, 64, 64)}, "sdxl": {"block_out_channels": (32, 64, 64)}}
 SMALL["sd15"] |= {"attention_head_dim": 4, "sample_size": 8}
 SMALL["sdxl"] |= {"attention_head_dim": (2, 4, 4), "sample_size": 8, "transformer_layers_per_block": (1, 1, 1)}
+SMALL_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "sd35m": {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "dual_attention_layers": (0,)},
+    "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+    "z_image": {"n_layers": 1, "n_refiner_layers": 1, "dim": 256, "n_heads": 2, "n_kv_heads": 2},
+}
 SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
 SMALL_VIT = {
     "embed_dim": 64,
@@ -120,8 +128,14 @@ def unet(base: str, small: bool = False) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**UNETS[base], **(SMALL[base] if small else {})})
 
 
+def transformer(base: str, small: bool = False) -> nn.Module:
+    return TRANSFORMER_CLASSES[base](**{**TRANSFORMERS[base], **(SMALL_TRANSFORMERS[base] if small else {})})
+
+
 def vae(base: str, small: bool = False) -> AutoencoderKL:
-    return AutoencoderKL(**{**VAE, **(SMALL_VAE if small else {})}, scaling_factor=SCALING[base])
+    """The autoencoder; those of all flow models are of one shape."""
+    own = OF_FLOW if base in TRANSFORMERS else {"scaling_factor": SCALING[base]}
+    return AutoencoderKL(**{**VAE, **(SMALL_VAE if small else {})}, **own)
 
 
 def scheduler() -> DDIMScheduler:
@@ -133,7 +147,7 @@ def scheduler() -> DDIMScheduler:
 def write_pipeline(base: str, folder: Path, dtype: torch.dtype, small: bool = False) -> None:
     """A pipeline folder in the released shapes and layout, with random weights."""
     if base in TRANSFORMERS:
-        _write_flow(base, folder, dtype)
+        _write_sd3(base, folder, dtype)
         return
     made(lambda: unet(base, small), dtype).save_pretrained(folder / "unet")
     made(lambda: vae(base, small), dtype).save_pretrained(folder / "vae")
@@ -147,63 +161,16 @@ def write_pipeline(base: str, folder: Path, dtype: torch.dtype, small: bool = Fa
     (folder / "model_index.json").write_text("{}")
 
 
-def _write_flow(base: str, folder: Path, dtype: torch.dtype) -> None:
+def _write_sd3(base: str, folder: Path, dtype: torch.dtype) -> None:
     """A flow model with a transformer and two CLIPs, without a T5."""
-    made(lambda: SD3Transformer2DModel(**TRANSFORMERS[base]), dtype).save_pretrained(folder / "transformer")
-    made(lambda: AutoencoderKL(**VAE, **OF_FLOW), dtype).save_pretrained(folder / "vae")
+    made(lambda: transformer(base), dtype).save_pretrained(folder / "transformer")
+    made(lambda: vae(base), dtype).save_pretrained(folder / "vae")
     for number, text in (("", TEXT), ("_2", TEXT_2)):
         config = CLIPTextConfig(**text, projection_dim=text["hidden_size"])
         made(lambda c=config: CLIPTextModelWithProjection(c), dtype).save_pretrained(folder / f"text_encoder{number}")
         tokenizer().save_pretrained(folder / f"tokenizer{number}")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text("{}")
-
-
-class _Random:
-    """A base model made on a device instead of read; prompts have random encodings."""
-
-    def _make(self, base: str, model: Model, device: torch.device, dtype: torch.dtype | None, small: bool) -> None:
-        order = torch.channels_last if model.channels_last else torch.preserve_format
-        self.model, self.device, self.dtype = model, device, dtype or getattr(torch, model.dtype)
-        self.turn = Turns(device, offload=False)
-        self.path, self.prediction_type = VP(scheduler().alphas_cumprod.to(device)), "epsilon"
-        self.denoiser = made(lambda: unet(base, small), self.dtype, device).to(memory_format=order)
-        self.vae = made(lambda: vae(base, small), getattr(torch, model.vae_dtype), device).to(memory_format=order)
-        size = self.denoiser.config["sample_size"] if model.resolution is None else model.resolution // 8
-        self.resolution, self.latent_shape = 8 * size, (4, size, size)
-
-    def release(self) -> None:
-        """Nothing is read anew, so nothing is let go."""
-
-
-class RandomSD(_Random, StableDiffusion):
-    """Stable Diffusion 1.5."""
-
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None, small: bool = False):
-        self._make("sd15", model, device, dtype, small)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning({"prompt_embeds": torch.randn(len(prompts), 77, 768, device=self.device)})
-
-
-class RandomXL(_Random, StableDiffusionXL):
-    """Stable Diffusion XL."""
-
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None, small: bool = False):
-        self._make("sdxl", model, device, dtype, small)
-        self.time_ids = torch.tensor([*[self.resolution] * 2, 0.0, 0.0, *[self.resolution] * 2], device=device)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        embeds, pooled = ((len(prompts), 77, 2048), (len(prompts), 1280))
-        tensors = {"prompt_embeds": torch.randn(embeds, device=self.device)}
-        return Conditioning(tensors | {"text_embeds": torch.randn(pooled, device=self.device)})
-
-
-def random_backbone(
-    base: str, model: Model, device: torch.device, dtype: torch.dtype | None = None, small: bool = False
-) -> Backbone:
-    """SD 1.5 ("sd15") or SDXL ("sdxl"), as `attune.build.load_backbone` would load one."""
-    return {"sd15": RandomSD, "sdxl": RandomXL}[base](model, device, dtype, small)
 
 
 def vit_h_config(words: CLIPTokenizer, small: bool = False) -> CLIPConfig:

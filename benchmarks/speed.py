@@ -87,13 +87,16 @@ def _lines(file: str) -> list[str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a + if sources differ from it."""
+    """The commit that is measured, with a + if sources differ from it; "unknown" where only the files are."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "src", "benchmarks")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--", "src", "benchmarks")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def measured_row(row: Row, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 transformers.logging.set_verbosity_error()  # diffusers' import below warns about torchvision otherwise
 transformers.utils.logging.disable_progress_bar()
+# cuDNN's attention fails or writes where it must not in the backward pass of some shapes, FLUX's among them (measured
+# on a H100, torch 2.11; pytorch/pytorch#190321). torch then takes its flash or memory-efficient attention.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def device() -> torch.device:

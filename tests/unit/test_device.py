@@ -25,3 +25,10 @@ def test_apples_gpu_counts_as_one_with_the_machines_memory(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     here = machine()
     assert (here.gpus, here.gpu_bytes) == (1, here.ram_bytes)
+
+
+def test_attention_is_not_cudnns():
+    """Its backward pass fails on FLUX's shapes (H100, torch 2.11), and no CPU can show that."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
