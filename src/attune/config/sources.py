@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from attune.config.schema import Float, StrictModel
 from attune.config.settings import possible_path
+
+
+class Consensus(StrictModel):
+    """Which training pairs are kept: those whose choice scorers agree with.
+
+    Source: the choice of Semi-DPO (ICLR 2026), for which five scorers agree with people on a fifth of Pick-a-Pic v2.
+    """
+
+    scorers: list[str] = Field(min_length=1, description="names in score_with; a run on these pairs is trained on them")
+    keep: Literal["all", "majority"] = Field(
+        "all", description="how many of them must prefer the chosen image: all, or more than half"
+    )
 
 
 class SourceConfig(StrictModel):
     """What every data source decides. Source configs extend it with their own fields."""
 
     score_with: list[str] = Field([], description="scorers whose scores of both images become columns of the pairs")
+    consensus: Consensus | None = Field(
+        None, description="keep only training pairs whose choice these scorers agree with; null = all"
+    )
     license: str | None = Field(None, max_length=200, description="of the data, for model cards; changes no result")
+
+    @model_validator(mode="after")
+    def _consensus_is_scored(self) -> SourceConfig:
+        names = self.consensus.scorers if self.consensus else []
+        if missing := [name for name in names if name not in self.score_with]:
+            raise ValueError(f"consensus.scorers: {missing[0]!r} must be in score_with, so add it there")
+        if len(set(names)) < len(names):
+            raise ValueError(f"consensus.scorers: {names} names a scorer twice, whose opinion would count twice")
+        return self
 
     @field_validator("path", "test_list", "validation_list", check_fields=False)
     @classmethod

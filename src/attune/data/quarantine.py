@@ -14,6 +14,7 @@ REDUNDANT = (
     "duplicate_pair",
     "duplicate_image",
     "low_confidence",
+    "no_consensus",
     "prompt_in_later_split",
     "unused_file",
     "no_other_image",

@@ -31,8 +31,11 @@ REMEDIES = {
     "ambiguous_name": "give each pair a name of its own: these are equal but for their endings",
     "unused_file": "nothing, if these files belong to no pair; else name them as their pair",
     "no_other_image": "nothing: a prompt with a single image has nothing to compare",
+    "low_confidence": "nothing, or lower data.min_confidence: people were not sure of these choices",
+    "no_consensus": "nothing, or change data.consensus: scorers prefer the other image, or there was a tie",
     "not_finite": "leave the image out: a scorer gives it no finite score",
     "duplicate_pair": "nothing: the same choice about the same images counts once",
+    "duplicate_image": "nothing: the same verdict about the same image counts once",
     LEAK: "nothing, or write the prompt in one split only: the later split keeps it",
 }
 

@@ -15,8 +15,9 @@ from attune.paths import Paths
 def trained_on(name: str, settings: Settings) -> list[str]:
     """The scorers that a run was trained on, itself or by what it comes after: its gains there are no evidence.
 
-    Those of its method; the preference model's, which are the scorer whose CLIP it started from and the one that
-    labelled its pairs; those of the run it goes on from; and what a released model states.
+    Those of its method; those that chose which pairs it learns from; the preference model's, which are the scorer whose
+    CLIP it started from and the one that labelled its pairs; those of the run it goes on from; and what a released
+    model states.
     """
     run = settings.runs.get(name)
     if run is None:
@@ -26,20 +27,27 @@ def trained_on(name: str, settings: Settings) -> list[str]:
         if run.after not in (DATA, PREFERENCE, name):
             found += trained_on(run.after, settings)
         found += settings.methods[name].trained_on
+        if plugins.load("methods", run.method).Method.consumes != "prompts":
+            found += _consensus(settings)
         if plugins.needs(run.method, "preference_model"):
             found += preference_trained_on(settings)
     return list(dict.fromkeys(found))
 
 
 def preference_trained_on(settings: Settings) -> list[str]:
-    """The scorers behind the preference model: those with the weights it starts from, and the one that labels pairs."""
+    """The scorers behind the preference model: those it starts from, and those that choose or label its pairs."""
     preference = settings.preference
     if preference is None:
         return []
     starts = [
         name for name, scorer in settings.scorers.items() if getattr(scorer.config, "path", None) == preference.clip
     ]
-    return starts + ([preference.ai_feedback.scorer] if preference.ai_feedback else [])
+    return starts + _consensus(settings) + ([preference.ai_feedback.scorer] if preference.ai_feedback else [])
+
+
+def _consensus(settings: Settings) -> list[str]:
+    """The scorers that chose which training pairs are kept."""
+    return settings.data.consensus.scorers if settings.data.consensus else []
 
 
 def selected_by(name: str, settings: Settings) -> list[str]:

@@ -77,7 +77,8 @@ def prepare(plan: PreparePlan, kept: Path) -> dict[str, float]:
     paths, source, config = Paths(plan.profile), plugins.load("sources", plan.source.name), plan.source.config
     decided = config.model_dump()
     limits = {key: decided[key] for key in ("min_side", "max_bad_share") if key in decided}
-    rules = Rules(Quota.of(config), **limits, wanted=read(Session, "session").wanted)
+    wanted = read(Session, "session").wanted
+    rules = Rules(Quota.of(config), **limits, wanted=wanted, consensus=config.consensus)
     ours = shard()
     shards, work = Shards(kept, last_output(paths.prepared)), work_of(plan, ours)
     generate = partial(generate_images, plan, work, shards, ours)

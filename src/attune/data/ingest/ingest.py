@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from attune.data.ingest.reader import DecodedImage, ImageReader, digest
-from attune.data.ingest.rules import Rules, clean_prompt, label, verdict
+from attune.data.ingest.rules import Rules, clean_prompt, dissenters, is_kept, label, verdict
 from attune.data.ingest.scorer import ImageScores
 from attune.data.quarantine import Quarantine, RejectedRow
 from attune.data.rows import BadRow, ImageRef, LabelledImage, Pair, Prompt, Row
@@ -81,6 +82,7 @@ class Ingest:
         self._has_images = False  # whether there was a single image, good or bad
         self._labels: set[bytes] = set()  # digests of comparisons and verdicts, each of which counts once
         self._rows = self._mixed_sizes = self._identical_images = 0
+        self._dissents: Counter[str] = Counter()  # by scorer: training pairs whose choice it does not share
 
     def add(self, row: Row) -> None:
         """Takes one row; a pair of a split that has enough is passed over.
@@ -131,6 +133,8 @@ class Ingest:
             found |= count_images([(kept.split, kept.values["liked"]) for kept in self._images])
         found["mixed_sizes"] = self._mixed_sizes
         found["identical_images"] = self._identical_images
+        if (consensus := self._rules.consensus) is not None:
+            found |= {f"consensus/against/{scorer}": self._dissents[scorer] for scorer in consensus.scorers}
         found["quarantined"] = self._quarantine.reasons.total()
         return found | {f"quarantined/{reason}": n for reason, n in sorted(self._quarantine.reasons.items())}
 
@@ -183,7 +187,7 @@ class Ingest:
         return self._reader.read(ref, needs_pixels)
 
     def _usable(self, rows: Sequence[Kept]) -> list[Kept]:
-        return [row for row in rows if not (self._leaks(row) or self._is_not_finite(row))]
+        return [row for row in rows if not (self._leaks(row) or self._is_not_finite(row) or self._is_disputed(row))]
 
     def _leaks(self, row: Kept) -> bool:
         """Whether the prompt is in a later split too; such a row goes to the quarantine."""
@@ -203,6 +207,20 @@ class Ingest:
         if found:
             self._quarantine.add("not_finite", row.file, row.row, row.prompt, "; ".join(found))
         return bool(found)
+
+    def _is_disputed(self, row: Kept) -> bool:
+        """Whether too few scorers agree with the choice of a training pair; such a row goes to the quarantine."""
+        consensus = self._rules.consensus
+        if consensus is None or row.split != "train" or row.ends == OF_IMAGE:
+            return False
+        first, second = (self._scorer.scores(image, row.prompt) for image in row.digests)
+        scores = {name: (first[name], second[name]) for name in consensus.scorers}
+        against = dissenters(row.values["label_0"], scores, consensus)
+        self._dissents.update(against)
+        kept = is_kept(against, consensus)
+        if not kept:
+            self._quarantine.add("no_consensus", row.file, row.row, row.prompt, f"not of {', '.join(against)}")
+        return not kept
 
     def _prompts_without_leaks(self) -> Iterator[tuple[str, str]]:
         """(prompt, split) of every prompt in its last split; rows of it alone in others go to the quarantine."""

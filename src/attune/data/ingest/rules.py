@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from attune.config.sources import Consensus
 from attune.data.quarantine import Quarantine, RejectedRow
 from attune.data.rows import BadRow, LabelledImage, Pair, Quota, Row, SourceError
 from attune.data.splits import SPLITS, check_splits, count_rows
@@ -22,6 +23,7 @@ class Rules:
     min_side: int = 1  # pixels
     max_bad_share: float = 0.2
     wanted: Mapping[str, int] = field(default_factory=dict)  # counts by name -> the fewest there must be
+    consensus: Consensus | None = None  # of training pairs
 
 
 def check_rows(rows: Iterable[Row], quarantine: Quarantine, rules: Rules) -> None:
@@ -74,6 +76,21 @@ def _whereabouts(counts: Mapping[str, float]) -> str:
         found[0] += f", {counts['pairs/train'] - counts['choices/train']} of them ties"
     reasons = [f"{n} {name.partition('/')[2]}" for name, n in counts.items() if name.startswith("quarantined/")]
     return f"there are {', '.join(found)}, and in the quarantine {', '.join(reasons) or 'no row'}"
+
+
+def dissenters(label_0: float, scores: Mapping[str, tuple[float, float]], consensus: Consensus) -> list[str]:
+    """The scorers of a consensus that do not prefer the chosen image; all of them for a tie, which chooses none.
+
+    Args:
+        scores: scorer -> scores of both images.
+    """
+    gaps = {name: scores[name][0] - scores[name][1] for name in consensus.scorers}
+    return [name for name, gap in gaps.items() if not gap * (label_0 - 0.5) > 0]
+
+
+def is_kept(dissenting: Sequence[str], consensus: Consensus) -> bool:
+    """Whether enough scorers agree with the choice of a pair."""
+    return not dissenting if consensus.keep == "all" else 2 * len(dissenting) < len(consensus.scorers)
 
 
 def label(pair: Pair) -> float:
