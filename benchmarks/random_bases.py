@@ -81,10 +81,6 @@ class RandomXL(Random, StableDiffusionXL):
 
     base, encoded, prediction_type = "sdxl", {"prompt_embeds": (77, 2048), "text_embeds": (1280,)}, "epsilon"
 
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None, small: bool = False):
-        super().__init__(model, device, dtype, small)
-        self.time_ids = torch.tensor([*[self.resolution] * 2, 0.0, 0.0, *[self.resolution] * 2], device=device)
-
 
 class RandomSD3(Random, StableDiffusion3):
     """Stable Diffusion 3.5 Medium, without its T5."""

@@ -27,7 +27,7 @@ LAYERS = (
     "build | labelling | tracking",
     "methods | rewards | spm | diffusion.generate",
     "backbones | data | training | evaluation",
-    "diffusion.ddim | diffusion.noised | clip",
+    "diffusion.ddim | diffusion.inversion | diffusion.noised | clip",
     "diffusion.policy | diffusion.path | world",
     "diffusion.lora | diffusion.noise | diffusion.process | diffusion.losses",
     "diffusion.lora_files | diffusion.lora_layers",
