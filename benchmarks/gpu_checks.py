@@ -24,7 +24,7 @@ from attune.config.plan import Plugin
 from attune.config.resolve import PARAMS, PROFILES, method_of, read_yaml
 from attune.config.schema import set_path
 from attune.config.settings import Model
-from attune.data.batches import PairBatch, PromptBatch
+from attune.data.batches import GroupBatch, PairBatch, PromptBatch
 from attune.diffusion.noise import Draws
 from attune.distributed import Shard
 from attune.interfaces import Conditioning, Method
@@ -181,7 +181,11 @@ def batch_for(method: Method, n: int = 4) -> Any:
     latents = (torch.randn((n, *policy.backbone.latent_shape), generator=generator).to(device) for _ in range(2))
     cond: Conditioning = policy.backbone.encode_prompts(words)
     pairs = PairBatch(words, cond, *latents, torch.ones(n, device=device), torch.ones(n, device=device))
-    kinds = {"pairs": pairs, "images": pairs.images, "liked images": pairs.liked_images}
+    kinds: dict[str, Any] = {"pairs": pairs, "images": pairs.images, "liked images": pairs.liked_images}
+    if method.consumes == "groups":
+        scores = {"pickscore": torch.arange(2.0 * n, device=device)}
+        images = torch.stack([pairs.latents_0, pairs.latents_1], 1).flatten(0, 1)
+        return GroupBatch(words, cond, images, [2] * n, scores)
     return kinds.get(method.consumes, PromptBatch(words, cond))
 
 

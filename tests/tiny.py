@@ -291,6 +291,7 @@ def prepared(backbone: Any) -> PreparedData:
             "label_0": [float(i % 3 > 0) for i in range(n)],
             "prompt_row": [i // 3 for i in range(n)],
             "weight": 1 / 3,
+            **{f"pickscore_{side}": images[side::2].mean((1, 2, 3)).tolist() for side in (0, 1)},
         }
     )
     cond, latents = backbone.encode_prompts(PROMPTS).to("cpu"), backbone.encode_images(images).cpu()

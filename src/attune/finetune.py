@@ -101,9 +101,11 @@ def training_batches(method: Method, prepared: Path, device: torch.device, seed:
     if method.policy.shard.is_main_process:
         manifest.check(prepared)
     data = PreparedData.read(prepared, "train", device, keep_ties=True)
-    data = data.with_pairs(with_ai_feedback(data.pairs, getattr(method.config, "ai_feedback", None)))
+    feedback, images = (getattr(method.config, name, None) for name in ("ai_feedback", "images"))
+    # scores order the images of a group, whatever people chose
+    data = data.with_pairs(with_ai_feedback(data.pairs, feedback), keep_ties=method.consumes == "groups")
     try:
-        n, draw = data.rows_for(method.consumes)
+        n, draw = data.rows_for(method.consumes, **({} if images is None else {"images": images}))
     except SourceError as error:
         sys.exit(str(error))
     return n, epoch_batches(n, method.config.batch_size, seed, draw)

@@ -160,8 +160,9 @@ class Method(Objective, Protocol):
     `Config.trained_on` names the scorers of the profile that the loss optimises.
     """
 
-    # the batches of `minibatches`: a `PairBatch`, an `ImageBatch` of all images or of the liked ones, a `PromptBatch`
-    consumes: Literal["pairs", "images", "liked images", "prompts"]
+    # the batches of `minibatches`: a `PairBatch`, an `ImageBatch` of all images or of the liked ones, a `PromptBatch`,
+    # or a `GroupBatch` of scored images by prompt, of `config.images` at most
+    consumes: Literal["pairs", "images", "liked images", "prompts", "groups"]
     needs: tuple[str, ...]  # further arguments: "preference_model", a `StepReward`; "rewards", name -> `Reward`
     policy: Policy
 

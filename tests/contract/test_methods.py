@@ -65,8 +65,8 @@ def test_its_defaults_are_complete_and_described(name):
 
 def test_it_names_the_scorers_it_trains_on(name):
     config = plugins.load("methods", name).Config
-    rewards = config.model_fields.get("rewards")
-    assert config().trained_on == tuple(rewards.default if rewards else ())
+    rewards, scorer = (config.model_fields.get(name) for name in ("rewards", "scorer"))
+    assert config().trained_on == tuple(rewards.default if rewards else [scorer.default] if scorer else ())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -82,7 +82,7 @@ def test_every_block_is_read_and_written_alike(name, profile):
 
 def test_it_says_what_it_consumes_and_needs(name):
     method = plugins.load("methods", name).Method
-    assert method.consumes in ("pairs", "images", "liked images", "prompts")
+    assert method.consumes in ("pairs", "images", "liked images", "prompts", "groups")
     assert set(method.needs) <= {"preference_model", "rewards"}
     assert list(inspect.signature(method).parameters) == ["config", "policy", *method.needs]
 

@@ -135,7 +135,9 @@ class Counted:
         return self.rows[index]
 
 
-@pytest.mark.parametrize(("consumes", "latents"), [("pairs", 2), ("images", 2), ("liked images", 2), ("prompts", 0)])
+@pytest.mark.parametrize(
+    ("consumes", "latents"), [("pairs", 2), ("images", 2), ("liked images", 2), ("groups", 3), ("prompts", 0)]
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_a_process_reads_its_own_rows_and_no_others(data, consumes, latents, world_size):
     """Of eight rows, whose prompts and latents are counted: together the processes read what one reads alone."""

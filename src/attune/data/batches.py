@@ -1,8 +1,8 @@
-"""The batches that objectives learn from: prompts, preference pairs, and single images that are liked or not."""
+"""The batches that objectives learn from: prompts, pairs, single images that are liked or not, and scored groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,34 @@ class PairBatch:
     def draw_noise(self, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) and noise (B, C, h, w), each shared by the two images of a pair."""
         return draw_noise(self.latents_0, path, draws)
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """B prompts with several images each, side by side: scaled latents (M, C, h, w), M = sum(sizes), and scores."""
+
+    prompts: Sequence[str]
+    cond: Conditioning  # B rows
+    latents: Tensor
+    sizes: Sequence[int]  # images of each prompt
+    scores: Mapping[str, Tensor]  # scorer -> (M,)
+
+    @property
+    def prompt_rows(self) -> Tensor:
+        """The prompt (M,) of every image, as a row of the batch."""
+        sizes = torch.tensor(self.sizes, device=self.latents.device, dtype=torch.long)
+        return torch.repeat_interleave(sizes)
+
+    def scores_by(self, scorer: str) -> Tensor:
+        """Scores (M,). Raises ValueError if the data have none by that scorer."""
+        if scorer not in self.scores:
+            raise ValueError(f"scorer: no scores by {scorer!r} in the data; name it in data.score_with")
+        return self.scores[scorer]
+
+    def draw_noise(self, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) and noise (B, C, h, w), each shared by the images of a prompt."""
+        shape = (len(self.prompts), *self.latents.shape[1:])
+        return path.training_times(draws, len(self.prompts)), draws.noise(shape).to(self.latents.device)
 
 
 def draw_noise(latents: Tensor, path: Path, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from attune.data import manifest
-from attune.data.batches import ImageBatch, PairBatch, PromptBatch
+from attune.data.batches import GroupBatch, ImageBatch, PairBatch, PromptBatch
 from attune.data.mapped import MappedRows
+from attune.data.rows import SourceError
 from attune.data.splits import VERDICTS, check_splits
 from attune.interfaces import Conditioning
 
 IMAGES = "images.parquet"
-Consumed = Literal["pairs", "images", "liked images", "prompts"]
+Consumed = Literal["pairs", "images", "liked images", "prompts", "groups"]
 Rows: TypeAlias = Tensor | pd.Series | Sequence[int]
 
 
@@ -88,16 +89,24 @@ class PreparedData:
         pairs = pairs[keep_ties | (pairs.label_0 != 0.5)].reset_index(drop=True)
         return replace(self, pairs=pairs.assign(weight=1 / pairs.groupby("prompt").prompt.transform("size")))
 
-    def rows_for(self, consumes: Consumed) -> tuple[int, Callable[[Rows], object]]:
+    def rows_for(self, consumes: Consumed, images: int = 4) -> tuple[int, Callable[[Rows], object]]:
         """How many rows a method learns from, and how a batch of some of them is made.
 
         A method that learns from single images takes each pair as two of them, where the source has pairs.
 
+        Args:
+            images: of a prompt, at most, where groups of them are wanted.
+
         Raises:
-            SourceError: single images are wanted, and all of them are disliked, or for `images` all liked.
+            SourceError: single images are wanted, and all of them are disliked, or for `images` all liked; or groups,
+                and no prompt has two images with scores.
         """
         if consumes == "prompts":
             return len(self.prompts), self.prompt_batch
+        if consumes == "groups":
+            table = scored_images(self.pairs if self.images is None else self.images)
+            groups = groups_of(table.prompt_row, images)
+            return len(groups), lambda rows: self._group_batch([table.iloc[groups[int(row)]] for row in rows])
         if consumes == "pairs":
             return len(self.pairs), self.pair_batch
         if self.images is None and consumes == "images":
@@ -116,6 +125,17 @@ class PreparedData:
             self._cond_of(chosen.prompt_row),
             self._latents_of(chosen.image),
             self._sent(torch.tensor(chosen.liked.to_numpy())),
+        )
+
+    def _group_batch(self, groups: Sequence[pd.DataFrame]) -> GroupBatch:
+        chosen, first = pd.concat(groups), pd.concat([group[:1] for group in groups])
+        names = [name for name in chosen.columns if name not in ("prompt", "prompt_row", "image")]
+        return GroupBatch(
+            first.prompt.tolist(),
+            self._cond_of(first.prompt_row),
+            self._latents_of(chosen.image),
+            [len(group) for group in groups],
+            {name: self._sent(torch.tensor(chosen[name].to_numpy(), dtype=torch.float32)) for name in names},
         )
 
     def pair_batch(self, rows: Rows) -> PairBatch:
@@ -146,3 +166,32 @@ class PreparedData:
         if torch.device(self.device).type == "cuda":
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
+
+
+def scored_images(table: pd.DataFrame) -> pd.DataFrame:
+    """prompt, prompt_row, image and `<scorer>` of each image of a prompt, once: of pairs, or of single images."""
+    if "image" not in table:
+        scorers = [name[:-2] for name in table.columns if name.endswith("_0") and name not in ("image_0", "label_0")]
+        own = ["prompt", "prompt_row"]
+        sides = [
+            table[[*own, f"image_{i}", *(f"{name}_{i}" for name in scorers)]].set_axis(
+                [*own, "image", *scorers], axis=1
+            )
+            for i in (0, 1)
+        ]
+        table = pd.concat(sides)
+    else:
+        table = table.drop(columns=["liked", "split"])
+    return table.drop_duplicates(["prompt_row", "image"]).sort_values(["prompt_row", "image"], ignore_index=True)
+
+
+def groups_of(prompt_row: pd.Series, most: int) -> list[np.ndarray]:
+    """Rows of the images of each prompt, of which there are two at least; more than `most` are equal parts.
+
+    Raises:
+        SourceError: no prompt has two images.
+    """
+    of_prompts = [rows for rows in pd.Series(prompt_row).groupby(prompt_row).indices.values() if len(rows) > 1]
+    if not of_prompts:
+        raise SourceError("data: no prompt has two images with scores, which a method of groups compares")
+    return [part for rows in of_prompts for part in np.array_split(rows, -(-len(rows) // most))]

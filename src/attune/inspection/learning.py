@@ -18,7 +18,7 @@ class Learning:
 
     run: str
     method: str
-    kind: str  # "choices", "pairs", "images", "liked images" or "prompts"
+    kind: str  # "choices", "pairs", "images", "liked images", "groups" or "prompts"
     rows: int
     batches: int
     batch_size: int
@@ -57,5 +57,6 @@ def _learnings(settings: Settings, counts: Mapping[str, float]) -> Iterator[Lear
 
 
 def _learning(run: str, method: str, kind: str, config: TrainingConfig, counts: Mapping[str, float]) -> Learning:
-    rows = int(counts.get(f"{'liked' if kind == 'liked images' else kind}/train", 0))
+    counted = {"liked images": "liked", "groups": "prompts"}.get(kind, kind)  # a prompt with images is a group, or more
+    rows = int(counts.get(f"{counted}/train", 0))
     return Learning(run, method, kind, rows, config.batches, config.batch_size)

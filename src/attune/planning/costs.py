@@ -210,6 +210,8 @@ def _images_at_once(config: MethodConfig, method: str, kind: str, doubled: bool)
     if kind == "pairs":
         liked_alone = plugins.load("methods", method).Method.consumes == "liked images"
         return config.batch_size * (1 if liked_alone else 2)
+    if kind == "groups":
+        return config.batch_size * int(getattr(config, "images", 1))
     if kind != "prompts":
         return config.batch_size
     steps: int | None = getattr(config, "minibatch_size", None)  # of SPO

@@ -28,11 +28,17 @@ def data(s: Settings) -> Iterator[str]:
     where, source = f"params/{s.profile}.yaml", plugins.load("sources", s.source)
     for name, run in s.runs.items():
         rows = rows_of(run.method, s.source) if run.method else "prompts"
-        if rows.removeprefix("liked ") not in source.GIVES:
+        if not has(source, rows):
             yield f"runs.{name}: {run.method} learns from {rows}, and data.source {s.source} {_instead(source, rows)}"
     if s.preference is not None and "pairs" not in source.GIVES and any(r.after == PREFERENCE for r in s.runs.values()):
         yield f"{where}:preference: is trained on pairs, and data.source {s.source} has none; use a source of pairs"
     yield from (f"{where}:{problem}" for problem in _too_few(s))
+
+
+def has(source: ModuleType, rows: str) -> bool:
+    """Whether a source has what a method learns from; groups are of the images that pairs have, or of single ones."""
+    wanted = {"pairs", "images"} if rows == "groups" else {rows.removeprefix("liked ")}
+    return not wanted.isdisjoint(source.GIVES)
 
 
 def _instead(source: ModuleType, rows: str) -> str:

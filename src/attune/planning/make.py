@@ -134,7 +134,8 @@ def wanted_rows(settings: Settings) -> dict[str, int]:
     trained = {name: run.method for name, run in settings.runs.items() if run.method is not None}
     consumed = {name: rows_of(method, settings.source) for name, method in trained.items()}
     held_out = held_out_prompts(settings)
-    pairs = "pairs" in consumed.values() or needs_preference_model(settings)
+    groups = "groups" in consumed.values() and "pairs" in plugins.load("sources", settings.source).GIVES
+    pairs = "pairs" in consumed.values() or groups or needs_preference_model(settings)
     choosing = [  # ties are dropped, unless a scorer decides them
         name
         for name, rows in consumed.items()

@@ -138,13 +138,15 @@ def _scorers(s: Settings) -> Iterator[str]:
 
 
 def _labels(s: Settings) -> Iterator[str]:
-    """A scorer can label pairs only if prepare writes its scores beside them."""
+    """A scorer can label pairs, or rank images, only if prepare writes its scores beside them."""
     where = f"params/{s.profile}.yaml"
     blocks = {"preference": s.preference} | {f"methods.{name}": config for name, config in s.methods.items()}
     for key, block in blocks.items():
         feedback = getattr(block, "ai_feedback", None)
-        if feedback is not None and feedback.scorer not in s.data.score_with:
-            yield f"{where}:{key}.ai_feedback.scorer: {feedback.scorer!r} must be in data.score_with, so add it there"
+        asked = {"scorer": getattr(block, "scorer", None), "ai_feedback.scorer": feedback and feedback.scorer}
+        for setting, scorer in asked.items():
+            if scorer is not None and scorer not in s.data.score_with:
+                yield f"{where}:{key}.{setting}: {scorer!r} must be in data.score_with, so add it there"
 
 
 def _searches(s: Settings) -> Iterator[str]:
