@@ -291,6 +291,13 @@ def test_a_rollout_without_candidates_is_told(settings, flow):
     assert not list(base(settings(methods__spo__steps=6, methods__spo__start_step=5)))
 
 
+def test_a_weight_by_the_signal_to_noise_ratio_is_not_of_flows(settings, flow):
+    assert [
+        line for line in base(of_flow(settings, flow, methods__sft__min_snr=5)) if "methods.sft.min_snr: is for" in line
+    ]
+    assert not list(base(settings(methods__sft__min_snr=5)))
+
+
 def test_noise_while_a_flow_is_sampled_is_noted(settings, flow):
     noisy = {"steps": 4, "eta": 1, "guidance_scale": 1, "batch_size": 4}
     found = of_flow(settings, flow, generate__sampling=noisy, sampling=noisy | {"eta": 0})

@@ -96,6 +96,11 @@ def _flow(s: Settings) -> Iterator[str]:
     if not _is_flow(s):
         return
     for name, config in s.methods.items():
+        if name in s.runs and getattr(config, "min_snr", None) is not None:
+            yield (
+                f"{where}:methods.{name}.min_snr: is for models that predict noise, and {s.model.backbone} is a flow; "
+                "leave it out, model.density says which times its training sees"
+            )
         start, steps = getattr(config, "start_step", None), getattr(config, "steps", None)
         if name in s.runs and start is not None and steps is not None and start >= steps - 1:
             yield (
