@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attune.config.schema import Float
-from attune.config.settings import MethodConfig
 from attune.data.batches import PromptBatch
 from attune.diffusion.ddim import ddim
 from attune.diffusion.noise import NoiseFn, to_device
 from attune.interfaces import Backbone, Conditioning, Metrics, Reward
+from attune.methods._rewards import ScorersConfig, weighted_sum
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -32,9 +32,6 @@ CHECKPOINTED_PIXELS = 512**2  # decoded at a time with a graph, where the decode
 
 
 # descriptions of fields whose defaults differ from method to method
-REWARDS = (
-    "scorers of the profile and their weights in the sum r; a scorer of weight 0 is only logged, and stays held out"
-)
 CHECKPOINT_STEPS = "saves memory: only latents are kept between steps; each step with a gradient is then computed twice"
 CHECKPOINT_DECODER = (
     "saves memory: no activations of the decoder are kept, 3 GB for each image of 512 px in half precision and 6 in "
@@ -42,10 +39,9 @@ CHECKPOINT_DECODER = (
 )
 
 
-class RewardConfig(MethodConfig):
+class RewardConfig(ScorersConfig):
     """Settings that the methods of this family share."""
 
-    rewards: dict[str, Float] = Field(min_length=1, description=REWARDS)
     preprocess: Literal["tensor", "square"] = Field(
         "tensor",
         description="how images are resized for the scorers: tensor = as published, but differentiable; square = "
@@ -56,17 +52,6 @@ class RewardConfig(MethodConfig):
     guidance_scale: Float = Field(ge=0, description="classifier-free guidance in every step, 1 = off")
     checkpoint_steps: bool = Field(False, description=CHECKPOINT_STEPS)
     checkpoint_decoder: bool = Field(False, description=CHECKPOINT_DECODER)
-
-    @field_validator("rewards")
-    @classmethod
-    def _something_is_maximised(cls, rewards: dict[str, float]) -> dict[str, float]:
-        if not any(rewards.values()):
-            raise ValueError("every weight is 0, so nothing would be trained on")
-        return rewards
-
-    @property
-    def trained_on(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.rewards.items() if weight)
 
 
 @dataclass(frozen=True)
@@ -129,8 +114,7 @@ def weighted_reward(
     for name, weight in config.rewards.items():
         with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
             scores[name] = rewards[name](images, prompts)
-    parts = (weight * scores[name] for name, weight in config.rewards.items() if weight)
-    reward = cast(Tensor, sum(parts))  # there is a part: the Config refuses weights that are all 0
+    reward = weighted_sum(scores, config.rewards)
     return reward, {
         "reward": reward.mean(),
         **{f"reward_{name}": score.mean() for name, score in scores.items()},

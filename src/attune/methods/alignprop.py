@@ -27,7 +27,6 @@ from attune.distributed import Part
 from attune.interfaces import Metrics, Reward
 from attune.methods._reward_backprop import (
     CHECKPOINT_STEPS,
-    REWARDS,
     RewardConfig,
     Trajectory,
     first_gradient_step,
@@ -36,6 +35,7 @@ from attune.methods._reward_backprop import (
     rollout_no_grad,
     weighted_reward,
 )
+from attune.methods._rewards import REWARDS
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy

@@ -27,7 +27,6 @@ from attune.diffusion.noise import Draws
 from attune.distributed import Part
 from attune.interfaces import Metrics, Reward
 from attune.methods._reward_backprop import (
-    REWARDS,
     RewardConfig,
     Trajectory,
     first_gradient_step,
@@ -35,6 +34,7 @@ from attune.methods._reward_backprop import (
     rollout_no_grad,
     weighted_reward,
 )
+from attune.methods._rewards import REWARDS
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
