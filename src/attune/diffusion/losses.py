@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,6 +52,16 @@ def hinge_loss(margin: Tensor) -> Tensor:
     in the place of log-likelihoods, as in Liu et al. 2023 (RSO), arXiv:2309.06657.
     """
     return F.relu(1 - margin)
+
+
+def poly_loss(margin: Tensor, alpha: float) -> Tensor:
+    """-log p + alpha (1 - p) with p = sigmoid(m), (B,); ln 2 + alpha / 2 at m = 0.
+
+    Its pull is that of `preference_loss` times 1 + alpha p: with alpha > 0 pairs that are right already go on pulling,
+    which suits labels that are often wrong; with alpha < 0 they pull less.
+    Source: Poly-DPO of ViPO, arXiv:2604.24953.
+    """
+    return preference_loss(margin) + alpha * torch.sigmoid(-margin)
 
 
 def smoothed(p_chosen: Tensor | float, label_smoothing: float) -> Tensor | float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
@@ -22,12 +22,12 @@ from torch import Tensor
 from attune.config.schema import Float
 from attune.config.settings import AIFeedback, Lora
 from attune.data.batches import PairBatch
-from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
+from attune.diffusion.losses import implicit_reward, smoothed
 from attune.diffusion.noise import Draws
 from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
 from attune.distributed import Part
 from attune.interfaces import Metrics
-from attune.methods._given_images import GivenImagesConfig
+from attune.methods._pair_losses import PairLossConfig, pair_loss
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -37,7 +37,7 @@ LOSS_AT_REFERENCE = math.log(2)
 """The loss while the policy equals its reference, of the default `loss`."""
 
 
-class Config(GivenImagesConfig):
+class Config(PairLossConfig):
     """Defaults: the paper's training of SD 1.5, 2,000 steps of 2,048 pairs, section 5.1 and the authors' code."""
 
     lora: Lora | None = Field(None, description="null = train every weight, in float32, as the paper does")
@@ -53,9 +53,6 @@ class Config(GivenImagesConfig):
     caption_dropout: Float = Field(
         0.2, ge=0, lt=1, description="share of pairs trained without their prompt; authors' code: 0.2"
     )
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
-        "sigmoid", description="loss of the margin between chosen and rejected image; sigmoid is the paper's"
-    )
     label_smoothing: Float = Field(
         0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (conservative DPO); paper: 0"
     )
@@ -66,9 +63,6 @@ class Config(GivenImagesConfig):
     @property
     def trained_on(self) -> tuple[str, ...]:
         return (self.ai_feedback.scorer,) if self.ai_feedback else ()
-
-
-LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 class Method:
@@ -88,7 +82,7 @@ class Method:
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
-        loss = expected_loss(LOSSES[self.config.loss], margin, p_chosen).mean()
+        loss = pair_loss(self.config, margin, p_chosen)
         return loss, {
             "loss": loss,
             "margin": margin.mean(),

@@ -1,0 +1,59 @@
+"""What methods that compare the errors on two images of a prompt with a reference's decide alike: DPO and SPIN."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from attune.config.schema import Float
+from attune.diffusion.losses import expected_loss, hinge_loss, ipo_loss, poly_loss, preference_loss
+from attune.methods._given_images import GivenImagesConfig
+
+OWNERS = {"alpha": "poly"}
+"""A number -> the one loss that has it."""
+
+
+class PairLossConfig(GivenImagesConfig):
+    """Settings that the methods of this family share; a number that belongs to one loss is given with that loss."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "poly"] = Field(
+        "sigmoid", description="loss of the margin between chosen and rejected image; sigmoid is the paper's"
+    )
+    alpha: Float | None = Field(
+        None,
+        ge=-1,
+        validate_default=True,
+        description="of loss: poly, how much more right pairs pull; paper: 8 for Pick-a-Pic v2, 0 for clean labels",
+    )
+
+    @field_validator(*OWNERS)
+    @classmethod
+    def _goes_with_its_loss(cls, value: float | None, info: ValidationInfo) -> float | None:
+        loss, key = info.data.get("loss"), str(info.field_name)
+        if value is None and loss == OWNERS[key]:
+            raise ValueError(f"loss: {loss} needs {key}, which is not set")
+        if value is not None and loss not in (None, OWNERS[key]):
+            raise ValueError(f"{key} belongs to loss: {OWNERS[key]}, and loss is {loss}; leave it out, or change loss")
+        return value
+
+
+LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
+
+
+def pair_loss(config: PairLossConfig, margin: Tensor, p_chosen: Tensor | float) -> Tensor:
+    """The loss that `config` names, a scalar: its mean over pairs, each expected over its label.
+
+    Args:
+        margin: implicit reward of the chosen image minus that of the rejected one, nats, (B,).
+        p_chosen: probability that a pair is labelled rightly, (B,).
+    """
+    return expected_loss(partial(_named_loss, config), margin, p_chosen).mean()
+
+
+def _named_loss(config: PairLossConfig, margin: Tensor) -> Tensor:
+    if config.alpha is not None:
+        return poly_loss(margin, config.alpha)
+    return LOSSES[config.loss](margin)
