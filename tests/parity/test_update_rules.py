@@ -1,9 +1,17 @@
-"""Update rules of preference losses: Poly-DPO (case 20), from its formula in float64."""
+"""Update rules of preference losses: SDPO (case 19), and Poly-DPO (20), from its formula in float64."""
 
 import pytest
+import torch
 from golden.reading import tensors
 
-from attune.diffusion.losses import denoising_error, implicit_reward, poly_loss
+from attune.diffusion.losses import (
+    denoising_error,
+    descent_kept,
+    implicit_reward,
+    poly_loss,
+    preference_loss,
+    with_gradient_times,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -31,3 +39,29 @@ def test_poly_dpo(table, beta, alpha):
     table.close("20", "1 + alpha p", 1 + alpha * margin.sigmoid(), case[f"{key}.gradient_factor_f64"], rel=2e-4)
     if f"{key}.grad_model_pred_f64" in case:
         table.close("20", "gradient", predicted.grad, case[f"{key}.grad_model_pred_f64"], rel=2e-4)
+
+
+SAFEGUARDS = ["mu0.9_beta5000", "mu0.2_beta5000", "mu0.6_beta2000", "mu0_beta2000", "mu1_beta2000"]
+
+
+@pytest.mark.parametrize("key", SAFEGUARDS)
+def test_sdpo(table, key):
+    """Of each pair, as the authors' function gives it when it is called with one; beta 5000 amplifies rounding."""
+    case, (mu, beta) = tensors("19_sdpo"), (float(part.lstrip("mubeta")) for part in key.split("_"))
+    predicted = case["model_pred"].clone().requires_grad_()
+    kept = descent_kept(*(predicted - case["target"]).chunk(2), mu)
+    table.close("19", "lambda, authors' code", kept, case[f"{key}.code_one_pair_at_a_time.lambda"])
+    table.close("19", "lambda", kept, case[f"{key}.per_pair.lambda_f64"])
+    errors, reference = (denoising_error(p, case["target"]) for p in (predicted, case["ref_pred"]))
+    chosen, rejected = errors.chunk(2)
+    guarded = torch.cat([chosen, with_gradient_times(rejected, kept)])
+    table.exact("19", "errors with and without", guarded, errors)
+    better, worse = implicit_reward(guarded, reference, beta).chunk(2)
+    loss = preference_loss(better - worse).mean()
+    loss.backward()
+    table.close("19", "margin", better - worse, beta / 2 * case[f"{key}.per_pair.margin_f64"], rel=2e-3)
+    table.close("19", "loss", loss, case[f"{key}.per_pair.loss_f64"], rel=1e-4)
+    if f"{key}.plain_dpo.loss" in case:
+        table.close("19", "loss, authors' code", loss, case[f"{key}.plain_dpo.loss"], rel=1e-4)
+    if f"{key}.per_pair.grad_model_pred_f64" in case:
+        table.close("19", "gradient", predicted.grad, case[f"{key}.per_pair.grad_model_pred_f64"], rel=2e-3)

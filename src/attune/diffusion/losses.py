@@ -27,6 +27,32 @@ def implicit_reward(error: Tensor, reference_error: Tensor, beta: float) -> Tens
     return -0.5 * beta * (error - reference_error)
 
 
+def descent_kept(chosen_residual: Tensor, rejected_residual: Tensor, mu: float) -> Tensor:
+    """lambda (B,) in [0, 1]: the share of the rejected image's gradient at which the chosen one's error still falls.
+
+    A step that raises the rejected image's error moves the prediction along its residual r_l; where that has a part
+    along the chosen image's residual r_w, it raises the chosen one's error too. With lambda at most
+    (1 - mu) |r_w|^2 / <r_w, r_l> a share mu of the chosen one's descent is left, to first order, and exactly where
+    both predictions have one Jacobian.
+
+    Args:
+        chosen_residual: prediction minus target, (B, C, h, w); no gradient passes.
+        mu: 0 to 1.
+
+    Source: Diffusion-SDPO, arXiv:2511.03317, whose code has one lambda for a whole micro-batch, and 1e-9 in the
+    denominator; here it is of each pair, so that it depends on no batch size, and has no scale.
+    """
+    chosen, rejected = (r.detach().float().flatten(1) for r in (chosen_residual, rejected_residual))
+    agreement = (chosen * rejected).sum(1)
+    kept = (1 - mu) * chosen.square().sum(1) / agreement
+    return torch.where(agreement > 0, kept.clamp(0, 1), 1.0)
+
+
+def with_gradient_times(value: Tensor, factor: Tensor) -> Tensor:
+    """The same value to the last bit, and `factor` times its gradient."""
+    return value.detach() + factor * (value - value.detach())
+
+
 def preference_loss(margin: Tensor) -> Tensor:
     """-log sigmoid(m), (B,); ln 2 at m = 0.
 

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.diffusion.losses import expected_loss, hinge_loss, ipo_loss, poly_loss, preference_loss
+from attune.diffusion.losses import (
+    denoising_error,
+    descent_kept,
+    expected_loss,
+    hinge_loss,
+    ipo_loss,
+    poly_loss,
+    preference_loss,
+    with_gradient_times,
+)
+from attune.diffusion.noised import NoisedBatch, policy_error, prediction_and_target
+from attune.interfaces import Metrics
 from attune.methods._given_images import GivenImagesConfig
+
+if TYPE_CHECKING:
+    from attune.diffusion.policy import Policy
 
 OWNERS = {"alpha": "poly"}
 """A number -> the one loss that has it."""
@@ -29,6 +44,14 @@ class PairLossConfig(GivenImagesConfig):
         description="of loss: poly, how much more right pairs pull; paper: 8 for Pick-a-Pic v2, 0 for clean labels",
     )
 
+    safeguard: Float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share mu of the chosen image's descent that a rejected one must leave (SDPO); null = none. Paper: "
+        "0.9 SD 1.5, 0.6 SDXL",
+    )
+
     @field_validator(*OWNERS)
     @classmethod
     def _goes_with_its_loss(cls, value: float | None, info: ValidationInfo) -> float | None:
@@ -41,6 +64,19 @@ class PairLossConfig(GivenImagesConfig):
 
 
 LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
+
+
+def pair_errors(policy: Policy, m: NoisedBatch, config: PairLossConfig) -> tuple[Tensor, Tensor, Metrics]:
+    """Squared errors of policy and reference, (2B,) each, and what the safeguard did, if there is one."""
+    prediction, target = prediction_and_target(policy, m, config.embedded_guidance)
+    error, metrics = denoising_error(prediction, target), Metrics()
+    if config.safeguard is not None:
+        kept = descent_kept(*(prediction.float() - target.float()).chunk(2), config.safeguard)
+        chosen, rejected = error.chunk(2)
+        error = torch.cat([chosen, with_gradient_times(rejected, kept)])
+        metrics = {"safeguard": kept.mean(), "safeguarded": (kept < 1).float().mean()}
+    with policy.reference():
+        return error, policy_error(policy, m, config.embedded_guidance), metrics
 
 
 def pair_loss(config: PairLossConfig, margin: Tensor, p_chosen: Tensor | float) -> Tensor:

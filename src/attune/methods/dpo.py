@@ -24,10 +24,10 @@ from attune.config.settings import AIFeedback, Lora
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import implicit_reward, smoothed
 from attune.diffusion.noise import Draws
-from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
+from attune.diffusion.noised import NoisedBatch
 from attune.distributed import Part
 from attune.interfaces import Metrics
-from attune.methods._pair_losses import PairLossConfig, pair_loss
+from attune.methods._pair_losses import PairLossConfig, pair_errors, pair_loss
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -78,7 +78,7 @@ class Method:
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error, reference_error = policy_and_reference_error(self.policy, minibatch, self.config.embedded_guidance)
+        error, reference_error, safeguard = pair_errors(self.policy, minibatch, self.config)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
@@ -89,4 +89,5 @@ class Method:
             "accuracy": (margin > 0).float().mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
+            **safeguard,
         }
