@@ -1,4 +1,4 @@
-"""Update rules of preference losses: SDPO (case 19), and Poly-DPO (20), from its formula in float64."""
+"""Update rules of preference losses: SDPO (case 19), Poly-DPO in float64 (20), Linear-DPO (21)."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from attune.diffusion.losses import (
     denoising_error,
     descent_kept,
     implicit_reward,
+    linear_loss,
     poly_loss,
     preference_loss,
     with_gradient_times,
@@ -17,18 +18,18 @@ pytestmark = pytest.mark.parity
 
 
 def margins(case, beta):
-    """The policy's prediction, which takes the gradient, and the margin of each pair."""
+    """The policy's prediction, which takes the gradient, its errors, and the margin of each pair."""
     predicted = case["model_pred"].clone().requires_grad_()
     errors = [denoising_error(p, case["target"]) for p in (predicted, case["ref_pred"])]
     chosen, rejected = implicit_reward(*errors, beta).chunk(2)
-    return predicted, chosen - rejected
+    return predicted, errors[0], chosen - rejected
 
 
 @pytest.mark.parametrize("beta", [2000, 5000])
 @pytest.mark.parametrize("alpha", [8.0, 1.0, 0.0, -0.5])
 def test_poly_dpo(table, beta, alpha):
     case, key = tensors("20_poly_dpo"), f"beta{beta}.alpha{alpha:g}"
-    predicted, margin = margins(case, beta)
+    predicted, _, margin = margins(case, beta)
     margin.retain_grad()
     losses = poly_loss(margin, alpha)
     losses.mean().backward()
@@ -65,3 +66,22 @@ def test_sdpo(table, key):
         table.close("19", "loss, authors' code", loss, case[f"{key}.plain_dpo.loss"], rel=1e-4)
     if f"{key}.per_pair.grad_model_pred_f64" in case:
         table.close("19", "gradient", predicted.grad, case[f"{key}.per_pair.grad_model_pred_f64"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("beta", "eta", "grad"), [(100, "0.001", False), (250, "0.001", True), (500, "0", False), (500, "0.05", True)]
+)
+def test_linear_dpo(table, beta, eta, grad):
+    """Pair 0 equals the reference, pair 1 is far right and pair 2 far wrong."""
+    case, key = tensors("21_linear_dpo"), f"beta{beta}_eta{eta}.sd"
+    predicted, errors, margin = margins(case, beta)
+    chosen, rejected = errors.chunk(2)
+    weight = linear_loss(margin, torch.ones(6), float(eta))
+    table.close("21", "weight", weight, case[f"{key}.weight"])
+    table.close("21", "weight, not held", 0.5 - 0.4 * margin, case[f"{key}.weight_before_clip"])
+    loss = linear_loss(margin, chosen - rejected, float(eta)).mean()
+    loss.backward()
+    table.close("21", "loss", loss, case[f"{key}.loss"], rel=5e-5)
+    assert grad == (f"{key}.grad_model_pred" in case)
+    if grad:
+        table.close("21", "gradient", predicted.grad, case[f"{key}.grad_model_pred"])

@@ -1,4 +1,4 @@
-"""Update rules of the methods on pairs: Poly-DPO's loss."""
+"""Losses of the methods on pairs that have a number of their own: Poly-DPO's and Linear-DPO's."""
 
 import math
 
@@ -8,7 +8,9 @@ import torch
 import tiny
 from attune.config.plugins import plugin_config
 from attune.config.schema import ConfigError
-from attune.diffusion.losses import expected_loss, poly_loss, preference_loss
+from attune.diffusion.losses import expected_loss, linear_loss, poly_loss, preference_loss
+from attune.diffusion.noised import policy_error
+from attune.distributed import Part
 from attune.methods import dpo
 
 BLOCK = tiny.PLAIN | {"lora": None, "caption_dropout": 0, "lr": 1e-3, "batches": 2, "batch_size": 4, "beta": 100}
@@ -68,12 +70,56 @@ def test_poly_of_extreme_margins_is_finite():
     assert gradient(lambda m: poly_loss(m, 8.0), margin).tolist() == [0.0, -1.0]
 
 
+# ---------------------------------------------------------------- Linear-DPO
+
+
+def test_linear_by_hand():
+    """w = 0.5 - 0.4 m: 0.5, 0.3, 0.7 and, held, 0.1 and 0.9; the gap of errors is 2, and w has no gradient."""
+    margin = torch.tensor([0.0, 0.5, -0.5, 9.0, -9.0], requires_grad=True)
+    gap = torch.full((5,), 2.0, requires_grad=True)
+    loss = linear_loss(margin, gap, 0.1)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([1.0, 0.6, 1.4, 0.2, 1.8])
+    assert gap.grad.tolist() == pytest.approx([0.5, 0.3, 0.7, 0.1, 0.9])
+    assert margin.grad is None
+
+
+def test_linear_starts_at_half_the_gap_of_errors(policy, data):
+    options = {"loss": "linear", "eta": 0.001}
+    method = dpo.Method(dpo.Config(**(BLOCK | options)), policy)
+    (minibatch,) = tiny.minibatches(method, data.pair_batch(range(4)))
+    chosen, rejected = policy_error(policy, minibatch).chunk(2)
+    assert method.loss(minibatch)[0].item() == pytest.approx((chosen - rejected).mean().item() / 2, abs=1e-6)
+
+
+def test_linear_is_expected_over_a_label_that_may_be_wrong(new_policy, data):
+    """With the images exchanged the margin and the gap turn, and the weight w becomes 1 - w: (0.8 + w - 1) gap."""
+    options = {"loss": "linear", "eta": 0.0, "beta": 10}
+    loss, metrics = first(new_policy(moved=0.3), data, [0], label_smoothing=0.2, **options)
+    w = 0.5 - 0.4 * metrics["margin"].item()
+    assert 0.01 < abs(w - 0.5) < 0.5
+    gap = first(new_policy(moved=0.3), data, [0], **options)[0].item() / w
+    assert loss.item() == pytest.approx((w - 0.2) * gap, rel=1e-4)
+
+
+def test_linear_widens_the_margin(new_policy, data):
+    """On one batch shown over and over, with the same noise; held at 0, pairs that are far right have no gradient."""
+    method = dpo.Method(dpo.Config(**(BLOCK | {"loss": "linear", "eta": 0.0, "batches": 12})), new_policy())
+    minibatch = tiny.minibatches(method, data.pair_batch(range(4)))[0]
+    method.minibatches = lambda batch, draws: [Part(minibatch, draws.n)]
+    history = tiny.run(method, data)
+    assert history[-1]["margin"] > 0.02 > history[0]["margin"] == 0
+
+
 # ---------------------------------------------------------------- settings
 
 WRONG = {
     "loss: poly needs alpha": {"loss": "poly"},
     "alpha belongs to loss: poly, and loss is sigmoid": {"alpha": 8},
     "alpha belongs to loss: poly, and loss is ipo": {"alpha": 0, "loss": "ipo"},
+    "loss: linear needs eta": {"loss": "linear"},
+    "eta belongs to loss: linear, and loss is poly": {"eta": 0.0, "loss": "poly", "alpha": 1},
+    "less than or equal to 0.5": {"loss": "linear", "eta": 0.6},
     "greater than or equal to -1": {"loss": "poly", "alpha": -1.5},
 }
 

@@ -90,6 +90,20 @@ def poly_loss(margin: Tensor, alpha: float) -> Tensor:
     return preference_loss(margin) + alpha * torch.sigmoid(-margin)
 
 
+def linear_loss(margin: Tensor, error_gap: Tensor, eta: float) -> Tensor:
+    """w (e_chosen - e_rejected) with w = 0.5 - 0.4 m, held between eta and 1 - eta, (B,); half the gap at m = 0.
+
+    w has no gradient: a pair pulls by w, the more the wronger it is, where `preference_loss` has sigmoid(-m).
+
+    Args:
+        error_gap: denoising error of the chosen image minus that of the rejected one, (B,).
+
+    Source: Linear-DPO, arXiv:2605.21123; 0.4 m is its 0.2 beta M, as m = (beta / 2) M. Its text has 1 for 1 - eta,
+    its code has 1 - eta.
+    """
+    return (0.5 - 0.4 * margin).clamp(eta, 1 - eta).detach() * error_gap
+
+
 def smoothed(p_chosen: Tensor | float, label_smoothing: float) -> Tensor | float:
     """The probability that a pair is labelled rightly, if a share `label_smoothing` of labels is flipped.
 
@@ -98,9 +112,15 @@ def smoothed(p_chosen: Tensor | float, label_smoothing: float) -> Tensor | float
     return p_chosen + label_smoothing * (1 - 2 * p_chosen)
 
 
-def expected_loss(loss: Callable[[Tensor], Tensor], margin: Tensor, p_chosen: Tensor | float) -> Tensor:
+def expected_loss(
+    loss: Callable[..., Tensor], margin: Tensor, p_chosen: Tensor | float, *differences: Tensor
+) -> Tensor:
     """p loss(m) + (1 - p) loss(-m), (B,): what a loss costs when the label is right with probability p.
 
     For `preference_loss` this is the cross-entropy -[p log sigmoid(m) + (1 - p) log sigmoid(-m)].
+
+    Args:
+        differences: what `loss` takes besides the margin, of the chosen image minus the rejected one.
     """
-    return p_chosen * loss(margin) + (1 - p_chosen) * loss(-margin)
+    wrong = loss(-margin, *(-difference for difference in differences))
+    return p_chosen * loss(margin, *differences) + (1 - p_chosen) * wrong

@@ -82,7 +82,7 @@ class Method:
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
-        loss = pair_loss(self.config, margin, p_chosen)
+        loss = pair_loss(self.config, error, margin, p_chosen)
         return loss, {
             "loss": loss,
             "margin": margin.mean(),
