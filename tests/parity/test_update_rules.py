@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden.reading import tensors
 
+from attune.averages import MovingAverage
 from attune.diffusion.losses import (
     denoising_error,
     descent_kept,
@@ -85,3 +86,15 @@ def test_linear_dpo(table, beta, eta, grad):
     assert grad == (f"{key}.grad_model_pred" in case)
     if grad:
         table.close("21", "gradient", predicted.grad, case[f"{key}.grad_model_pred"])
+
+
+@pytest.mark.parametrize("decay", [0.95, 0.99, 0.995])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_average_of_linear_dpo(table, decay, warmup):
+    """Five steps of a small layer, each before the average; the authors' order for Stable Diffusion 1.5 and XL."""
+    case, key = tensors("21_linear_dpo_ema"), f"sd.decay{decay}{'.warmup' if warmup else ''}"
+    average = MovingAverage([case["theta.step0.w"].clone(), case["theta.step0.b"].clone()], decay, warmup)
+    for step in range(1, 6):
+        average.update([case[f"theta.step{step}.{name}"] for name in "wb"], step)
+        for found, name in zip(average.weights, "wb", strict=True):
+            table.close("21", "moving average", found, case[f"{key}.step{step}.{name}"])

@@ -79,7 +79,8 @@ def pair_errors(policy: Policy, m: NoisedBatch, config: PairLossConfig) -> tuple
     prediction, target = prediction_and_target(policy, m, config.embedded_guidance)
     error, metrics = denoising_error(prediction, target), Metrics()
     if config.safeguard is not None:
-        kept = descent_kept(*(prediction.float() - target.float()).chunk(2), config.safeguard)
+        chosen_residual, rejected_residual = (prediction.float() - target.float()).chunk(2)
+        kept = descent_kept(chosen_residual, rejected_residual, config.safeguard)
         chosen, rejected = error.chunk(2)
         error = torch.cat([chosen, with_gradient_times(rejected, kept)])
         metrics = {"safeguard": kept.mean(), "safeguarded": (kept < 1).float().mean()}

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import AIFeedback, Lora
+from attune.config.settings import AIFeedback, Lora, MovingReference
 from attune.data.batches import PairBatch
 from attune.diffusion.losses import implicit_reward, smoothed
 from attune.diffusion.noise import Draws
@@ -60,6 +60,10 @@ class Config(PairLossConfig):
         None, description="labels from a scorer beside people's or instead of them; null = people's alone"
     )
 
+    reference: MovingReference | None = Field(
+        None, description="lets the reference follow the policy, as Linear-DPO does; null = frozen, as the paper has it"
+    )
+
     @property
     def trained_on(self) -> tuple[str, ...]:
         return (self.ai_feedback.scorer,) if self.ai_feedback else ()
@@ -71,6 +75,8 @@ class Method:
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
+        if config.reference is not None:
+            policy.move_reference(config.reference.ema_decay, config.reference.warmup)
 
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
         t, noise = batch.draw_noise(self.policy.backbone.path, draws)
