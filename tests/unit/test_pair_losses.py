@@ -111,6 +111,31 @@ def test_linear_widens_the_margin(new_policy, data):
     assert history[-1]["margin"] > 0.02 > history[0]["margin"] == 0
 
 
+# ---------------------------------------------------------------- the anchor
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "linear", "eta": 0.001}, {"safeguard": 0.9}], ids=str)
+def test_the_anchor_adds_the_chosen_images_error_and_its_gradient(new_policy, data, options):
+    """Exactly the loss and gradient of supervised fine-tuning on the chosen half, 30 times."""
+    policy, ends = new_policy(moved=0.3), []
+    for weight in (0.0, 30.0):
+        method = dpo.Method(dpo.Config(**(BLOCK | options | {"sft_weight": weight})), policy)
+        (minibatch,) = tiny.minibatches(method, data.pair_batch(range(4)))
+        loss, metrics = method.loss(minibatch)
+        ends.append((loss.item(), torch.autograd.grad(loss, policy.parameters())))
+    chosen = policy_error(policy, minibatch)[:4].mean()
+    assert metrics["chosen_error"].item() == pytest.approx(chosen.item())
+    assert ends[1][0] - ends[0][0] == pytest.approx(30 * chosen.item(), rel=1e-5)
+    for plain, anchored, own in zip(
+        ends[0][1], ends[1][1], torch.autograd.grad(chosen, policy.parameters()), strict=True
+    ):
+        torch.testing.assert_close(anchored - plain, 30 * own, rtol=1e-3, atol=1e-4 * anchored.abs().max().item())
+
+
+def test_without_an_anchor_its_error_is_not_logged(policy, data):
+    assert "chosen_error" not in first(policy, data)[1]
+
+
 # ---------------------------------------------------------------- settings
 
 WRONG = {

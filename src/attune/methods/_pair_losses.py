@@ -59,6 +59,9 @@ class PairLossConfig(GivenImagesConfig):
         description="share mu of the chosen image's descent that a rejected one must leave (SDPO); null = none. Paper: "
         "0.9 SD 1.5, 0.6 SDXL",
     )
+    sft_weight: Float = Field(
+        0.0, ge=0, description="of the chosen image's denoising error, added to the loss as an anchor; 0 = none"
+    )
 
     @field_validator(*OWNERS)
     @classmethod
@@ -75,21 +78,27 @@ LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 def pair_errors(policy: Policy, m: NoisedBatch, config: PairLossConfig) -> tuple[Tensor, Tensor, Metrics]:
-    """Squared errors of policy and reference, (2B,) each, and what the safeguard did, if there is one."""
+    """Squared errors of policy and reference, (2B,) each, and what to log of the options."""
     prediction, target = prediction_and_target(policy, m, config.embedded_guidance)
     error, metrics = denoising_error(prediction, target), Metrics()
+    if config.sft_weight:
+        metrics |= {"chosen_error": error.chunk(2)[0].mean()}
     if config.safeguard is not None:
         chosen_residual, rejected_residual = (prediction.float() - target.float()).chunk(2)
         kept = descent_kept(chosen_residual, rejected_residual, config.safeguard)
         chosen, rejected = error.chunk(2)
         error = torch.cat([chosen, with_gradient_times(rejected, kept)])
-        metrics = {"safeguard": kept.mean(), "safeguarded": (kept < 1).float().mean()}
+        metrics |= {"safeguard": kept.mean(), "safeguarded": (kept < 1).float().mean()}
     with policy.reference():
         return error, policy_error(policy, m, config.embedded_guidance), metrics
 
 
 def pair_loss(config: PairLossConfig, error: Tensor, margin: Tensor, p_chosen: Tensor | float) -> Tensor:
-    """The loss that `config` names, a scalar: its mean over pairs, each expected over its label.
+    """The loss that `config` names, a scalar: its mean over pairs, each expected over its label; and the anchor.
+
+    The anchor is the loss of supervised fine-tuning on the chosen images, which keeps their error from rising. Source:
+    SimpleTuner's DPO (bghira/SimpleTuner bc8e6ab) has it, and MaPO (arXiv:2406.06424) beside a margin without a
+    reference; of language models Pang et al. 2024, arXiv:2404.19733, and Liu et al. 2024, arXiv:2405.16436.
 
     Args:
         error: squared errors of the policy, (2B,).
@@ -97,7 +106,8 @@ def pair_loss(config: PairLossConfig, error: Tensor, margin: Tensor, p_chosen: T
         p_chosen: probability that a pair is labelled rightly, (B,).
     """
     chosen, rejected = error.chunk(2)
-    return expected_loss(partial(_named_loss, config), margin, p_chosen, chosen - rejected).mean()
+    loss = expected_loss(partial(_named_loss, config), margin, p_chosen, chosen - rejected).mean()
+    return loss + config.sft_weight * chosen.mean() if config.sft_weight else loss
 
 
 def _named_loss(config: PairLossConfig, margin: Tensor, error_gap: Tensor) -> Tensor:

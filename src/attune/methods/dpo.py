@@ -84,7 +84,7 @@ class Method:
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error, reference_error, safeguard = pair_errors(self.policy, minibatch, self.config)
+        error, reference_error, options = pair_errors(self.policy, minibatch, self.config)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
@@ -95,5 +95,5 @@ class Method:
             "accuracy": (margin > 0).float().mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
-            **safeguard,
+            **options,
         }
