@@ -36,7 +36,7 @@ LAYERS = (
     "copies",
     "config",
     "weights | licenses",
-    "costs | hub | hub_upload | process_groups | shards",
+    "averages | costs | hub | hub_upload | process_groups | shards",
     "files | paths | distributed | fsdp | stop | text | versions",
 )
 # library -> the only places that may import it

@@ -104,6 +104,7 @@ class Line:
         self.module: nn.Module = nn.Linear(1, 1, bias=False)
         self.module.weight.data.zero_()
         self.shard, self.reference_model, self.autocast = Shard(), None, None
+        self.moving_reference = None
         self.per_batch = [[x if isinstance(x, tuple) else (x,) for x in batch] for batch in per_batch]
         self.config = TrainingConfig(lr=0.1, batches=1, batch_size=1)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attune.averages import MovingAverage
 from attune.config.settings import MethodConfig, Model, TrainingConfig
 from attune.distributed import Part, Shard
 
@@ -176,6 +177,7 @@ class Trainable(Protocol):
     module: nn.Module
     shard: Shard  # which rows this process computes
     reference_model: nn.Module | None  # the frozen network that serves as reference, where there is one
+    moving_reference: MovingAverage | None  # its weights that follow `parameters`; None: it is frozen
     autocast: torch.dtype | None  # what a float32 network computes in; None: its own dtype
 
     def parameters(self) -> list[Tensor]:

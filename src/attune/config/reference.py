@@ -20,7 +20,16 @@ from attune.config import plugins
 from attune.config.profile import Generate, Params, Profile, Run, Tracking
 from attune.config.schema import SearchRange, StrictModel
 from attune.config.search import Config as SearchConfig
-from attune.config.settings import AIFeedback, Lora, MethodConfig, Model, PreferenceConfig, Sampling, Validation
+from attune.config.settings import (
+    AIFeedback,
+    Lora,
+    MethodConfig,
+    Model,
+    MovingReference,
+    PreferenceConfig,
+    Sampling,
+    Validation,
+)
 
 PAGE, SCHEMAS = Path("docs/settings.md"), Path("docs/schema")
 SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
@@ -61,6 +70,7 @@ def _page() -> Iterator[str]:
     yield from _section("methods.<run>, of every method (whose own defaults are below)", MethodConfig)
     yield from _section("methods.<run>.lora", Lora)
     yield from _section("methods.<run>.validation", Validation)
+    yield from _section("methods.<run>.reference", MovingReference)
     for name in plugins.available("methods"):
         yield from _section(f"methods.<run>, method: {name}", _own(plugins.config_class("methods", name)))
     for name in plugins.available("rewards"):

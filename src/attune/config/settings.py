@@ -186,6 +186,15 @@ class AIFeedback(StrictModel):
     temperature: Float = Field(1.0, gt=0, description="score difference counted as 1; PickScore 1, cosines about 0.01")
 
 
+class MovingReference(StrictModel):
+    """A reference that follows the policy, as a moving average of its weights; of a LoRA, of its two factors."""
+
+    ema_decay: Float = Field(
+        ge=0, le=1, description="decay of the average per optimizer step: 1 = frozen, 0 = the policy itself"
+    )
+    warmup: bool = Field(True, description="decay no more than (1 + n) / (10 + n) after optimizer step n")
+
+
 class PreferenceConfig(TrainingConfig):
     """Training of the step-aware preference model."""
 

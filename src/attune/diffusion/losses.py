@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,6 +25,32 @@ def implicit_reward(error: Tensor, reference_error: Tensor, beta: float) -> Tens
     Source: Wallace et al. 2023, arXiv:2311.12908, eq. 14, whose beta T w(t) is absorbed in `beta`.
     """
     return -0.5 * beta * (error - reference_error)
+
+
+def descent_kept(chosen_residual: Tensor, rejected_residual: Tensor, mu: float) -> Tensor:
+    """lambda (B,) in [0, 1]: the share of the rejected image's gradient at which the chosen one's error still falls.
+
+    A step that raises the rejected image's error moves the prediction along its residual r_l; where that has a part
+    along the chosen image's residual r_w, it raises the chosen one's error too. With lambda at most
+    (1 - mu) |r_w|^2 / <r_w, r_l> a share mu of the chosen one's descent is left, to first order, and exactly where
+    both predictions have one Jacobian.
+
+    Args:
+        chosen_residual: prediction minus target, (B, C, h, w); no gradient passes.
+        mu: 0 to 1.
+
+    Source: Diffusion-SDPO, arXiv:2511.03317, whose code has one lambda for a whole micro-batch, and 1e-9 in the
+    denominator; here it is of each pair, so that it depends on no batch size, and has no scale.
+    """
+    chosen, rejected = (r.detach().float().flatten(1) for r in (chosen_residual, rejected_residual))
+    agreement = (chosen * rejected).sum(1)
+    kept = (1 - mu) * chosen.square().sum(1) / agreement
+    return torch.where(agreement > 0, kept.clamp(0, 1), 1.0)
+
+
+def with_gradient_times(value: Tensor, factor: Tensor) -> Tensor:
+    """The same value to the last bit, and `factor` times its gradient."""
+    return value.detach() + factor * (value - value.detach())
 
 
 def preference_loss(margin: Tensor) -> Tensor:
@@ -53,6 +80,30 @@ def hinge_loss(margin: Tensor) -> Tensor:
     return F.relu(1 - margin)
 
 
+def poly_loss(margin: Tensor, alpha: float) -> Tensor:
+    """-log p + alpha (1 - p) with p = sigmoid(m), (B,); ln 2 + alpha / 2 at m = 0.
+
+    Its pull is that of `preference_loss` times 1 + alpha p: with alpha > 0 pairs that are right already go on pulling,
+    which suits labels that are often wrong; with alpha < 0 they pull less.
+    Source: Poly-DPO of ViPO, arXiv:2604.24953.
+    """
+    return preference_loss(margin) + alpha * torch.sigmoid(-margin)
+
+
+def linear_loss(margin: Tensor, error_gap: Tensor, eta: float) -> Tensor:
+    """w (e_chosen - e_rejected) with w = 0.5 - 0.4 m, held between eta and 1 - eta, (B,); half the gap at m = 0.
+
+    w has no gradient: a pair pulls by w, the more the wronger it is, where `preference_loss` has sigmoid(-m).
+
+    Args:
+        error_gap: denoising error of the chosen image minus that of the rejected one, (B,).
+
+    Source: Linear-DPO, arXiv:2605.21123; 0.4 m is its 0.2 beta M, as m = (beta / 2) M. Its text has 1 for 1 - eta,
+    its code has 1 - eta.
+    """
+    return (0.5 - 0.4 * margin).clamp(eta, 1 - eta).detach() * error_gap
+
+
 def smoothed(p_chosen: Tensor | float, label_smoothing: float) -> Tensor | float:
     """The probability that a pair is labelled rightly, if a share `label_smoothing` of labels is flipped.
 
@@ -61,9 +112,15 @@ def smoothed(p_chosen: Tensor | float, label_smoothing: float) -> Tensor | float
     return p_chosen + label_smoothing * (1 - 2 * p_chosen)
 
 
-def expected_loss(loss: Callable[[Tensor], Tensor], margin: Tensor, p_chosen: Tensor | float) -> Tensor:
+def expected_loss(
+    loss: Callable[..., Tensor], margin: Tensor, p_chosen: Tensor | float, *differences: Tensor
+) -> Tensor:
     """p loss(m) + (1 - p) loss(-m), (B,): what a loss costs when the label is right with probability p.
 
     For `preference_loss` this is the cross-entropy -[p log sigmoid(m) + (1 - p) log sigmoid(-m)].
+
+    Args:
+        differences: what `loss` takes besides the margin, of the chosen image minus the rejected one.
     """
-    return p_chosen * loss(margin) + (1 - p_chosen) * loss(-margin)
+    wrong = loss(-margin, *(-difference for difference in differences))
+    return p_chosen * loss(margin, *differences) + (1 - p_chosen) * wrong

@@ -39,8 +39,8 @@ class NoisedBatch:
         return NoisedBatch(x_0, t.repeat(2), noise.repeat(2, 1, 1, 1), cond.repeat(2), p_chosen)
 
 
-def policy_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> Tensor:
-    """Squared error of the policy's prediction, in the path's target, of each image; mean over latent dimensions.
+def prediction_and_target(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What the policy predicts of each image, and what it should, in the path's target, (n, C, h, w).
 
     Args:
         embedded_guidance: what a denoiser that is told its guidance is told.
@@ -53,7 +53,12 @@ def policy_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0)
         raise ValueError(f"embedded_guidance: {embedded_guidance:g}, but {name} is not told its guidance; set it to 1")
     path = policy.backbone.path
     x_t = process.add_noise(m.x_0, m.noise, path.level(m.t, m.x_0))
-    return denoising_error(policy.predict(x_t, m.t, m.cond, embedded_guidance), path.target(m.x_0, m.noise))
+    return policy.predict(x_t, m.t, m.cond, embedded_guidance), path.target(m.x_0, m.noise)
+
+
+def policy_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> Tensor:
+    """Squared error of `prediction_and_target` of each image; mean over latent dimensions, (n,)."""
+    return denoising_error(*prediction_and_target(policy, m, embedded_guidance))
 
 
 def policy_and_reference_error(policy: Policy, m: NoisedBatch, embedded_guidance: float = 1.0) -> tuple[Tensor, Tensor]:

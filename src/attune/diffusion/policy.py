@@ -3,6 +3,7 @@
 With a fresh LoRA adapter one network serves as both (adapter on = policy, adapter off = reference), so the
 reference costs no memory and is the base bit for bit. In full fine-tuning, and when training continues from an
 adapter, the reference is another network: copies of the trainable weights, around the frozen weights of the policy.
+So it is where the reference moves, as an average of the policy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from attune.averages import MovingAverage
 from attune.config.settings import Lora
 from attune.costs import count_denoised
 from attune.diffusion.lora import (
@@ -59,6 +61,7 @@ class Policy:
         self.denoiser.requires_grad_(False)
         self.module: nn.Module = self.denoiser
         self.reference_model: nn.Module | None = None  # None: the denoiser without its adapter
+        self.moving_reference: MovingAverage | None = None  # what of it follows the policy; None: it is frozen
         self._lora_layers: list[BaseTunerLayer] = []  # found when first switched
         self._merged = False
         self.shard = Shard()  # this process's part of the training
@@ -168,6 +171,18 @@ class Policy:
         """Makes the policy as it is now its reference: trainable weights are copied, frozen ones shared."""
         shared = {id(weight): weight for weight in self.denoiser.parameters() if not weight.requires_grad}
         self.reference_model = copy.deepcopy(self.denoiser, shared).requires_grad_(False)
+
+    def move_reference(self, decay: float, warmup: bool) -> None:
+        """Lets the reference follow the policy from now on, as a moving average of the trainable weights.
+
+        Of a LoRA that is an average of its factors, whose product is not the average of the products B A. A reference
+        that was the base without an adapter is from now on the policy as it is, which is the same while B is zero.
+        """
+        if self.reference_model is None:
+            self.snapshot_reference()
+        copies = dict(cast("nn.Module", self.reference_model).named_parameters())
+        weights = [copies[name] for name, weight in self.denoiser.named_parameters() if weight.requires_grad]
+        self.moving_reference = MovingAverage(weights, decay, warmup)
 
     # ------------------------------------------------------------ trainable weights
 

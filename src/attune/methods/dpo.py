@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import Tensor
 
 from attune.config.schema import Float
-from attune.config.settings import AIFeedback, Lora
+from attune.config.settings import AIFeedback, Lora, MovingReference
 from attune.data.batches import PairBatch
-from attune.diffusion.losses import expected_loss, hinge_loss, implicit_reward, ipo_loss, preference_loss, smoothed
+from attune.diffusion.losses import implicit_reward, smoothed
 from attune.diffusion.noise import Draws
-from attune.diffusion.noised import NoisedBatch, policy_and_reference_error
+from attune.diffusion.noised import NoisedBatch
 from attune.distributed import Part
 from attune.interfaces import Metrics
-from attune.methods._given_images import GivenImagesConfig
+from attune.methods._pair_losses import PairLossConfig, pair_errors, pair_loss
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -37,7 +37,7 @@ LOSS_AT_REFERENCE = math.log(2)
 """The loss while the policy equals its reference, of the default `loss`."""
 
 
-class Config(GivenImagesConfig):
+class Config(PairLossConfig):
     """Defaults: the paper's training of SD 1.5, 2,000 steps of 2,048 pairs, section 5.1 and the authors' code."""
 
     lora: Lora | None = Field(None, description="null = train every weight, in float32, as the paper does")
@@ -53,9 +53,6 @@ class Config(GivenImagesConfig):
     caption_dropout: Float = Field(
         0.2, ge=0, lt=1, description="share of pairs trained without their prompt; authors' code: 0.2"
     )
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
-        "sigmoid", description="loss of the margin between chosen and rejected image; sigmoid is the paper's"
-    )
     label_smoothing: Float = Field(
         0.0, ge=0, lt=0.5, description="share of labels taken to be wrong (conservative DPO); paper: 0"
     )
@@ -63,12 +60,13 @@ class Config(GivenImagesConfig):
         None, description="labels from a scorer beside people's or instead of them; null = people's alone"
     )
 
+    reference: MovingReference | None = Field(
+        None, description="lets the reference follow the policy, as Linear-DPO does; null = frozen, as the paper has it"
+    )
+
     @property
     def trained_on(self) -> tuple[str, ...]:
         return (self.ai_feedback.scorer,) if self.ai_feedback else ()
-
-
-LOSSES = {"sigmoid": preference_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 class Method:
@@ -77,6 +75,8 @@ class Method:
 
     def __init__(self, config: Config, policy: Policy):
         self.config, self.policy = config, policy
+        if config.reference is not None:
+            policy.move_reference(config.reference.ema_decay, config.reference.warmup)
 
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
         t, noise = batch.draw_noise(self.policy.backbone.path, draws)
@@ -84,15 +84,16 @@ class Method:
         yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
-        error, reference_error = policy_and_reference_error(self.policy, minibatch, self.config.embedded_guidance)
+        error, reference_error, options = pair_errors(self.policy, minibatch, self.config)
         chosen, rejected = implicit_reward(error, reference_error, self.config.beta).chunk(2)
         margin = chosen - rejected
         p_chosen = smoothed(minibatch.p_chosen, self.config.label_smoothing)
-        loss = expected_loss(LOSSES[self.config.loss], margin, p_chosen).mean()
+        loss = pair_loss(self.config, error, margin, p_chosen)
         return loss, {
             "loss": loss,
             "margin": margin.mean(),
             "accuracy": (margin > 0).float().mean(),
             "chosen_reward": chosen.mean(),
             "rejected_reward": rejected.mean(),
+            **options,
         }

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from attune.averages import MovingAverage
 from attune.clip.model import image_size, load_tokenizer, text_config, tokenise
 from attune.config.settings import PreferenceConfig as Config
 from attune.diffusion.noise import Draws
@@ -109,6 +110,7 @@ class SPMObjective:
         self.module: nn.Module = model  # the training loop replaces it by its distributed wrapper
         self.shard = Shard()  # of the training this process takes part in
         self.reference_model: nn.Module | None = None  # nothing is compared with a frozen copy
+        self.moving_reference: MovingAverage | None = None
         self.autocast: torch.dtype | None = None  # `loss` chooses its own precision
 
     def parameters(self) -> list[Tensor]:

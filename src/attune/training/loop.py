@@ -125,7 +125,7 @@ def save_or_stop(checkpoint: Checkpoint, train_step: TrainStep, progress: Progre
     """
     progress.scaler = train_step.scaler.state_dict()
     checkpoint.maybe_save(
-        train_step.parameters, train_step.optimizer, vars(progress), last or signum != 0, train_step.shard
+        train_step.weights, train_step.optimizer, vars(progress), last or signum != 0, train_step.shard
     )
     if signum:
         name = signal.Signals(signum).name
@@ -190,7 +190,7 @@ def resume(train_step: TrainStep, checkpoint: Checkpoint | None, callbacks: Call
     shard.broadcast_from_main(checkpoint.set_aside_if_damaged)
     if len(set(shard.all_gather_object(checkpoint.saved))) > 1:
         raise RuntimeError(f"some processes see a checkpoint and others do not: all must see {checkpoint.folder}")
-    progress = Progress(**checkpoint.restore(train_step.parameters, train_step.optimizer, default={}))
+    progress = Progress(**checkpoint.restore(train_step.weights, train_step.optimizer, default={}))
     if progress.scaler:
         train_step.scaler.load_state_dict(progress.scaler)
     if len(found := set(shard.all_gather_object(progress.batch))) > 1:

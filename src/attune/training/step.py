@@ -51,10 +51,16 @@ class TrainStep:
             compile_in_place(trainable, None if config.compile is True else config.compile)
         self.accelerator = init_distributed(self.shard, cpu=self.parameters[0].device.type == "cpu")
         self.optimizer = build_optimizer(self.parameters, config)
+        self.averages = [] if trainable.moving_reference is None else [trainable.moving_reference]
         self.sharded = is_sharded(trainable.module)
         if not self.sharded:
             self._wrap()
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=computes_in_half(trainable))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """All weights that a step changes: the trained ones, then what follows them. A checkpoint holds these."""
+        return [*self.parameters, *(weight for average in self.averages for weight in average.weights)]
 
     def _wrap(self) -> None:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
@@ -80,6 +86,8 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        for average in self.averages:
+            average.update(self.parameters, step)
         return {**metrics, "grad_norm": grad_norm, "lr": lr}
 
     def gradient(self, objective: Objective, group: Sequence[Part[Any]], step: int) -> tuple[dict[str, float], float]:
