@@ -128,6 +128,18 @@ class Policy:
             yield
 
     @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, predictions are those without the adapter and carry no graph, whatever the reference is.
+
+        Raises:
+            RuntimeError: there is no adapter, or it is merged into the base's weights.
+        """
+        if self._merged or not self._adapter():
+            raise RuntimeError("the base model is only there beside an adapter that is not merged")
+        with torch.no_grad(), self._adapter_disabled():
+            yield
+
+    @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:
         layers = self._adapter()
         set_lora(layers, enabled=False)
