@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from attune.backbones import _memory, sd, sd3, sdxl
-from attune.backbones._memory import Turns, in_parts
+from attune.backbones._memory import ModelOffload, in_parts
 from attune.backbones._quantise import quantise
 from attune.backbones.sd import load as load_sd
 from attune.build import load_learner
@@ -185,7 +185,7 @@ def test_one_image_larger_than_the_budget_is_decoded():
     assert in_parts(lambda rows: rows + 1, torch.zeros(3, 1), 2**40).tolist() == [[1], [1], [1]]
 
 
-# ---------------------------------------------------------------- turns
+# ---------------------------------------------------------------- model offload
 
 
 class Noted(nn.Linear):
@@ -200,18 +200,18 @@ class Noted(nn.Linear):
         return self
 
 
-def test_networks_take_turns_on_a_gpu():
-    turn, first, second = Turns(torch.device("cuda"), offload=True), Noted(), Noted()
+def test_one_network_at_a_time_is_on_the_gpu():
+    offload, first, second = ModelOffload(torch.device("cuda"), offload=True), Noted(), Noted()
     for network in (first, first, second, first):
-        assert turn(network) is network
-    assert (turn.start, first.places, second.places) == (CPU, ["cuda", "cpu", "cuda"], ["cuda", "cpu"])
+        assert offload.onload(network) is network
+    assert (offload.load_to, first.places, second.places) == (CPU, ["cuda", "cpu", "cuda"], ["cuda", "cpu"])
 
 
-@pytest.mark.parametrize(("device", "offload"), [("cuda", False), ("cpu", True)])
-def test_networks_stay_where_there_is_one_place(device, offload):
-    turn, network = Turns(torch.device(device), offload), Noted()
-    assert turn(network) is network
-    assert (turn.start.type, network.places) == (device, [])
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", False), ("cpu", True)])
+def test_networks_stay_where_there_is_one_place(device, wanted):
+    offload, network = ModelOffload(torch.device(device), wanted), Noted()
+    assert offload.onload(network) is network
+    assert (offload.load_to.type, network.places) == (device, [])
 
 
 # ---------------------------------------------------------------- transfers

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
+from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning, Guidance
@@ -90,7 +90,7 @@ class Flux:
 
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        self.offload = ModelOffload(device, model.offload)
         check_settings(model)
         config = denoiser_config(model)  # what is no good is said before 24 GB are read
         self.vae = self._load_vae()
@@ -98,7 +98,7 @@ class Flux:
         self.path = _flow.load_path(model, self._tokens)
         self.clip, self.t5 = self._load_clip(), self._load_t5()
         self._check_widths(config)
-        self.denoiser = _latent.load_denoiser(FluxTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
+        self.denoiser = _latent.load_denoiser(FluxTransformer2DModel, DENOISER, model, self.dtype, self.offload.load_to)
 
     # These are set above, so that files that are no good are an error at once; after `release` they are read again.
 
@@ -122,13 +122,13 @@ class Flux:
     def _load_clip(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
         from transformers import CLIPTextModel
 
-        return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)
+        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
 
     def _load_t5(self) -> tuple[T5Tokenizer, PreTrainedModel]:
-        return _t5.load(self.model, "_2", T5_TOKENS, self.turn.start)
+        return _t5.load(self.model, "_2", T5_TOKENS, self.offload.load_to)
 
     def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
+        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
 
     def _image_size(self, config: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
         """Resolution and shape of latents. Raises ValueError unless latents can be packed."""
@@ -157,8 +157,8 @@ class Flux:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the T5, (B, L, D), and what the CLIP pools, (B, D')."""
         (clip_tokenizer, clip), (t5_tokenizer, t5) = self.clip, self.t5
-        pooled = self.turn(clip)(_latent.tokenise(clip_tokenizer, prompts, self.device)).pooler_output
-        states = _t5.encode(t5_tokenizer, self.turn(t5), prompts, self.device)
+        pooled = self.offload.onload(clip)(_latent.tokenise(clip_tokenizer, prompts, self.device)).pooler_output
+        states = _t5.encode(t5_tokenizer, self.offload.onload(t5), prompts, self.device)
         return Conditioning({"prompt_embeds": states, "text_embeds": pooled})
 
     def is_cut(self, prompt: str) -> bool:
@@ -166,14 +166,14 @@ class Flux:
         return _latent.is_cut(self.t5[0], prompt)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
+        return _latent.encode(self.offload.onload(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
+        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, (rows, columns) = cond.tensors["prompt_embeds"].to(self.dtype), x_t.shape[-2:]
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             packed(x_t.to(self.dtype)),
             timestep=t / self.path.n_train,
             guidance=cond.tensors["guidance"],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attune.backbones import _latent, _vp
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
+from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source
@@ -68,12 +68,12 @@ class StableDiffusion:
 
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        self.offload = ModelOffload(device, model.offload)
         schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
         self.tokenizer, self.text_encoder = self._load_text()
-        self.vae = _latent.load_vae(model, self.turn.start)
-        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
+        self.vae = _latent.load_vae(model, self.offload.load_to)
+        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.offload.load_to)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
@@ -84,12 +84,12 @@ class StableDiffusion:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start)
+        return _latent.load_vae(self.model, self.offload.load_to)
 
     def _load_text(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
         from transformers import CLIPTextModel
 
-        return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)
+        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
 
     def release(self) -> None:
         release(self, "text_encoder", "vae")
@@ -98,20 +98,20 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the text encoder, (B, L, D)."""
         ids = _latent.tokenise(self.tokenizer, prompts, self.device)
-        return Conditioning({"prompt_embeds": self.turn(self.text_encoder)(ids).last_hidden_state})
+        return Conditioning({"prompt_embeds": self.offload.onload(self.text_encoder)(ids).last_hidden_state})
 
     def is_cut(self, prompt: str) -> bool:
         return _latent.is_cut(self.tokenizer, prompt)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
+        return _latent.encode(self.offload.onload(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
+        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
+        output = self.offload.onload(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
         return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
 
     def pipeline_parts(self) -> dict[str, Any]:

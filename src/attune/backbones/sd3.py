@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
+from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
@@ -104,11 +104,11 @@ class StableDiffusion3:
         check_settings(model)
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        self.offload = ModelOffload(device, model.offload)
         self.path = _flow.load_path(model)
         self.encoders = self._load_encoders()
         self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.turn.start)
+        self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.offload.load_to)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config, DENOISER)
         self._check_size()
         self._check_widths()
@@ -126,11 +126,13 @@ class StableDiffusion3:
     def _load_encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         from transformers import CLIPTextModelWithProjection
 
-        clips = [_latent.load_text(CLIPTextModelWithProjection, self.model, n, self.turn.start) for n in ("", "_2")]
-        return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.turn.start)] if self.model.t5 else [])]
+        clips = [
+            _latent.load_text(CLIPTextModelWithProjection, self.model, n, self.offload.load_to) for n in ("", "_2")
+        ]
+        return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.offload.load_to)] if self.model.t5 else [])]
 
     def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
+        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
 
     def _check_size(self) -> None:
         """Raises ValueError unless latents can be cut into patches, for as many of which there are positions."""
@@ -170,7 +172,7 @@ class StableDiffusion3:
         are most of what the transformer sees, are added when it is called.
         """
         encoded = [
-            self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
+            self.offload.onload(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.encoders[:2]
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
@@ -179,7 +181,7 @@ class StableDiffusion3:
             "text_embeds": torch.cat([output.text_embeds for output in encoded], dim=-1),
         }
         for tokenizer, t5 in self.encoders[2:]:
-            tensors["t5_embeds"] = _t5.encode(tokenizer, self.turn(t5), prompts, self.device)
+            tensors["t5_embeds"] = _t5.encode(tokenizer, self.offload.onload(t5), prompts, self.device)
         return Conditioning(tensors)
 
     def is_cut(self, prompt: str) -> bool:
@@ -188,10 +190,10 @@ class StableDiffusion3:
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in deciding)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
+        return _latent.encode(self.offload.onload(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
+        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
@@ -201,7 +203,7 @@ class StableDiffusion3:
         else:
             wide = torch.cat([F.pad(embeds, (0, more)), of_t5.to(self.dtype)], dim=1)
         pooled = cond.tensors["text_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             x_t.to(self.dtype), timestep=t, encoder_hidden_states=wide, pooled_projections=pooled
         ).sample
         return output.to(x_t.dtype)

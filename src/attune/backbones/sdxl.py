@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attune.backbones import _latent, _vp
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
+from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source, fetch_folder, parse
@@ -70,13 +70,13 @@ class StableDiffusionXL:
 
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        self.offload = ModelOffload(device, model.offload)
         schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
         self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
-        self.vae = _latent.load_vae(model, self.turn.start)
-        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
+        self.vae = _latent.load_vae(model, self.offload.load_to)
+        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.offload.load_to)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
 
     # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
@@ -87,13 +87,13 @@ class StableDiffusionXL:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start)
+        return _latent.load_vae(self.model, self.offload.load_to)
 
     def _load_encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
-        return [_latent.load_text(kind, self.model, number, self.turn.start) for kind, number in kinds]
+        return [_latent.load_text(kind, self.model, number, self.offload.load_to) for kind, number in kinds]
 
     def release(self) -> None:
         release(self, "encoders", "vae")
@@ -102,7 +102,7 @@ class StableDiffusionXL:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both encoders side by side, (B, L, D_1 + D_2); what the second pools, (B, D)."""
         encoded = [
-            self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
+            self.offload.onload(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.encoders
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
@@ -116,10 +116,10 @@ class StableDiffusionXL:
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
+        return _latent.encode(self.offload.onload(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
+        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         added = {
@@ -127,7 +127,7 @@ class StableDiffusionXL:
             "time_ids": time_ids(self.resolution, x_t.device).expand(len(x_t), 6),
         }
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
         ).sample
         return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))

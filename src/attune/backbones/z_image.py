@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _qwen3
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
+from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
 from attune.hub import Source, parse
@@ -108,11 +108,13 @@ class ZImage:
         self.model, self.device = model, device
         self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
         self.tokens = model.max_sequence_length or TOKENS
-        self.turn = Turns(device, model.offload)
+        self.offload = ModelOffload(device, model.offload)
         self.path = load_path(model)
         self.tokenizer, self.text_encoder = self._load_text()
         self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(ZImageTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
+        self.denoiser = _latent.load_denoiser(
+            ZImageTransformer2DModel, DENOISER, model, self.dtype, self.offload.load_to
+        )
         config = {**self.denoiser.config, "sample_size": SAMPLE_SIZE}
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, config, DENOISER)
         place = parse(model.path) / DENOISER / "config.json"
@@ -130,10 +132,10 @@ class ZImage:
         return self._load_vae()
 
     def _load_text(self) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
-        return _qwen3.load(self.model, self.turn.start)
+        return _qwen3.load(self.model, self.offload.load_to)
 
     def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
+        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
 
     def release(self) -> None:
         release(self, "text_encoder", "vae")
@@ -148,7 +150,7 @@ class ZImage:
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         ).to(self.device)
-        own, encoder = tokens.attention_mask.bool(), self.turn(self.text_encoder)
+        own, encoder = tokens.attention_mask.bool(), self.offload.onload(self.text_encoder)
         parts = (part.split(max(1, TOKENS_AT_ONCE // self.tokens)) for part in (tokens.input_ids, own))
         states = torch.cat(
             [encoder(ids, mask, output_hidden_states=True).hidden_states[-2] for ids, mask in zip(*parts, strict=True)]
@@ -159,17 +161,17 @@ class ZImage:
         return _qwen3.count_tokens(self.tokenizer, prompt, self.tokens) > self.tokens
 
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
+        return _latent.encode(self.offload.onload(self.vae), images, generator)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
+        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, lengths = cond.tensors["prompt_embeds"].to(self.dtype), cond.tensors["prompt_mask"].sum(1).tolist()
         prompts = [row[:length] for row, length in zip(embeds, lengths, strict=True)]
         images = list(x_t.to(self.dtype).unsqueeze(2))  # (C, 1, h, w) each: one frame
         last = self.path.n_train
-        output = self.turn(denoiser)(images, (last - t) / last, prompts).sample
+        output = self.offload.onload(denoiser)(images, (last - t) / last, prompts).sample
         return -torch.stack(output).squeeze(2).to(x_t.dtype)
 
     def pipeline_parts(self) -> dict[str, Any]:
