@@ -40,6 +40,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from attune.build import device
 from attune.data.store import PreparedData
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
@@ -340,6 +341,15 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 def adapter(policy: Policy) -> list[Tensor]:
     """A copy of the adapter's tensors."""
     return [weight.detach().clone() for weight in policy.parameters()]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Tensors and numbers, also in lists and dictionaries: to the bit on the CPU, to 1e-5 on a GPU.
+
+    There the same sum may be computed by another algorithm, and the gradient of bicubic interpolation always is.
+    """
+    tolerance = 1e-5 if device().type == "cuda" else 0.0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -171,7 +171,7 @@ def test_a_whole_denoiser_is_saved_and_read_again(name, bases, tmp_path):
     policy.save(tmp_path)
     again = Policy(bases(name), policy.uncond)
     again.load(tmp_path)
-    assert torch.equal(again.predict(*inputs(again)), policy.predict(*inputs(policy)))
+    tiny.assert_same(again.predict(*inputs(again)), policy.predict(*inputs(policy)))
 
 
 def test_every_linear_layer_but_the_ends_takes_an_adapter(name, bases):
