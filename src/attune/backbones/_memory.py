@@ -34,12 +34,6 @@ class ModelOffload:
         return network
 
 
-def release(owner: object, *names: str) -> None:
-    """Lets go of cached properties, each of which is made anew when it is next asked for."""
-    for name in names:
-        vars(owner).pop(name, None)
-
-
 def in_parts(f: Callable[[Tensor], Tensor], rows: Tensor, pixels_per_row: int) -> Tensor:
     """f(rows), of as many rows at a time as `MAX_PIXELS` allows.
 

@@ -20,15 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning, Guidance
 from attune.weights import read_json
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
 DENOISER, KIND = "transformer", "FluxTransformer2DModel"
@@ -78,57 +77,39 @@ def times(model: Model) -> dict[str, Any]:
     return _flow.times(model, (found.resolution // found.multiple) ** 2)
 
 
-class Flux:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class Flux(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.JOINT_LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "embedded"
+    released = ("clip", "t5", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import FluxTransformer2DModel
 
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.offload = ModelOffload(device, model.offload)
+        super().__init__(model, device, dtype)
         check_settings(model)
         config = denoiser_config(model)  # what is no good is said before 24 GB are read
-        self.vae = self._load_vae()
         self.resolution, self.latent_shape = self._image_size(config)
         self.path = _flow.load_path(model, self._tokens)
-        self.clip, self.t5 = self._load_clip(), self._load_t5()
         self._check_widths(config)
-        self.denoiser = _latent.load_denoiser(FluxTransformer2DModel, DENOISER, model, self.dtype, self.offload.load_to)
-
-    # These are set above, so that files that are no good are an error at once; after `release` they are read again.
+        self.denoiser = self.load_denoiser(FluxTransformer2DModel, DENOISER)
 
     @cached_property
     def clip(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
-        return self._load_clip()
+        from transformers import CLIPTextModel
+
+        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
 
     @cached_property
     def t5(self) -> tuple[T5Tokenizer, PreTrainedModel]:
-        return self._load_t5()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
+        return _t5.load(self.model, "_2", T5_TOKENS, self.offload.load_to)
 
     @property
     def _tokens(self) -> int:
         """Tokens of an image, by which the scheduler shifts."""
         return (self.latent_shape[-1] // SIDE) ** 2
-
-    def _load_clip(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
-        from transformers import CLIPTextModel
-
-        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
-
-    def _load_t5(self) -> tuple[T5Tokenizer, PreTrainedModel]:
-        return _t5.load(self.model, "_2", T5_TOKENS, self.offload.load_to)
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
 
     def _image_size(self, config: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
         """Resolution and shape of latents. Raises ValueError unless latents can be packed."""
@@ -150,9 +131,6 @@ class Flux:
                 place = parse(self.model.path) / part
                 raise ValueError(f"{place}: vectors of {width} numbers, {key} of the transformer is {config[key]}")
 
-    def release(self) -> None:
-        release(self, "clip", "t5", "vae")
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the T5, (B, L, D), and what the CLIP pools, (B, D')."""
@@ -164,12 +142,6 @@ class Flux:
     def is_cut(self, prompt: str) -> bool:
         """By the T5: what the CLIP leaves off is not lost."""
         return _latent.is_cut(self.t5[0], prompt)
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.offload.onload(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, (rows, columns) = cond.tensors["prompt_embeds"].to(self.dtype), x_t.shape[-2:]

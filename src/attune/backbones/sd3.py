@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENOISER = "transformer"
@@ -90,49 +89,35 @@ def check_settings(model: Model) -> None:
         )
 
 
-class StableDiffusion3:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class StableDiffusion3(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     # those of images are also in the second attention of 3.5 Medium's first blocks
     lora_targets: Sequence[str] = _latent.JOINT_LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "cfg"
+    released = ("encoders", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import SD3Transformer2DModel
 
         check_settings(model)
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.offload = ModelOffload(device, model.offload)
+        super().__init__(model, device, dtype)
         self.path = _flow.load_path(model)
-        self.encoders = self._load_encoders()
-        self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.offload.load_to)
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(SD3Transformer2DModel, DENOISER)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config, DENOISER)
         self._check_size()
         self._check_widths()
 
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
-
     @cached_property
     def encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
-        return self._load_encoders()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
-
-    def _load_encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         from transformers import CLIPTextModelWithProjection
 
         clips = [
             _latent.load_text(CLIPTextModelWithProjection, self.model, n, self.offload.load_to) for n in ("", "_2")
         ]
         return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.offload.load_to)] if self.model.t5 else [])]
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
 
     def _check_size(self) -> None:
         """Raises ValueError unless latents can be cut into patches, for as many of which there are positions."""
@@ -161,9 +146,6 @@ class StableDiffusion3:
             place = place / "text_encoder_3"
             raise ValueError(f"{place}: d_model is {found}, joint_attention_dim of the transformer {most}")
 
-    def release(self) -> None:
-        release(self, "encoders", "vae")
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both CLIPs side by side, (B, L, D_1 + D_2), and what they pool, (B, D_1 + D_2).
@@ -188,12 +170,6 @@ class StableDiffusion3:
         """By the T5, if there is one: what the CLIPs leave off is then not lost."""
         deciding = self.encoders[2:] or self.encoders
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in deciding)
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.offload.onload(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)

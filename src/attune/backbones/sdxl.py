@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _latent, _vp
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source, fetch_folder, parse
@@ -22,7 +22,6 @@ from attune.interfaces import Conditioning, Guidance
 from attune.weights import read_json
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel
 
 INDEX = "model_index.json"
@@ -59,44 +58,30 @@ def check_settings(model: Model) -> None:
     _vp.check_settings(model)
 
 
-class StableDiffusionXL:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class StableDiffusionXL(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     guidance: Guidance = "cfg"
+    released = ("encoders", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import UNet2DConditionModel
 
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.offload = ModelOffload(device, model.offload)
+        super().__init__(model, device, dtype)
         schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
-        self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
-        self.vae = _latent.load_vae(model, self.offload.load_to)
-        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.offload.load_to)
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(UNet2DConditionModel, "unet")
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
-
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
     def encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
-        return self._load_encoders()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.offload.load_to)
-
-    def _load_encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
         return [_latent.load_text(kind, self.model, number, self.offload.load_to) for kind, number in kinds]
-
-    def release(self) -> None:
-        release(self, "encoders", "vae")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -114,12 +99,6 @@ class StableDiffusionXL:
 
     def is_cut(self, prompt: str) -> bool:
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.offload.onload(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         added = {

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _qwen3
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import ModelOffload, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import PreTrainedModel, Qwen2Tokenizer
 
 DENOISER = "transformer"
@@ -94,51 +93,36 @@ def check_settings(model: Model) -> None:
     check_undistilled(model)
 
 
-class ZImage:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class ZImage(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "cfg"
+    released = ("text_encoder", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import ZImageTransformer2DModel
 
         check_settings(model)
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
+        super().__init__(model, device, dtype)
         self.tokens = model.max_sequence_length or TOKENS
-        self.offload = ModelOffload(device, model.offload)
         self.path = load_path(model)
         self.tokenizer, self.text_encoder = self._load_text()
-        self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(
-            ZImageTransformer2DModel, DENOISER, model, self.dtype, self.offload.load_to
-        )
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(ZImageTransformer2DModel, DENOISER)
         config = {**self.denoiser.config, "sample_size": SAMPLE_SIZE}
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, config, DENOISER)
         place = parse(model.path) / DENOISER / "config.json"
         check_transformer(config, self.text_encoder.config.hidden_size, place)
         check_positions(config["axes_lens"], self.tokens, self.latent_shape[-1], self.resolution)
 
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
-
     @cached_property
     def text_encoder(self) -> PreTrainedModel:
         return self._load_text()[1]
 
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
-
     def _load_text(self) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
         return _qwen3.load(self.model, self.offload.load_to)
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.offload.load_to, may_shift=True)
-
-    def release(self) -> None:
-        release(self, "text_encoder", "vae")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -159,12 +143,6 @@ class ZImage:
 
     def is_cut(self, prompt: str) -> bool:
         return _qwen3.count_tokens(self.tokenizer, prompt, self.tokens) > self.tokens
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.offload.onload(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.offload.onload(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, lengths = cond.tensors["prompt_embeds"].to(self.dtype), cond.tensors["prompt_mask"].sum(1).tolist()
