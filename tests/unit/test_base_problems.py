@@ -238,6 +238,11 @@ def test_a_distilled_model_is_refused_by_its_name_before_it_is_downloaded(settin
         plugins.load("backbones", backbone).load(Model(backbone=backbone, path=path), CPU)
 
 
+@pytest.mark.parametrize(("backbone", "name"), [("flux", "flux-de-schnell"), ("sd3", "sd3.5_large_De-Turbo")])
+def test_a_copy_that_is_no_longer_distilled_is_not_refused_by_its_name(settings, backbone, name):
+    assert not list(base(settings(model={"backbone": backbone, "path": f"owner/{name}@{'b' * 40}"})))
+
+
 def test_a_scheduler_of_another_family_is_told_by_the_plan(settings, flow, tmp_path):
     assert not list(base(of_flow(settings, flow)))
     file = Path(shutil.copytree(flow, tmp_path / "copy")) / "scheduler/scheduler_config.json"

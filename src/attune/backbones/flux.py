@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 DENOISER, KIND = "transformer", "FluxTransformer2DModel"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 T5_TOKENS, T5_WIDTH = 512, 4096  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
-SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
-DISTILLED = "was distilled to few steps, which training would take from it: take FLUX.1-dev, or another base"
-SIDE = 2  # latents per side of a token
+INSTEAD = "take FLUX.1-dev, or another base"  # of FLUX.1-schnell
+SIDE = _latent.UNSAID["patch_size"]  # latents per side of a token
 NOMINAL = _latent.Facts(
     denoiser=11_901_408_320,
     text_encoders=123_060_480 + _t5.WEIGHTS,
@@ -43,6 +42,7 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     guidance="embedded",
     adapter=1_634_304,
+    multiple=16,
     channels=16,
 )
 """Of FLUX.1-dev; what its activations need has not been measured."""
@@ -51,8 +51,7 @@ NOMINAL = _latent.Facts(
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
     nominal = replace(NOMINAL, prompt=_t5.tokens(model, T5_TOKENS) * T5_WIDTH)
-    found = _latent.facts(model, PARTS, nominal, SAMPLE_SIZE)
-    return replace(found, multiple=SIDE * found.multiple)  # so far of a latent; the packing is no setting
+    return _latent.facts(model, PARTS, nominal, _latent.UNSAID)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
@@ -67,8 +66,7 @@ def in_diffusers(model: Model) -> InDiffusers:
 
 def check_settings(model: Model) -> None:
     """Raises ValueError for FLUX.1-schnell by its name, before any file is here; see `denoiser_config`."""
-    if "schnell" in _latent.own_name(model):
-        raise ValueError(f"model.path: {model.path} {DISTILLED}")
+    _latent.refuse_distilled(model, "schnell", INSTEAD)
 
 
 def times(model: Model) -> dict[str, Any]:
@@ -113,7 +111,7 @@ class Flux(LatentBackbone):
 
     def _image_size(self, config: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
         """Resolution and shape of latents. Raises ValueError unless latents can be packed."""
-        given = {**config, "sample_size": SAMPLE_SIZE}
+        given = {**config, **_latent.UNSAID}
         resolution, shape = _latent.image_size(self.model, self.vae, given, DENOISER, packed=SIDE**2)
         if shape[-1] % SIDE:
             pixels = resolution // shape[-1] * SIDE
@@ -190,7 +188,7 @@ def denoiser_config(model: Model) -> Mapping[str, Any]:
     if config.get("guidance_embeds") is not True:
         raise ValueError(
             f"{file}: guidance_embeds is not true, so this model is not told its guidance, as FLUX.1-schnell, which "
-            f"{DISTILLED}"
+            f"{_latent.DISTILLED}; {INSTEAD}"
         )
     return config
 

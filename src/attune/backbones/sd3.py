@@ -82,11 +82,7 @@ def times(model: Model) -> dict[str, Any]:
 
 def check_settings(model: Model) -> None:
     """Raises ValueError for Stable Diffusion 3.5 Large Turbo, known by its name: its files say what Large's do."""
-    if "turbo" in _latent.own_name(model):
-        raise ValueError(
-            f"model.path: {model.path} is distilled to four steps, which training at single noise levels takes from "
-            "it; train stabilityai/stable-diffusion-3.5-large, or -medium"
-        )
+    _latent.refuse_distilled(model, "turbo", "train stabilityai/stable-diffusion-3.5-large, or -medium")
 
 
 class StableDiffusion3(LatentBackbone):

@@ -8,7 +8,6 @@ Source: Z-Image Team 2025, arXiv:2511.22699, and diffusers' `ZImagePipeline`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -38,12 +37,13 @@ NOMINAL = _latent.Facts(
     adapter=1_044_480,
     activations=2_100_000,
     checkpointed=400_000,
+    multiple=16,
     channels=16,
 )
 """Of Z-Image; what its activations need was counted and measured in four of its 34 blocks, see docs/full_size.md."""
-SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
 TOKENS, WIDTH = 512, 2560  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
-PATCH, TOKENS_OF_A_BLOCK = 2, 32  # latents per side of a token; the transformer fills prompts up to a multiple of 32
+PATCH = _latent.UNSAID["patch_size"]  # latents per side of a token
+TOKENS_OF_A_BLOCK = 32  # the transformer fills prompts up to a multiple of it
 TOKENS_AT_ONCE = 4096  # of prompts: 8 of 512, whose states of all 36 layers, of which one is used, take 0.8 GB
 TOO_LARGE = "65,504, and values in Z-Image at 344,000"
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
@@ -53,8 +53,7 @@ def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
     tokens = model.max_sequence_length or TOKENS
     nominal = replace(NOMINAL, prompt=tokens * WIDTH, text=tokens * PATCH**2)
-    found = _latent.facts(model, PARTS, nominal, SAMPLE_SIZE)
-    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent: no file says how large a patch is
+    return _latent.facts(model, PARTS, nominal, _latent.UNSAID)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
@@ -111,7 +110,7 @@ class ZImage(LatentBackbone):
         self.tokenizer, self.text_encoder = self._load_text()
         self.load_encoders()
         self.denoiser = self.load_denoiser(ZImageTransformer2DModel, DENOISER)
-        config = {**self.denoiser.config, "sample_size": SAMPLE_SIZE}
+        config = {**self.denoiser.config, **_latent.UNSAID}
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, config, DENOISER)
         place = parse(model.path) / DENOISER / "config.json"
         check_transformer(config, self.text_encoder.config.hidden_size, place)
@@ -191,21 +190,12 @@ def load_path(model: Model) -> Flow:
 def check_undistilled(model: Model, shift: float | None = None) -> None:
     """Raises ValueError if this is Z-Image-Turbo, by its name or by its scheduler's shift; the networks are alike.
 
-    Plain training takes from a distilled model what distillation gave it: images in few steps without guidance.
-    A copy that was trained until that was gone, and says so in its name, is read.
-
     Source: Z-Image's README, which gives Turbo no fine-tunability, and ai-toolkit, which trains it beside an adapter
     that is taken off again.
     """
-    name = _latent.own_name(model)
-    if re.search(r"de[-_ ]?turbo", name):
-        return
-    if "turbo" in name or shift == TURBO_SHIFT:
-        sign = "" if "turbo" in name else f" (its scheduler's shift is {TURBO_SHIFT})"
-        raise ValueError(
-            f"model.path: {model.path}{sign} is Z-Image-Turbo, which is distilled: training would undo that it needs "
-            "few steps and no guidance. Train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
-        )
+    sign = f"its scheduler's shift is {TURBO_SHIFT}, as Z-Image-Turbo's" if shift == TURBO_SHIFT else None
+    remedy = "train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
+    _latent.refuse_distilled(model, "turbo", remedy, sign)
 
 
 # ---------------------------------------------------------------- what the transformer can be given
