@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import params
 import stages
 import tiny
+import tiny_flow_models
 from attune.backbones import sd, sd3, sdxl
 from attune.backbones._diffusers import sampler_name
 from attune.config import plugins
@@ -32,7 +33,7 @@ HUB = "stabilityai/stable-diffusion-3.5-medium@" + "b" * 40
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
-    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+    return tiny_flow_models.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Z-Image's files and settings: what is read, and what is refused before anything long."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import params
-import tiny
+import tiny_flow_models
 from attune.backbones import z_image
 from attune.config import resolve
 from attune.config.settings import Model
@@ -24,7 +23,7 @@ SCHEDULER, TRANSFORMER = "scheduler/scheduler_config.json", "transformer/config.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
+    return tiny_flow_models.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
 
 
 @pytest.fixture
@@ -36,10 +35,6 @@ def copied(folder, tmp_path):
 def load(folder, **settings):
     block = {"backbone": "z_image", "path": str(folder), "resolution": 16, "max_sequence_length": 64} | settings
     return z_image.load(Model(**block), CPU)
-
-
-def changed(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def test_facts_are_counted_in_the_files_that_are_here(folder):
@@ -125,7 +120,7 @@ def test_the_plan_tells_it_before_anything_is_here(tmp_path, monkeypatch, block,
 
 
 def test_turbo_is_refused_by_its_schedulers_shift(copied):
-    changed(copied / SCHEDULER, shift=3.0)
+    tiny_flow_models.change(copied / SCHEDULER, shift=3.0)
     with pytest.raises(ValueError, match=r"copy \(its scheduler's shift is 3.0, as Z-Image-Turbo's\) was distilled"):
         load(copied)
     load(copied.rename(copied.with_name("Z-Image-De-Turbo")))
@@ -142,7 +137,7 @@ def test_turbo_is_refused_by_its_schedulers_shift(copied):
     ],
 )
 def test_files_that_say_something_else_are_refused(copied, file, values, says):
-    changed(copied / file, **values)
+    tiny_flow_models.change(copied / file, **values)
     with pytest.raises(ValueError, match=says):
         load(copied)
 
