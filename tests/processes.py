@@ -33,7 +33,7 @@ from attune.config.schema import check
 from attune.config.settings import Model
 from attune.data.store import PreparedData
 from attune.diffusion.policy import Policy
-from attune.fsdp import whole
+from attune.fsdp import full_tensor
 from attune.interfaces import Backbone, Objective
 from attune.spm.model import from_clip, save
 from attune.spm.objective import Config, SPMObjective
@@ -143,7 +143,7 @@ def preference(made: Parts, changes: dict[str, Any]) -> End:
 
 
 def flat(weights: list[Tensor]) -> Tensor:
-    return torch.cat([whole(weight.detach()).flatten().clone() for weight in weights])
+    return torch.cat([full_tensor(weight.detach()).flatten().clone() for weight in weights])
 
 
 def interrupted(folder: Path, at: int | None = None, every_weight: bool = False) -> End:

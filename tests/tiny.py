@@ -12,18 +12,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
@@ -32,14 +24,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
+from attune.build import device
 from attune.data.store import PreparedData
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
@@ -72,11 +59,25 @@ PLAIN = {"accumulation": 1, "warmup": 0, "weight_decay": 1e-2, "schedule": "cons
 PROMPTS = ["a cat", "a dog", "two owls", "a red ox", "bees", "no hen", "ten rats", "a cow"]
 
 
-def tokenizer(folder: Path) -> None:
-    CLIPTokenizer(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[], model_max_length=16).save_pretrained(folder)
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """Written to a folder and read from it."""
+    vocab = {token: i for i, token in enumerate(TOKENS)}
+    CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
-def _loud(module: nn.Module) -> nn.Module:
+def second_tokenizer() -> CLIPTokenizer:
+    """Of pipelines with two CLIPs: it pads with "!", its id 0, so that all others are one higher."""
+    vocab = {token: i for i, token in enumerate(["!", *TOKENS])}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16, pad_token="!")
+
+
+def second_text(**sizes: int) -> dict[str, Any]:
+    """The configuration of the text encoder that `second_tokenizer` is for."""
+    return TEXT | {"vocab_size": len(TOKENS) + 1} | {name: token + 1 for name, token in ENDS.items()} | sizes
+
+
+def loud(module: nn.Module) -> nn.Module:
     """Random weights wide enough that everything matters."""
     for weight in module.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
@@ -110,9 +111,8 @@ def write_pipeline(folder: Path, prediction_type: str = "epsilon") -> str:
         **WIDTHS,
     )
     vae = autoencoder()
-    parts = {"unet": _loud(unet), "vae": _loud(vae), "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT, **ENDS))}
-    tokenizer(folder / "tokenizer")
-    parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    parts = {"unet": loud(unet), "vae": loud(vae), "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT, **ENDS))}
+    parts["tokenizer"] = tokenizer(folder / "tokenizer")
     parts["scheduler"] = DDIMScheduler(**SCHEDULE, prediction_type=prediction_type)
     nobody = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     StableDiffusionPipeline(**parts, **nobody).save_pretrained(folder)
@@ -120,7 +120,7 @@ def write_pipeline(folder: Path, prediction_type: str = "epsilon") -> str:
 
 
 def write_xl_pipeline(folder: Path, zeros_for_empty_prompt: bool = True) -> str:
-    """A Stable Diffusion XL folder in diffusers' layout; the second tokenizer pads with "!", its id 0."""
+    """A Stable Diffusion XL folder in diffusers' layout."""
     torch.manual_seed(4)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -134,136 +134,18 @@ def write_xl_pipeline(folder: Path, zeros_for_empty_prompt: bool = True) -> str:
         projection_class_embeddings_input_dim=8 + 6 * 4,
         **WIDTHS,
     )
-    second = {"vocab_size": len(TOKENS) + 1, "hidden_size": 24, "projection_dim": 8}
-    second |= {name: token + 1 for name, token in ENDS.items()}
-    two_layers = {"num_hidden_layers": 2}
-    tokenizer(folder / "tokenizer")
-    shifted = {token: i for i, token in enumerate(["!", *TOKENS])}
-    padded = CLIPTokenizer(vocab=shifted, merges=[], model_max_length=16, pad_token="!")
+    first = TEXT | ENDS | {"num_hidden_layers": 2}
+    second = second_text(hidden_size=24, projection_dim=8, num_hidden_layers=2)
     StableDiffusionXLPipeline(
-        unet=_loud(unet),
-        vae=_loud(autoencoder()),
-        text_encoder=_loud(CLIPTextModel(CLIPTextConfig(**(TEXT | ENDS | two_layers)))),
-        text_encoder_2=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**(TEXT | second | two_layers)))),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=padded,
+        unet=loud(unet),
+        vae=loud(autoencoder()),
+        text_encoder=loud(CLIPTextModel(CLIPTextConfig(**first))),
+        text_encoder_2=loud(CLIPTextModelWithProjection(CLIPTextConfig(**second))),
+        tokenizer=tokenizer(folder / "tokenizer"),
+        tokenizer_2=second_tokenizer(),
         scheduler=DDIMScheduler(**SCHEDULE),
         force_zeros_for_empty_prompt=zeros_for_empty_prompt,
         add_watermarker=False,
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
-    """A T5 of the kind that pipelines have, gated, and its tokenizer of letters; the model's number is rounded up."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    kinds = {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8, "is_encoder_decoder": False}
-    encoder = T5EncoderModel(T5Config(vocab_size=len(pieces) + 2, **sizes, **kinds))
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512), _loud(encoder)
-
-
-def write_sd3_pipeline(folder: Path, with_t5: bool = False) -> str:
-    """A Stable Diffusion 3.5 folder in diffusers' layout, with or without a T5; one block has a second attention."""
-    torch.manual_seed(6)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=48,
-        caption_projection_dim=32,
-        pooled_projection_dim=8 + 12,
-        pos_embed_max_size=8,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    first = TEXT | ENDS | {"num_hidden_layers": 2, "projection_dim": 8}
-    second = first | {"vocab_size": len(TOKENS) + 1, "hidden_size": 24, "projection_dim": 12}
-    second |= {name: token + 1 for name, token in ENDS.items()}
-    tokenizer(folder / "tokenizer")
-    shifted = {token: i for i, token in enumerate(["!", *TOKENS])}
-    vae = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
-    StableDiffusion3Pipeline(
-        transformer=_loud(transformer),
-        vae=_loud(autoencoder(**vae)),
-        text_encoder=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**first))),
-        text_encoder_2=_loud(CLIPTextModelWithProjection(CLIPTextConfig(**second))),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=CLIPTokenizer(vocab=shifted, merges=[], model_max_length=16, pad_token="!"),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **dict(zip(("tokenizer_3", "text_encoder_3"), t5(48) if with_t5 else (None, None), strict=True)),
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def write_flux_pipeline(folder: Path) -> str:
-    """A FLUX.1-dev folder in diffusers' layout; four of its latent channels are a token of 16."""
-    torch.manual_seed(7)
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
-    tokenizer(folder / "tokenizer")
-    tokenizer_2, text_encoder_2 = t5(32)
-    vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
-    FluxPipeline(
-        transformer=_loud(transformer),
-        vae=_loud(autoencoder(**vae)),
-        text_encoder=_loud(CLIPTextModel(CLIPTextConfig(**TEXT, **ENDS))),
-        text_encoder_2=text_encoder_2,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=tokenizer_2,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def chat_tokenizer() -> Qwen2Tokenizer:
-    """One token for each byte, and those around what is said in a chat, as Qwen3's template puts them."""
-    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    special = {"additional_special_tokens": tokens[-2:], "eos_token": "<|im_end|>"}
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=template, **special)
-
-
-def write_z_image_pipeline(folder: Path) -> str:
-    """A Z-Image folder in diffusers' layout; as the released one, its text encoder has room for more tokens."""
-    torch.manual_seed(8)
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=128,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[16, 24, 24],
-        axes_lens=[256, 16, 16],
-    )
-    text = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    text |= {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 272}
-    vae = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
-    ZImagePipeline(
-        transformer=_loud(transformer),
-        vae=_loud(autoencoder(**vae)),
-        text_encoder=_loud(Qwen3Model(Qwen3Config(**text))),
-        tokenizer=chat_tokenizer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     ).save_pretrained(folder)
     return str(folder)
 
@@ -274,7 +156,7 @@ def write_clip(folder: Path) -> str:
     tower = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")}
     vision = {**tower, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(text_config=TEXT | ENDS, vision_config=vision, projection_dim=8)
-    _loud(CLIPModel(config)).save_pretrained(folder)
+    loud(CLIPModel(config)).save_pretrained(folder)
     tokenizer(folder)
     return str(folder)
 
@@ -341,6 +223,15 @@ def weights(policy: Policy) -> dict[str, Tensor]:
 def adapter(policy: Policy) -> list[Tensor]:
     """A copy of the adapter's tensors."""
     return [weight.detach().clone() for weight in policy.parameters()]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Tensors and numbers, also in lists and dictionaries: to the bit on the CPU, to 1e-5 on a GPU.
+
+    There the same sum may be computed by another algorithm, and the gradient of bicubic interpolation always is.
+    """
+    tolerance = 1e-5 if device().type == "cuda" else 0.0
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def fingerprint(module: nn.Module) -> str:

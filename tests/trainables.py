@@ -17,7 +17,7 @@ from attune.data.store import PreparedData
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
 from attune.distributed import Part, Shard
-from attune.fsdp import whole
+from attune.fsdp import full_tensor
 from attune.interfaces import Objective
 from attune.methods import alignprop, dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def every_weight(policy: Policy, shard: Shard, moved: float = 0.02) -> Policy:
 
 def flat(weights: list[Tensor]) -> Tensor:
     """All weights in one row, put together from their pieces."""
-    return torch.cat([whole(weight.detach()).flatten().clone() for weight in weights])
+    return torch.cat([full_tensor(weight.detach()).flatten().clone() for weight in weights])
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -69,7 +69,7 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor put together from its pieces; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+import tiny_flow_models
 from attune import fsdp
 from attune.build import device
 from attune.config import plugins
@@ -14,14 +15,15 @@ from attune.diffusion.ddim import sample
 from attune.diffusion.lora import target_modules
 from attune.diffusion.policy import Policy
 from attune.methods import sft
+from attune.spm.noising import one_step_latents
 from attune.world.grammar import all_scenes
 
 WRITERS = {
     "sd": tiny.write_pipeline,
     "sdxl": tiny.write_xl_pipeline,
-    "sd3": tiny.write_sd3_pipeline,
-    "flux": tiny.write_flux_pipeline,
-    "z_image": tiny.write_z_image_pipeline,
+    "sd3": tiny_flow_models.write_sd3_pipeline,
+    "flux": tiny_flow_models.write_flux_pipeline,
+    "z_image": tiny_flow_models.write_z_image_pipeline,
 }
 PROMPTS = ["a cat", "two owls"]
 T5_OR_LLM = ("sd3", "flux", "z_image")  # read as many tokens of a prompt as they are told
@@ -108,6 +110,19 @@ def test_guidance_and_the_prompt_change_the_prediction(name, adapted):
 
 
 @torch.no_grad()
+def test_the_preference_model_is_shown_what_one_step_predicts(name, adapted):
+    """Of a flow x_0 = x_s - s v, of latents noised to s; the prediction is the policy's own."""
+    policy = adapted(name)
+    if policy.backbone.prediction_type != "flow":
+        pytest.skip("no flow")
+    z, t, cond = inputs(policy)
+    x_0, s = z.flip(0), t.view(-1, 1, 1, 1) / 1000
+    x_t = (1 - s) * x_0 + s * z
+    found = one_step_latents(policy.predict, policy.backbone.path, x_0, t, z, cond)
+    torch.testing.assert_close(found, x_t - s * policy.predict(x_t, t, cond))
+
+
+@torch.no_grad()
 def test_what_is_let_go_of_is_read_again(name, bases):
     backbone = bases(name)
     before, z = backbone.encode_prompts(PROMPTS), torch.zeros(1, *backbone.latent_shape)
@@ -171,7 +186,7 @@ def test_a_whole_denoiser_is_saved_and_read_again(name, bases, tmp_path):
     policy.save(tmp_path)
     again = Policy(bases(name), policy.uncond)
     again.load(tmp_path)
-    assert torch.equal(again.predict(*inputs(again)), policy.predict(*inputs(policy)))
+    tiny.assert_same(again.predict(*inputs(again)), policy.predict(*inputs(policy)))
 
 
 def test_every_linear_layer_but_the_ends_takes_an_adapter(name, bases):

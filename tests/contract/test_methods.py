@@ -123,8 +123,8 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(name, new_policy, data, b
     gc.collect()  # the dead process's lock
     again = new_policy(seed=99)
     checkpoint = Checkpoint(tmp_path, "align", "key", every_seconds=0)
-    assert tiny.run(build(name, again), data, checkpoint=checkpoint) == history
-    assert all(torch.equal(x, y) for x, y in zip(policy.parameters(), again.parameters(), strict=True))
+    tiny.assert_same(tiny.run(build(name, again), data, checkpoint=checkpoint), history)
+    tiny.assert_same(list(again.parameters()), list(policy.parameters()))
 
 
 def losses(method, data):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+import tiny_flow_models
 from attune.backbones import flux, sd3
 from attune.config.settings import Model
 from attune.diffusion.policy import Policy
@@ -16,7 +17,7 @@ from forked import together
 from trainables import every_weight, flat, method
 
 pytestmark = pytest.mark.integration
-BASES = {"sd3": (sd3, tiny.write_sd3_pipeline), "flux": (flux, tiny.write_flux_pipeline)}
+BASES = {"sd3": (sd3, tiny_flow_models.write_sd3_pipeline), "flux": (flux, tiny_flow_models.write_flux_pipeline)}
 
 
 @pytest.mark.parametrize("name", BASES)

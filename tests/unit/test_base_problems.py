@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import params
 import stages
 import tiny
+import tiny_flow_models
 from attune.backbones import sd, sd3, sdxl
 from attune.backbones._diffusers import sampler_name
 from attune.config import plugins
@@ -32,7 +33,7 @@ HUB = "stabilityai/stable-diffusion-3.5-medium@" + "b" * 40
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory):
-    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+    return tiny_flow_models.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
 
 
 @pytest.fixture
@@ -236,6 +237,11 @@ def test_a_distilled_model_is_refused_by_its_name_before_it_is_downloaded(settin
     assert line.startswith(f"params/tiny.yaml:model.path: {path} ")
     with pytest.raises(ValueError, match=r"model\.path: .*distilled to"):
         plugins.load("backbones", backbone).load(Model(backbone=backbone, path=path), CPU)
+
+
+@pytest.mark.parametrize(("backbone", "name"), [("flux", "flux-de-schnell"), ("sd3", "sd3.5_large_De-Turbo")])
+def test_a_copy_that_is_no_longer_distilled_is_not_refused_by_its_name(settings, backbone, name):
+    assert not list(base(settings(model={"backbone": backbone, "path": f"owner/{name}@{'b' * 40}"})))
 
 
 def test_a_scheduler_of_another_family_is_told_by_the_plan(settings, flow, tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import stages
 import tiny
+import tiny_flow_models
 from attune.backbones import sd3
 from attune.config.resolve import load as load_settings
 from attune.config.settings import Model, Sampling
@@ -32,7 +33,7 @@ SAMPLING = {"steps": 3, "eta": 0.0, "guidance_scale": 3.0, "batch_size": 2}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+    return tiny_flow_models.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
 
 
 @pytest.fixture(scope="module")

@@ -1,46 +1,38 @@
 """FLUX.1-dev as a base: as diffusers' own pipeline encodes and draws, and every kind of training on it."""
 
-import json
 import math
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors import safe_open
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 import tiny
+import tiny_flow_models
 from attune.backbones import _t5, flux
 from attune.config.settings import Model
 from attune.data.batches import PromptBatch
-from attune.diffusion.ddim import sample
 from attune.diffusion.lora import target_modules
-from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.noised import policy_error
-from attune.diffusion.policy import Policy
 from attune.methods import alignprop, dpo, draft, kto, mapo, refl, sft, spin, spo
-from attune.spm.noising import one_step_latents
+from tiny_flow_models import PROMPTS, adapted, noise
 from trainables import Light
 
 CPU = torch.device("cpu")
-PROMPTS = ["a cat", "two owls and a dog that is far too long for the tokenizer"]
 TOKENS = 24  # of a prompt, so that the second is cut
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_flux_pipeline(tmp_path_factory.mktemp("flux"))
+    return tiny_flow_models.write_flux_pipeline(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    pipeline = FluxPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_flow_models.read(FluxPipeline, folder)
 
 
 def load(folder, **settings):
@@ -55,21 +47,7 @@ def backbone(folder):
 
 @pytest.fixture
 def policy(backbone):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0, targets="attention")
-    return policy
-
-
-def noise(seed=5, n=2, side=8):
-    return torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def drawn(pipeline, latents, steps, guidance_scale, kind="pt"):
-    """What diffusers draws from these latents."""
-    side = 2 * latents.shape[-1]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
-    packed = flux.packed(latents)
-    return pipeline(PROMPTS, height=side, width=side, latents=packed, output_type=kind, **options).images
+    return adapted(backbone)
 
 
 # ---------------------------------------------------------------- as diffusers does it
@@ -88,11 +66,10 @@ def test_prompts_are_encoded_as_diffusers_does(backbone, pipeline):
 def test_images_are_those_of_diffusers(folder, pipeline, guidance_scale, side):
     """The shift depends on the size, and so does the place that each token is told."""
     backbone = load(folder, resolution=2 * side)
-    policy, start = Policy(backbone, backbone.encode_prompts([""])), noise(side=side)
-    latents = sample(policy, backbone.encode_prompts(PROMPTS), lambda shape: start, 7, 0.0, guidance_scale)
-    with torch.no_grad():
-        images = backbone.decode_latents(latents).clamp(0, 1)
-    theirs = drawn(pipeline, start, 7, guidance_scale)
+    images = tiny_flow_models.drawn(backbone, noise(side=side), guidance_scale)
+    options = {"num_inference_steps": 7, "guidance_scale": guidance_scale, "max_sequence_length": TOKENS}
+    options |= {"latents": flux.packed(noise(side=side)), "output_type": "pt"}
+    theirs = pipeline(PROMPTS, height=2 * side, width=2 * side, **options).images
     assert theirs.std() > 0.05
     torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
 
@@ -105,13 +82,8 @@ def test_as_many_tokens_as_the_pipeline_reads(folder, pipeline):
     assert flux.facts(backbone.model).resolution == 256
 
 
-@torch.no_grad()
 def test_latents_are_shifted_and_scaled(backbone, pipeline):
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    mode = pipeline.vae.encode(images * 2 - 1).latent_dist.mode()
-    torch.testing.assert_close(backbone.encode_images(images), (mode - 0.1159) * 0.3611)
-    expected = pipeline.vae.decode(noise() / 0.3611 + 0.1159).sample / 2 + 0.5
-    torch.testing.assert_close(backbone.decode_latents(noise()), expected)
+    tiny_flow_models.assert_latents_are_those_of(pipeline.vae, backbone, scaling=0.3611, shift=0.1159)
 
 
 def test_latents_that_are_packed_are_unpacked_again():
@@ -123,22 +95,22 @@ def test_latents_that_are_packed_are_unpacked_again():
     assert torch.equal(flux.unpacked(tokens, 2), latents)
 
 
-class Told(nn.Module):
-    """Remembers what a denoiser is told beside the latents."""
+class Recorder(nn.Module):
+    """A denoiser that remembers its inputs beside the latents."""
 
     def __init__(self, denoiser):
         super().__init__()
         self.denoiser, self.seen = denoiser, []
 
-    def forward(self, tokens, **told):
-        self.seen.append({"rows": len(tokens), "s": told["timestep"].tolist(), "w": told["guidance"].tolist()})
-        return self.denoiser(tokens, **told)
+    def forward(self, tokens, **inputs):
+        self.seen.append({"rows": len(tokens), "s": inputs["timestep"].tolist(), "w": inputs["guidance"].tolist()})
+        return self.denoiser(tokens, **inputs)
 
 
 @torch.no_grad()
 def test_guidance_is_told_in_one_call(policy, backbone):
     """Also of 1, which is a number like any to it; times are s and not 1000 s."""
-    policy.module = Told(policy.denoiser)
+    policy.module = Recorder(policy.denoiser)
     inputs = (noise(), torch.tensor([900.0, 30.0]), backbone.encode_prompts(PROMPTS))
     policy.predict(*inputs)
     policy.predict(*inputs, 3.5)
@@ -176,8 +148,8 @@ def test_training_sees_the_times_of_its_size(folder):
     ],
 )
 def test_a_scheduler_that_says_something_else_is_refused(folder, tmp_path, values, says):
-    file = Path(shutil.copytree(folder, tmp_path / "copy")) / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = tiny_flow_models.change(copied / "scheduler/scheduler_config.json", **values)
     with pytest.raises(ValueError, match=rf"{file}.*{says}"):
         load(tmp_path / "copy")
 
@@ -198,8 +170,8 @@ def test_a_scheduler_that_says_something_else_is_refused(folder, tmp_path, value
     ],
 )
 def test_another_model_is_refused_before_its_transformer_is_read(folder, tmp_path, part, values, says):
-    file = Path(shutil.copytree(folder, tmp_path / "copy")) / part / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = tiny_flow_models.change(copied / part / "config.json", **values)
     for weights in file.parent.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(ValueError, match=says):
@@ -246,19 +218,19 @@ ON_IMAGES = {"sft": sft, "dpo": dpo, "kto": kto, "mapo": mapo, "spin": spin}
 @pytest.mark.parametrize("name", ON_IMAGES)
 def test_losses_of_given_images_are_told_the_guidance_that_is_set(policy, backbone, name, guidance):
     """Errors of velocity under it, of policy and reference; what SPIN samples is told its own."""
-    policy.module = told = Told(policy.denoiser)
+    policy.module = recorder = Recorder(policy.denoiser)
     options = {"steps": 3, "guidance_scale": 6.0} if name == "spin" else {}
     given = {} if guidance == 1 else {"embedded_guidance": guidance}
     config = ON_IMAGES[name].Config(batches=1, batch_size=6, lora={"rank": 2}, lr=1e-3, **options, **given)
     method = ON_IMAGES[name].Method(config, policy)
     data = tiny.prepared(backbone)
     (m,) = tiny.minibatches(method, data.rows_for(method.consumes)[1](range(6)))
-    assert [seen["w"][0] for seen in told.seen] == [6.0] * 3 * (name == "spin")
-    told.seen.clear()
+    assert [seen["w"][0] for seen in recorder.seen] == [6.0] * 3 * (name == "spin")
+    recorder.seen.clear()
     loss, _ = method.loss(m)
     loss.backward()
     calls = 1 if name in ("sft", "mapo") else 2
-    assert [set(seen["w"]) for seen in told.seen] == [{guidance}] * calls
+    assert [set(seen["w"]) for seen in recorder.seen] == [{guidance}] * calls
     with torch.no_grad():
         s = (m.t / 1000).view(-1, 1, 1, 1)
         predicted = policy.predict((1 - s) * m.x_0 + s * m.noise, m.t, m.cond, guidance)
@@ -268,16 +240,16 @@ def test_losses_of_given_images_are_told_the_guidance_that_is_set(policy, backbo
 
 
 def test_spo_is_told_its_sampling_guidance_in_rollout_and_loss(policy, backbone):
-    policy.module = told = Told(policy.denoiser)
+    policy.module = recorder = Recorder(policy.denoiser)
     config = spo.Config(batches=1, batch_size=2, lora={"rank": 2}, steps=4, threshold=0.0, start_step=1)
     method = spo.Method(config, policy, tiny.brightness)
     batch = PromptBatch(PROMPTS, backbone.encode_prompts(PROMPTS))
     found = method.rollout(batch, tiny.draws(2).noise, tiny.draws(2).integers)
-    rolled_out = len(told.seen)
+    rolled_out = len(recorder.seen)
     loss, metrics = method.loss(found)
     loss.backward()
-    assert len(told.seen) > rolled_out
-    assert {w for seen in told.seen for w in seen["w"]} == {5.0}  # SPO's, a setting of the method
+    assert len(recorder.seen) > rolled_out
+    assert {w for seen in recorder.seen for w in seen["w"]} == {5.0}  # SPO's, a setting of the method
     assert loss.item() == pytest.approx(spo.LOSS_AT_REFERENCE, abs=1e-5)
     assert metrics["ratio_chosen"].item() == pytest.approx(1, abs=1e-5)
     assert any(w.grad is not None and w.grad.any() for w in policy.parameters())
@@ -285,52 +257,12 @@ def test_spo_is_told_its_sampling_guidance_in_rollout_and_loss(policy, backbone)
 
 @pytest.mark.parametrize("module", [alignprop, draft, refl])
 def test_rewards_reach_the_adapter_through_sampling(policy, backbone, module):
-    policy.module = told = Told(policy.denoiser)
+    policy.module = recorder = Recorder(policy.denoiser)
     options = {"rewards": {"light": 1.0}, "guidance_scale": 3.5, "steps": 3}
     config = module.Config(batches=1, batch_size=2, lora={"rank": 2}, **options)
     method = module.Method(config, policy, {"light": Light()})
     (minibatch,) = tiny.minibatches(method, PromptBatch(PROMPTS, backbone.encode_prompts(PROMPTS)))
     loss, _ = method.loss(minibatch)
     loss.backward()
-    assert {w for seen in told.seen for w in seen["w"]} == {3.5}
+    assert {w for seen in recorder.seen for w in seen["w"]} == {3.5}
     assert any(w.grad is not None and w.grad.any() for w in policy.parameters())
-
-
-@torch.no_grad()
-def test_the_preference_model_is_shown_what_one_step_predicts(policy, backbone):
-    t, cond, x_0, z = torch.tensor([500.0, 20.0]), backbone.encode_prompts(PROMPTS), noise(1), noise(2)
-    s = t.view(-1, 1, 1, 1) / 1000
-    x_t = (1 - s) * x_0 + s * z
-    found = one_step_latents(policy.predict, backbone.path, x_0, t, z, cond)
-    torch.testing.assert_close(found, x_t - s * policy.predict(x_t, t, cond))
-
-
-# ---------------------------------------------------------------- adapters
-
-
-COMFY = re.compile(  # what ComfyUI's comfy/utils.py, flux_to_diffusers, has a place for, and its LoRA reader's ending
-    r"transformer\.(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|"
-    r"norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))|"
-    r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|"
-    r"context_embedder|norm_out\.linear|time_text_embed\.\w+\.linear_[12])\.lora_[AB]\.weight"
-)
-
-
-@pytest.mark.parametrize("targets", ["attention", "all", ["attn.to_q", "ff.net.2", "proj_mlp"]])
-def test_diffusers_and_comfyui_read_an_adapter(folder, backbone, targets, tmp_path):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0, targets=targets)
-    tiny.move(policy, 0.1)
-    policy.save(tmp_path)
-    with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
-        names = list(file.keys())
-    assert all(COMFY.fullmatch(name) for name in names)
-    assert len(names) == len(policy.parameters())
-    theirs = FluxPipeline.from_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
-    plain = drawn(theirs, noise(), 5, 3.5, "latent")
-    theirs.load_lora_weights(tmp_path)
-    expected = drawn(theirs, noise(), 5, 3.5, "latent")
-    found = sample(policy, backbone.encode_prompts(PROMPTS), lambda shape: noise(), 5, 0.0, 3.5)
-    torch.testing.assert_close(flux.packed(found), expected, rtol=1e-4, atol=1e-4)
-    assert (expected - plain).abs().max() > 1e-2

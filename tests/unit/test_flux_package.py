@@ -4,13 +4,17 @@ import re
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tiny
+import tiny_flow_models
 from attune.backbones import flux, sd3
 from attune.config.plugins import load
 from attune.config.settings import Model, Sampling
+from attune.diffusion.ddim import sample
+from attune.diffusion.lora_files import ADAPTER_FILE
 from attune.diffusion.policy import Policy
 from attune.sharing.card import Evidence, card
 from attune.sharing.package import Trained, write_package
@@ -25,8 +29,8 @@ def bases(tmp_path_factory):
     """Backbone -> its settings, of tiny pipelines."""
     places = {name: tmp_path_factory.mktemp(name) for name in ("flux", "sd3")}
     return {
-        "flux": Model(backbone="flux", path=tiny.write_flux_pipeline(places["flux"]), resolution=16),
-        "sd3": Model(backbone="sd3", path=tiny.write_sd3_pipeline(places["sd3"], with_t5=True), t5=True),
+        "flux": Model(backbone="flux", path=tiny_flow_models.write_flux_pipeline(places["flux"]), resolution=16),
+        "sd3": Model(backbone="sd3", path=tiny_flow_models.write_sd3_pipeline(places["sd3"], with_t5=True), t5=True),
     }
 
 
@@ -104,6 +108,38 @@ def test_a_t5_is_a_part_of_the_pipeline_only_where_it_is_read(bases):
     parts = sd3.load(with_t5, CPU).pipeline_parts()
     assert parts["text_encoder_3"] is not None
     assert sd3.load(without, CPU).pipeline_parts()["tokenizer_3"] is None
+
+
+# ---------------------------------------------------------------- adapters
+
+
+COMFY = re.compile(  # what ComfyUI's comfy/utils.py, flux_to_diffusers, has a place for, and its LoRA reader's ending
+    r"transformer\.(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|"
+    r"norm1(_context)?\.linear|ff(_context)?\.net\.(0\.proj|2))|"
+    r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)|"
+    r"context_embedder|norm_out\.linear|time_text_embed\.\w+\.linear_[12])\.lora_[AB]\.weight"
+)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all", ["attn.to_q", "ff.net.2", "proj_mlp"]])
+def test_diffusers_and_comfyui_read_an_adapter(bases, targets, tmp_path):
+    policy = tiny_flow_models.adapted(flux.load(bases["flux"], CPU), targets)
+    tiny.move(policy, 0.1)
+    policy.save(tmp_path)
+    with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
+        names = list(file.keys())
+    assert all(COMFY.fullmatch(name) for name in names)
+    assert len(names) == len(policy.parameters())
+    start = tiny_flow_models.noise()
+    options = {"num_inference_steps": 5, "guidance_scale": 3.5, "output_type": "latent"}
+    options |= {"height": 16, "width": 16, "latents": flux.packed(start)}
+    theirs = tiny_flow_models.read(FluxPipeline, bases["flux"].path)
+    plain = theirs(PROMPTS, **options).images
+    theirs.load_lora_weights(tmp_path)
+    expected = theirs(PROMPTS, **options).images
+    found = sample(policy, policy.backbone.encode_prompts(PROMPTS), lambda shape: start, 5, 0.0, 3.5)
+    torch.testing.assert_close(flux.packed(found), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 1e-2
 
 
 OTHERS = (

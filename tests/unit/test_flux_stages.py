@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import stages
-import tiny
+import tiny_flow_models
 from attune.data.store import PreparedData
 
 SHORT = {"batches": 2, "batch_size": 4, "lr": 1e-3, "lora": {"rank": 2}, "caption_dropout": 0}
@@ -17,7 +17,7 @@ SHORT = {"batches": 2, "batch_size": 4, "lr": 1e-3, "lora": {"rank": 2}, "captio
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A project on a tiny FLUX: a training of given images that says nothing of guidance, and one told 3.5."""
-    model = {"backbone": "flux", "path": tiny.write_flux_pipeline(tmp_path_factory.mktemp("flux"))}
+    model = {"backbone": "flux", "path": tiny_flow_models.write_flux_pipeline(tmp_path_factory.mktemp("flux"))}
     model |= {"resolution": 16, "max_sequence_length": 20, "dtype": "bfloat16"}
     blocks = {"methods__dpo": SHORT, "methods__sft": SHORT | {"embedded_guidance": 3.5}}
     runs = {"base": {"after": "data"}, **{name: {"method": name, "after": "data"} for name in ("dpo", "sft")}}

@@ -11,10 +11,10 @@ from torch import nn
 
 import tiny
 from attune.backbones import _memory, sd, sd3, sdxl
-from attune.backbones._memory import Turns, in_parts
+from attune.backbones._memory import ModelOffload, in_parts
 from attune.backbones._quantise import quantise
 from attune.backbones.sd import load as load_sd
-from attune.build import load_learner
+from attune.build import device, load_learner
 from attune.config import plugins
 from attune.config.settings import Model
 from attune.diffusion.lora import add_lora, target_modules
@@ -126,24 +126,42 @@ def test_the_reference_is_without_an_adapter_that_was_loaded_later(new_policy, t
 
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("nf4", 0.2)])
-def test_a_quantised_base_takes_an_adapter(kind, error):
+def test_a_quantised_base_takes_an_adapter(kind, error, caplog):
+    """Its calls leave no warnings, of which int8 has one for every layer."""
     pytest.importorskip("bitsandbytes")
+    place = device()
     sizes = {"block_out_channels": (64, 64), "cross_attention_dim": 64, "layers_per_block": 1, "sample_size": 8}
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**sizes, down_block_types=down, up_block_types=up, attention_head_dim=8)
     unet = unet.to(torch.bfloat16).eval().requires_grad_(False)
-    inputs = [torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([500]), torch.randn(1, 7, 64).bfloat16()]
-    plain = unet(*inputs).sample
-    unet = quantise(unet, kind, CPU)
+    drawn = [torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([500]), torch.randn(1, 7, 64).bfloat16()]
+    inputs = [value.to(place) for value in drawn]
+    plain = copy.deepcopy(unet).to(place)(*inputs).sample
+    unet = quantise(unet, kind, place)
     assert {"int8": torch.int8, "nf4": torch.uint8}[kind] in {weight.dtype for weight in unet.parameters()}
     add_lora(unet, dict.fromkeys(target_modules(unet, "attention", ["to_q", "to_v"]), 2))
     predicted = unet(*inputs).sample
     assert 0 < (predicted - plain).norm() < error * plain.norm()
+    assert not [record for record in caplog.records if "MatMul8bitLt" in record.getMessage()]
     predicted.square().mean().backward()
     gradients = [weight.grad for name, weight in unet.named_parameters() if "lora_B" in name]
     assert gradients
     assert all(g.isfinite().all() and g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantising_draws_no_weights(kind, monkeypatch):
+    """bitsandbytes' layers would: for the 12 billion of FLUX it took a minute and 48 GB of the host's memory."""
+    pytest.importorskip("bitsandbytes")
+    made: list[str] = []
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda layer: made.append(layer.weight.device.type))
+    network = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(64, 8, bias=False))
+    made.clear()
+    first, small, unbiased = quantise(network.requires_grad_(False), kind, CPU)
+    assert made == ["meta", "meta"]
+    assert (type(small), unbiased.bias) == (nn.Linear, None)
+    assert first.bias.device == CPU
 
 
 def test_a_quantised_base_needs_its_package_and_an_adapter(tiny_folder, monkeypatch):
@@ -185,7 +203,7 @@ def test_one_image_larger_than_the_budget_is_decoded():
     assert in_parts(lambda rows: rows + 1, torch.zeros(3, 1), 2**40).tolist() == [[1], [1], [1]]
 
 
-# ---------------------------------------------------------------- turns
+# ---------------------------------------------------------------- model offload
 
 
 class Noted(nn.Linear):
@@ -200,18 +218,18 @@ class Noted(nn.Linear):
         return self
 
 
-def test_networks_take_turns_on_a_gpu():
-    turn, first, second = Turns(torch.device("cuda"), offload=True), Noted(), Noted()
+def test_one_network_at_a_time_is_on_the_gpu():
+    offload, first, second = ModelOffload(torch.device("cuda"), offload=True), Noted(), Noted()
     for network in (first, first, second, first):
-        assert turn(network) is network
-    assert (turn.start, first.places, second.places) == (CPU, ["cuda", "cpu", "cuda"], ["cuda", "cpu"])
+        assert offload.onload(network) is network
+    assert (offload.load_to, first.places, second.places) == (CPU, ["cuda", "cpu", "cuda"], ["cuda", "cpu"])
 
 
-@pytest.mark.parametrize(("device", "offload"), [("cuda", False), ("cpu", True)])
-def test_networks_stay_where_there_is_one_place(device, offload):
-    turn, network = Turns(torch.device(device), offload), Noted()
-    assert turn(network) is network
-    assert (turn.start.type, network.places) == (device, [])
+@pytest.mark.parametrize(("place", "wanted"), [("cuda", False), ("cpu", True)])
+def test_networks_stay_where_there_is_one_place(place, wanted):
+    offload, network = ModelOffload(torch.device(place), wanted), Noted()
+    assert offload.onload(network) is network
+    assert (offload.load_to.type, network.places) == (place, [])
 
 
 # ---------------------------------------------------------------- transfers

@@ -9,6 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 import tiny
+import tiny_flow_models
 from attune.backbones import sd3
 from attune.config.settings import Model
 from attune.data.batches import PromptBatch
@@ -16,24 +17,25 @@ from attune.diffusion.ddim import sample
 from attune.diffusion.noised import policy_error
 from attune.diffusion.policy import Policy
 from attune.methods import dpo, draft, kto, mapo, refl, sft, spin, spo
-from attune.spm.noising import one_step_latents
+from tiny_flow_models import PROMPTS, adapted, noise
 from trainables import Light
 
 CPU = torch.device("cpu")
-PROMPTS = ["a cat", "two owls and a dog that is far too long for the tokenizer"]
 LAST = 1000 * 0.00893  # the time of every run's last step at shift 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
+    return tiny_flow_models.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"))
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return read(folder)
+
+
+def read(folder):
+    return tiny_flow_models.read(StableDiffusion3Pipeline, folder, text_encoder_3=None, tokenizer_3=None)
 
 
 @pytest.fixture
@@ -47,18 +49,12 @@ def load(folder, **settings):
 
 @pytest.fixture
 def policy(backbone):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0, targets="attention")
-    return policy
+    return adapted(backbone)
 
 
 @pytest.fixture
 def data(backbone):
     return tiny.prepared(backbone)
-
-
-def noise(seed=5, n=2):
-    return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- as diffusers does it
@@ -80,24 +76,15 @@ def test_prompts_are_encoded_as_diffusers_does(backbone, pipeline):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_images_are_those_of_diffusers(backbone, pipeline, guidance_scale):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    latents = sample(policy, backbone.encode_prompts(PROMPTS), lambda shape: noise(), 7, 0.0, guidance_scale)
-    with torch.no_grad():
-        images = backbone.decode_latents(latents).clamp(0, 1)
+    images = tiny_flow_models.drawn(backbone, noise(), guidance_scale)
     options = {"latents": noise(), "num_inference_steps": 7, "guidance_scale": guidance_scale, "output_type": "pt"}
     theirs = pipeline(PROMPTS, height=16, width=16, **options).images
     assert theirs.std() > 0.05
     torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
 def test_latents_are_shifted_and_scaled(backbone, pipeline):
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    mode = pipeline.vae.encode(images * 2 - 1).latent_dist.mode()
-    assert torch.equal(backbone.encode_images(images), (mode - 0.0609) * 1.5305)
-    z = noise()
-    expected = pipeline.vae.decode(z / 1.5305 + 0.0609).sample / 2 + 0.5
-    torch.testing.assert_close(backbone.decode_latents(z), expected)
+    tiny_flow_models.assert_latents_are_those_of(pipeline.vae, backbone, scaling=1.5305, shift=0.0609)
 
 
 def test_an_adapter_is_put_on_every_attention(policy):
@@ -121,8 +108,7 @@ def test_an_adapter_is_put_on_every_attention(policy):
     ],
 )
 def test_files_that_say_something_else_are_refused(folder, tmp_path, file, values, says):
-    copied = Path(shutil.copytree(folder, tmp_path / "copy")) / file
-    copied.write_text(json.dumps(json.loads(copied.read_text()) | values))
+    copied = tiny_flow_models.change(Path(shutil.copytree(folder, tmp_path / "copy")) / file, **values)
     with pytest.raises(ValueError, match=rf"{copied}.*{says}"):
         load(tmp_path / "copy")
 
@@ -236,16 +222,6 @@ def test_rewards_reach_the_adapter(policy, backbone, module, options):
     assert any(w.grad is not None and w.grad.any() for w in policy.parameters())
 
 
-@torch.no_grad()
-def test_the_preference_model_is_shown_what_one_step_predicts(policy, backbone):
-    """x_0 = x_s - s v, of images noised to s; the prediction is the policy's own."""
-    t, cond, x_0, z = torch.tensor([500.0, 20.0]), backbone.encode_prompts(PROMPTS), noise(1), noise(2)
-    s = t.view(-1, 1, 1, 1) / 1000
-    x_t = (1 - s) * x_0 + s * z
-    found = one_step_latents(policy.predict, backbone.path, x_0, t, z, cond)
-    torch.testing.assert_close(found, x_t - s * policy.predict(x_t, t, cond))
-
-
 def test_a_whole_transformer_is_saved_and_read_again(backbone, folder, tmp_path):
     policy = Policy(backbone, backbone.encode_prompts([""]))
     policy.unfreeze()
@@ -273,8 +249,7 @@ def test_an_adapter_is_saved_and_read_again(policy, backbone, folder, tmp_path):
     with torch.no_grad():
         inputs = (noise(), torch.tensor([900.0, 30.0]), cond)
         assert torch.equal(again.predict(*inputs), policy.predict(*inputs))
-    theirs = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = read(folder)
     theirs.load_lora_weights(tmp_path)
     options = {"latents": noise(), "num_inference_steps": 5, "guidance_scale": 1.0, "output_type": "latent"}
     expected = theirs(PROMPTS, height=16, width=16, **options).images

@@ -10,31 +10,29 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_flow_models
 from attune.backbones import _t5, flux, sd3
 from attune.config.settings import Model
-from attune.diffusion.ddim import sample
 from attune.diffusion.policy import Policy
 from attune.inspection.tokens import lengths
+from tiny_flow_models import PROMPTS, change, noise
 
 CPU = torch.device("cpu")
-PROMPTS = ["a cat", "two owls and a dog that is far too long for the tokenizer"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"), with_t5=True)
+    return tiny_flow_models.write_sd3_pipeline(tmp_path_factory.mktemp("sd3"), with_t5=True)
 
 
 @pytest.fixture(scope="module")
 def flux_folder(tmp_path_factory):
-    return tiny.write_flux_pipeline(tmp_path_factory.mktemp("flux"))
+    return tiny_flow_models.write_flux_pipeline(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_flow_models.read(StableDiffusion3Pipeline, folder)
 
 
 def load(folder, **settings):
@@ -54,12 +52,13 @@ def test_all_three_encoders_as_diffusers_does(folder, pipeline):
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_images_are_those_of_diffusers(folder, pipeline, guidance_scale):
     backbone = load(folder, max_sequence_length=30)
-    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    latents = sample(policy, backbone.encode_prompts(PROMPTS), lambda shape: start, 7, 0.0, guidance_scale)
-    with torch.no_grad():
-        images = backbone.decode_latents(latents).clamp(0, 1)
-    options = {"latents": start, "num_inference_steps": 7, "guidance_scale": guidance_scale, "max_sequence_length": 30}
+    images = tiny_flow_models.drawn(backbone, noise(), guidance_scale)
+    options = {
+        "latents": noise(),
+        "num_inference_steps": 7,
+        "guidance_scale": guidance_scale,
+        "max_sequence_length": 30,
+    }
     theirs = pipeline(PROMPTS, height=16, width=16, output_type="pt", **options).images
     torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
 
@@ -154,10 +153,6 @@ def load_flux(folder):
     return flux.load(Model(backbone="flux", path=str(folder), resolution=16), CPU)
 
 
-def change(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 @pytest.mark.parametrize("ending", ["SelfAttention.q.weight", "relative_attention_bias.weight", "shared.weight"])
 def test_a_missing_weight_is_an_error_and_not_a_random_one(copied, ending):
     file = copied / "text_encoder_2/model.safetensors"
@@ -224,7 +219,7 @@ def test_a_tokenizer_with_more_tokens_than_vectors_is_refused(copied):
 
 def test_a_transformer_of_another_width_is_refused(folder, tmp_path):
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    _, other = tiny.t5(32)
+    _, other = tiny_flow_models.t5(32)
     other.save_pretrained(copied / "text_encoder_3")
     with pytest.raises(ValueError, match=r"text_encoder_3: d_model is 32, joint_attention_dim of the transformer 48"):
         load(copied)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import stages
 import tiny
+import tiny_flow_models
 from attune import fsdp
 from attune.backbones import z_image
 from attune.config.settings import Model, Sampling
@@ -21,6 +22,7 @@ from attune.diffusion.policy import Policy
 from attune.methods import dpo, draft, spo
 from attune.sharing.card import Evidence
 from attune.sharing.package import Trained, write_package
+from tiny_flow_models import adapted, noise
 from trainables import Light
 
 CPU = torch.device("cpu")
@@ -29,18 +31,12 @@ PROMPTS = ["a cat", "two owls and a dog, which have many more tokens than the ca
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
+    return tiny_flow_models.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
 
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    return read(folder)
-
-
-def read(folder):
-    pipeline = ZImagePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return tiny_flow_models.read(ZImagePipeline, folder)
 
 
 @pytest.fixture
@@ -55,13 +51,7 @@ def load(folder, **settings):
 
 @pytest.fixture
 def policy(backbone):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0)
-    return policy
-
-
-def noise(seed=5, n=2):
-    return torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return adapted(backbone)
 
 
 # ---------------------------------------------------------------- as diffusers does it
@@ -83,10 +73,7 @@ def test_prompts_are_encoded_as_diffusers_does(backbone, pipeline):
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 def test_images_are_those_of_diffusers(backbone, pipeline, guidance_scale):
     """From prompts of different lengths in one batch. diffusers' guidance is off at 0, ours at 1."""
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    latents = sample(policy, backbone.encode_prompts(PROMPTS), lambda shape: noise(), 7, 0.0, guidance_scale)
-    with torch.no_grad():
-        images = backbone.decode_latents(latents).clamp(0, 1)
+    images = tiny_flow_models.drawn(backbone, noise(), guidance_scale, PROMPTS)
     options = {"latents": noise(), "num_inference_steps": 7, "guidance_scale": guidance_scale - 1, "output_type": "pt"}
     theirs = pipeline(list(PROMPTS), height=16, width=16, **options).images
     assert theirs.std() > 0.05
@@ -115,13 +102,8 @@ def test_a_prompt_is_cut_where_its_chat_is_too_long(backbone):
     assert torch.equal(long, cut)
 
 
-@torch.no_grad()
 def test_latents_are_shifted_and_scaled(backbone, pipeline):
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    mode = pipeline.vae.encode(images * 2 - 1).latent_dist.mode()
-    assert torch.equal(backbone.encode_images(images), (mode - 0.1159) * 0.3611)
-    expected = pipeline.vae.decode(noise() / 0.3611 + 0.1159).sample / 2 + 0.5
-    torch.testing.assert_close(backbone.decode_latents(noise()), expected)
+    tiny_flow_models.assert_latents_are_those_of(pipeline.vae, backbone, scaling=0.3611, shift=0.1159)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 50])
@@ -163,8 +145,7 @@ def test_an_adapter_is_put_on_every_attention(policy):
 
 
 def test_all_layers_are_all_but_those_next_to_the_latents(backbone):
-    policy = Policy(backbone, backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0, targets="all")
+    policy = adapted(backbone, "all")
     names = {name.split(".lora_A")[0] for name, _ in policy.denoiser.named_parameters() if ".lora_A" in name}
     assert {"layers.0.feed_forward.w2", "cap_embedder.1", "all_final_layer.2-1.adaLN_modulation.1"} <= names
     assert not {"all_x_embedder.2-1", "all_final_layer.2-1.linear"} & names
@@ -245,7 +226,7 @@ def test_an_adapter_is_saved_and_read_again(policy, backbone, folder, tmp_path):
         assert torch.equal(again.predict(*inputs), policy.predict(*inputs))
         with again.reference():
             assert not torch.allclose(again.predict(*inputs), policy.predict(*inputs), atol=1e-2)
-    theirs = read(folder)
+    theirs = tiny_flow_models.read(ZImagePipeline, folder)
     theirs.load_lora_weights(tmp_path)
     options = {"latents": noise(), "num_inference_steps": 5, "guidance_scale": 0.0, "output_type": "latent"}
     expected = theirs(list(PROMPTS), height=16, width=16, **options).images
@@ -316,8 +297,7 @@ def test_adapters_as_other_trainers_write_them_are_read(policy, folder, tmp_path
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_package_is_read_by_diffusers_as_the_model(backbone, folder, tmp_path, targets):
     """Both files of it, and the card tells diffusers' users a guidance of one less."""
-    policy = Policy(load(folder), backbone.encode_prompts([""]))
-    policy.add_adapter(rank=2, seed=0, targets=targets)
+    policy = adapted(load(folder), targets)
     tiny.move(policy, 0.1)
     policy.save(tmp_path / "model")
     known = {"run": "dpo", "profile": "short", "method": "dpo", "trained_on": [], "seed": 0, "from": None}

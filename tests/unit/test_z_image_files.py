@@ -1,6 +1,5 @@
 """Z-Image's files and settings: what is read, and what is refused before anything long."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import params
-import tiny
+import tiny_flow_models
 from attune.backbones import z_image
 from attune.config import resolve
 from attune.config.settings import Model
@@ -24,7 +23,7 @@ SCHEDULER, TRANSFORMER = "scheduler/scheduler_config.json", "transformer/config.
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
+    return tiny_flow_models.write_z_image_pipeline(tmp_path_factory.mktemp("z_image"))
 
 
 @pytest.fixture
@@ -36,10 +35,6 @@ def copied(folder, tmp_path):
 def load(folder, **settings):
     block = {"backbone": "z_image", "path": str(folder), "resolution": 16, "max_sequence_length": 64} | settings
     return z_image.load(Model(**block), CPU)
-
-
-def changed(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def test_facts_are_counted_in_the_files_that_are_here(folder):
@@ -101,7 +96,7 @@ def test_float16_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["Z-Image-Turbo", "z_image_turbo_bf16"])
 def test_turbo_is_refused_by_its_name_before_anything_is_read(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"model\.path: .*{name} is Z-Image-Turbo, which is distilled"):
+    with pytest.raises(ValueError, match=rf"model\.path: .*{name} was distilled .*; train Tongyi-MAI/Z-Image"):
         load(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="scheduler"):
         load(tmp_path / "Z-Image-De-Turbo")
@@ -110,7 +105,7 @@ def test_turbo_is_refused_by_its_name_before_anything_is_read(tmp_path, name):
 @pytest.mark.parametrize(
     ("block", "says"),
     [
-        ({"path": f"Tongyi-MAI/Z-Image-Turbo@{'f' * 40}"}, "model.path: Tongyi-MAI/Z-Image-Turbo@f+ is Z-Image-Turbo"),
+        ({"path": f"Tongyi-MAI/Z-Image-Turbo@{'f' * 40}"}, "model.path: Tongyi-MAI/Z-Image-Turbo@f+ was distilled"),
         ({"dtype": "float16"}, "model.dtype: float16 ends at 65,504"),
         ({"resolution": 1000}, "model.resolution: 1000 is not a multiple of 16"),
     ],
@@ -125,8 +120,8 @@ def test_the_plan_tells_it_before_anything_is_here(tmp_path, monkeypatch, block,
 
 
 def test_turbo_is_refused_by_its_schedulers_shift(copied):
-    changed(copied / SCHEDULER, shift=3.0)
-    with pytest.raises(ValueError, match=r"copy \(its scheduler's shift is 3.0\) is Z-Image-Turbo"):
+    tiny_flow_models.change(copied / SCHEDULER, shift=3.0)
+    with pytest.raises(ValueError, match=r"copy \(its scheduler's shift is 3.0, as Z-Image-Turbo's\) was distilled"):
         load(copied)
     load(copied.rename(copied.with_name("Z-Image-De-Turbo")))
 
@@ -142,7 +137,7 @@ def test_turbo_is_refused_by_its_schedulers_shift(copied):
     ],
 )
 def test_files_that_say_something_else_are_refused(copied, file, values, says):
-    changed(copied / file, **values)
+    tiny_flow_models.change(copied / file, **values)
     with pytest.raises(ValueError, match=says):
         load(copied)
 

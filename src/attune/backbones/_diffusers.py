@@ -31,8 +31,8 @@ class InDiffusers:
 
 def in_diffusers(model: Model) -> InDiffusers | None:
     """What the backbone of `model.backbone` says of itself; None if it says nothing."""
-    tell = getattr(plugins.load("backbones", model.backbone), "in_diffusers", None)
-    return None if tell is None else tell(model)
+    describe = getattr(plugins.load("backbones", model.backbone), "in_diffusers", None)
+    return None if describe is None else describe(model)
 
 
 def sampler_name(model: Model, eta: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKEN_CHARS = 256  # of CLIP's vocabulary, generously: so much text tells whether a prompt of any length is cut
+DISTILLED = "was distilled to few steps, which training would take from it"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+UNSAID = {"sample_size": 128, "patch_size": 2}
+"""Latents per side of an image, and of one token, which the pipelines of FLUX and Z-Image know and no file says."""
 JOINT_LORA_TARGETS = (*LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of image and text
 
 
@@ -50,13 +54,15 @@ class Facts:
     text: int = 0  # latents that the activations of a prompt count as, of transformers that see both
 
 
-def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, sample_size: int | None = None) -> Facts:
+def facts(
+    model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, unsaid: Mapping[str, int] | None = None
+) -> Facts:
     """Of a local pipeline as its files say, from their headers; else the nominal ones.
 
     Args:
         parts: "denoiser", "text_encoders" and "autoencoder" -> their folders.
         nominal: of the published model.
-        sample_size: latents per side, of denoisers whose configuration says nothing of them.
+        unsaid: what the denoiser's configuration does not say, as `UNSAID`.
     """
     source, counts = parse(model.path), {name: getattr(nominal, name) for name in parts}
     resolution, multiple, channels = nominal.resolution, nominal.multiple, nominal.channels
@@ -65,12 +71,13 @@ def facts(model: Model, parts: Mapping[str, Sequence[str]], nominal: Facts, samp
         counts = {
             name: sum(_count(folder / part, model.variant) for part in folders) for name, folders in parts.items()
         }
-        config, vae = (read_json(folder / part / "config.json") for part in (*parts["denoiser"], "vae"))
+        config, vae = (read_json(folder / part / "config.json") for part in (network, "vae"))
+        config = {**config, **(unsaid or {})}
         factor = _pixels_per_latent(vae, folder / "vae/config.json")
         channels = said if isinstance(said := vae.get("latent_channels"), int) else channels
         multiple = factor * patch_size(config, folder / network / "config.json")
         if model.resolution is None:
-            resolution = (sample_size or _sample_size(config, folder / network / "config.json")) * factor
+            resolution = _sample_size(config, folder / network / "config.json") * factor
     resolution = model.resolution or resolution
     found = replace(nominal, **counts, resolution=resolution, multiple=multiple, channels=channels)
     same = abs(found.denoiser - nominal.denoiser) < 0.1 * nominal.denoiser
@@ -109,6 +116,19 @@ def _pixels_per_latent(config: Mapping[str, Any], file: Path | Source | str) -> 
 def own_name(model: Model) -> str:
     """The name of the folder or repository without its owner's, in lower case."""
     return Path(parse(model.path).place).resolve().name.lower()
+
+
+def refuse_distilled(model: Model, word: str, remedy: str, sign: str | None = None) -> None:
+    """Raises ValueError for a model distilled to few steps, known by a word in its name or by a sign in its files.
+
+    Training at single noise levels, as all methods here do, would undo that. A copy that was trained until it was
+    undone, and says so in its name (De-Turbo), is read.
+    """
+    name = own_name(model)
+    if re.search(rf"de[-_ ]?{word}", name) or not (word in name or sign):
+        return
+    known_by = "" if word in name else f" ({sign})"
+    raise ValueError(f"model.path: {model.path}{known_by} {DISTILLED}; {remedy}")
 
 
 def downloads(model: Model, parts: Mapping[str, Sequence[str]]) -> list[tuple[Source, list[str]]]:

@@ -13,28 +13,25 @@ N = TypeVar("N", bound=nn.Module)
 MAX_PIXELS = 2**21  # decoded or encoded at a time: 8 images of 512 px or 2 of 1024 px; one of 512 px takes about 0.5 GB
 
 
-class Turns:
-    """Networks that take turns on a GPU too small for all of them (`model.offload`); else they stay where they are."""
+class ModelOffload:
+    """Networks that wait on the CPU and are on the GPU one at a time (`model.offload`); else they stay where they are.
+
+    Source: diffusers' `enable_model_cpu_offload`, which is for its pipelines.
+    """
 
     def __init__(self, device: torch.device, offload: bool):
         self.device, self.offload = device, offload and device.type != "cpu"
-        self.start = torch.device("cpu") if self.offload else device
+        self.load_to = torch.device("cpu") if self.offload else device
         """Where networks are loaded to."""
-        self._here: nn.Module | None = None
+        self._onloaded: nn.Module | None = None
 
-    def __call__(self, network: N) -> N:
-        """The network, on the device; what was there before makes room for it."""
-        if self.offload and network is not self._here:
-            if self._here is not None:
-                self._here.to("cpu")
-            self._here = network.to(self.device)
+    def onload(self, network: N) -> N:
+        """The network, on the device; the one that was there before goes back to the CPU."""
+        if self.offload and network is not self._onloaded:
+            if self._onloaded is not None:
+                self._onloaded.to("cpu")
+            self._onloaded = network.to(self.device)
         return network
-
-
-def release(owner: object, *names: str) -> None:
-    """Lets go of cached properties, each of which is made anew when it is next asked for."""
-    for name in names:
-        vars(owner).pop(name, None)
 
 
 def in_parts(f: Callable[[Tensor], Tensor], rows: Tensor, pixels_per_row: int) -> Tensor:

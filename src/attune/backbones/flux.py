@@ -20,23 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source, fetch_folder, parse
 from attune.interfaces import Conditioning, Guidance
 from attune.weights import read_json
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel, T5Tokenizer
 
 DENOISER, KIND = "transformer", "FluxTransformer2DModel"
 PARTS = {"denoiser": (DENOISER,), "text_encoders": ("text_encoder", "text_encoder_2"), "autoencoder": ("vae",)}
 T5_TOKENS, T5_WIDTH = 512, 4096  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
-SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
-DISTILLED = "was distilled to few steps, which training would take from it: take FLUX.1-dev, or another base"
-SIDE = 2  # latents per side of a token
+INSTEAD = "take FLUX.1-dev, or another base"  # of FLUX.1-schnell
+SIDE = _latent.UNSAID["patch_size"]  # latents per side of a token
 NOMINAL = _latent.Facts(
     denoiser=11_901_408_320,
     text_encoders=123_060_480 + _t5.WEIGHTS,
@@ -44,6 +42,7 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     guidance="embedded",
     adapter=1_634_304,
+    multiple=16,
     channels=16,
 )
 """Of FLUX.1-dev; what its activations need has not been measured."""
@@ -52,8 +51,7 @@ NOMINAL = _latent.Facts(
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
     nominal = replace(NOMINAL, prompt=_t5.tokens(model, T5_TOKENS) * T5_WIDTH)
-    found = _latent.facts(model, PARTS, nominal, SAMPLE_SIZE)
-    return replace(found, multiple=SIDE * found.multiple)  # so far of a latent; the packing is no setting
+    return _latent.facts(model, PARTS, nominal, _latent.UNSAID)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
@@ -68,8 +66,7 @@ def in_diffusers(model: Model) -> InDiffusers:
 
 def check_settings(model: Model) -> None:
     """Raises ValueError for FLUX.1-schnell by its name, before any file is here; see `denoiser_config`."""
-    if "schnell" in _latent.own_name(model):
-        raise ValueError(f"model.path: {model.path} {DISTILLED}")
+    _latent.refuse_distilled(model, "schnell", INSTEAD)
 
 
 def times(model: Model) -> dict[str, Any]:
@@ -78,61 +75,43 @@ def times(model: Model) -> dict[str, Any]:
     return _flow.times(model, (found.resolution // found.multiple) ** 2)
 
 
-class Flux:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class Flux(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.JOINT_LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "embedded"
+    released = ("clip", "t5", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import FluxTransformer2DModel
 
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        super().__init__(model, device, dtype)
         check_settings(model)
         config = denoiser_config(model)  # what is no good is said before 24 GB are read
-        self.vae = self._load_vae()
         self.resolution, self.latent_shape = self._image_size(config)
         self.path = _flow.load_path(model, self._tokens)
-        self.clip, self.t5 = self._load_clip(), self._load_t5()
         self._check_widths(config)
-        self.denoiser = _latent.load_denoiser(FluxTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
-
-    # These are set above, so that files that are no good are an error at once; after `release` they are read again.
+        self.denoiser = self.load_denoiser(FluxTransformer2DModel, DENOISER)
 
     @cached_property
     def clip(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
-        return self._load_clip()
+        from transformers import CLIPTextModel
+
+        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
 
     @cached_property
     def t5(self) -> tuple[T5Tokenizer, PreTrainedModel]:
-        return self._load_t5()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
+        return _t5.load(self.model, "_2", T5_TOKENS, self.offload.load_to)
 
     @property
     def _tokens(self) -> int:
         """Tokens of an image, by which the scheduler shifts."""
         return (self.latent_shape[-1] // SIDE) ** 2
 
-    def _load_clip(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
-        from transformers import CLIPTextModel
-
-        return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)
-
-    def _load_t5(self) -> tuple[T5Tokenizer, PreTrainedModel]:
-        return _t5.load(self.model, "_2", T5_TOKENS, self.turn.start)
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
-
     def _image_size(self, config: Mapping[str, Any]) -> tuple[int, tuple[int, int, int]]:
         """Resolution and shape of latents. Raises ValueError unless latents can be packed."""
-        given = {**config, "sample_size": SAMPLE_SIZE}
+        given = {**config, **_latent.UNSAID}
         resolution, shape = _latent.image_size(self.model, self.vae, given, DENOISER, packed=SIDE**2)
         if shape[-1] % SIDE:
             pixels = resolution // shape[-1] * SIDE
@@ -150,30 +129,21 @@ class Flux:
                 place = parse(self.model.path) / part
                 raise ValueError(f"{place}: vectors of {width} numbers, {key} of the transformer is {config[key]}")
 
-    def release(self) -> None:
-        release(self, "clip", "t5", "vae")
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the T5, (B, L, D), and what the CLIP pools, (B, D')."""
         (clip_tokenizer, clip), (t5_tokenizer, t5) = self.clip, self.t5
-        pooled = self.turn(clip)(_latent.tokenise(clip_tokenizer, prompts, self.device)).pooler_output
-        states = _t5.encode(t5_tokenizer, self.turn(t5), prompts, self.device)
+        pooled = self.offload.onload(clip)(_latent.tokenise(clip_tokenizer, prompts, self.device)).pooler_output
+        states = _t5.encode(t5_tokenizer, self.offload.onload(t5), prompts, self.device)
         return Conditioning({"prompt_embeds": states, "text_embeds": pooled})
 
     def is_cut(self, prompt: str) -> bool:
         """By the T5: what the CLIP leaves off is not lost."""
         return _latent.is_cut(self.t5[0], prompt)
 
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
-
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, (rows, columns) = cond.tensors["prompt_embeds"].to(self.dtype), x_t.shape[-2:]
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             packed(x_t.to(self.dtype)),
             timestep=t / self.path.n_train,
             guidance=cond.tensors["guidance"],
@@ -218,7 +188,7 @@ def denoiser_config(model: Model) -> Mapping[str, Any]:
     if config.get("guidance_embeds") is not True:
         raise ValueError(
             f"{file}: guidance_embeds is not true, so this model is not told its guidance, as FLUX.1-schnell, which "
-            f"{DISTILLED}"
+            f"{_latent.DISTILLED}; {INSTEAD}"
         )
     return config
 

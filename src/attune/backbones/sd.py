@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _latent, _vp
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source
 from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel
 
 PARTS = {"denoiser": ("unet",), "text_encoders": ("text_encoder",), "autoencoder": ("vae",)}
@@ -57,61 +56,45 @@ def check_settings(model: Model) -> None:
     _vp.check_settings(model)
 
 
-class StableDiffusion:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class StableDiffusion(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     guidance: Guidance = "cfg"
+    released = ("text_encoder", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import UNet2DConditionModel
 
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        super().__init__(model, device, dtype)
         schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
         self.tokenizer, self.text_encoder = self._load_text()
-        self.vae = _latent.load_vae(model, self.turn.start)
-        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(UNet2DConditionModel, "unet")
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
-
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
     def text_encoder(self) -> PreTrainedModel:
         return self._load_text()[1]
 
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start)
-
     def _load_text(self) -> tuple[CLIPTokenizer, PreTrainedModel]:
         from transformers import CLIPTextModel
 
-        return _latent.load_text(CLIPTextModel, self.model, "", self.turn.start)
-
-    def release(self) -> None:
-        release(self, "text_encoder", "vae")
+        return _latent.load_text(CLIPTextModel, self.model, "", self.offload.load_to)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """The last hidden states of the text encoder, (B, L, D)."""
         ids = _latent.tokenise(self.tokenizer, prompts, self.device)
-        return Conditioning({"prompt_embeds": self.turn(self.text_encoder)(ids).last_hidden_state})
+        return Conditioning({"prompt_embeds": self.offload.onload(self.text_encoder)(ids).last_hidden_state})
 
     def is_cut(self, prompt: str) -> bool:
         return _latent.is_cut(self.tokenizer, prompt)
 
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
-
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
+        output = self.offload.onload(denoiser)(x_t.to(self.dtype), t, encoder_hidden_states=embeds).sample
         return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))
 
     def pipeline_parts(self) -> dict[str, Any]:

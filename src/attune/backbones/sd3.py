@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _t5
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENOISER = "transformer"
@@ -83,54 +82,38 @@ def times(model: Model) -> dict[str, Any]:
 
 def check_settings(model: Model) -> None:
     """Raises ValueError for Stable Diffusion 3.5 Large Turbo, known by its name: its files say what Large's do."""
-    if "turbo" in _latent.own_name(model):
-        raise ValueError(
-            f"model.path: {model.path} is distilled to four steps, which training at single noise levels takes from "
-            "it; train stabilityai/stable-diffusion-3.5-large, or -medium"
-        )
+    _latent.refuse_distilled(model, "turbo", "train stabilityai/stable-diffusion-3.5-large, or -medium")
 
 
-class StableDiffusion3:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class StableDiffusion3(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     # those of images are also in the second attention of 3.5 Medium's first blocks
     lora_targets: Sequence[str] = _latent.JOINT_LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "cfg"
+    released = ("encoders", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import SD3Transformer2DModel
 
         check_settings(model)
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        super().__init__(model, device, dtype)
         self.path = _flow.load_path(model)
-        self.encoders = self._load_encoders()
-        self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(SD3Transformer2DModel, DENOISER, model, self.dtype, self.turn.start)
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(SD3Transformer2DModel, DENOISER)
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config, DENOISER)
         self._check_size()
         self._check_widths()
 
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
-
     @cached_property
     def encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
-        return self._load_encoders()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
-
-    def _load_encoders(self) -> list[tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
         from transformers import CLIPTextModelWithProjection
 
-        clips = [_latent.load_text(CLIPTextModelWithProjection, self.model, n, self.turn.start) for n in ("", "_2")]
-        return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.turn.start)] if self.model.t5 else [])]
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
+        clips = [
+            _latent.load_text(CLIPTextModelWithProjection, self.model, n, self.offload.load_to) for n in ("", "_2")
+        ]
+        return [*clips, *([_t5.load(self.model, "_3", T5_TOKENS, self.offload.load_to)] if self.model.t5 else [])]
 
     def _check_size(self) -> None:
         """Raises ValueError unless latents can be cut into patches, for as many of which there are positions."""
@@ -159,9 +142,6 @@ class StableDiffusion3:
             place = place / "text_encoder_3"
             raise ValueError(f"{place}: d_model is {found}, joint_attention_dim of the transformer {most}")
 
-    def release(self) -> None:
-        release(self, "encoders", "vae")
-
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both CLIPs side by side, (B, L, D_1 + D_2), and what they pool, (B, D_1 + D_2).
@@ -170,7 +150,7 @@ class StableDiffusion3:
         are most of what the transformer sees, are added when it is called.
         """
         encoded = [
-            self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
+            self.offload.onload(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.encoders[:2]
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
@@ -179,19 +159,13 @@ class StableDiffusion3:
             "text_embeds": torch.cat([output.text_embeds for output in encoded], dim=-1),
         }
         for tokenizer, t5 in self.encoders[2:]:
-            tensors["t5_embeds"] = _t5.encode(tokenizer, self.turn(t5), prompts, self.device)
+            tensors["t5_embeds"] = _t5.encode(tokenizer, self.offload.onload(t5), prompts, self.device)
         return Conditioning(tensors)
 
     def is_cut(self, prompt: str) -> bool:
         """By the T5, if there is one: what the CLIPs leave off is then not lost."""
         deciding = self.encoders[2:] or self.encoders
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in deciding)
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
@@ -201,7 +175,7 @@ class StableDiffusion3:
         else:
             wide = torch.cat([F.pad(embeds, (0, more)), of_t5.to(self.dtype)], dim=1)
         pooled = cond.tensors["text_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             x_t.to(self.dtype), timestep=t, encoder_hidden_states=wide, pooled_projections=pooled
         ).sample
         return output.to(x_t.dtype)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _latent, _vp
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import VP
 from attune.hub import Source, fetch_folder, parse
@@ -22,7 +22,6 @@ from attune.interfaces import Conditioning, Guidance
 from attune.weights import read_json
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer, PreTrainedModel
 
 INDEX = "model_index.json"
@@ -59,50 +58,36 @@ def check_settings(model: Model) -> None:
     _vp.check_settings(model)
 
 
-class StableDiffusionXL:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class StableDiffusionXL(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     guidance: Guidance = "cfg"
+    released = ("encoders", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import UNet2DConditionModel
 
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
-        self.turn = Turns(device, model.offload)
+        super().__init__(model, device, dtype)
         schedule, self.prediction_type = _vp.load_schedule(model)
         self.path = VP(schedule.to(device))
-        self.encoders = self._load_encoders()
         self.zeros_for_empty_prompt = zeros_for_empty_prompt(model)
-        self.vae = _latent.load_vae(model, self.turn.start)
-        self.denoiser = _latent.load_denoiser(UNet2DConditionModel, "unet", model, self.dtype, self.turn.start)
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(UNet2DConditionModel, "unet")
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, self.denoiser.config)
-
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
 
     @cached_property
     def encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
-        return self._load_encoders()
-
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start)
-
-    def _load_encoders(self) -> list[tuple[CLIPTokenizer, PreTrainedModel]]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = ((CLIPTextModel, ""), (CLIPTextModelWithProjection, "_2"))
-        return [_latent.load_text(kind, self.model, number, self.turn.start) for kind, number in kinds]
-
-    def release(self) -> None:
-        release(self, "encoders", "vae")
+        return [_latent.load_text(kind, self.model, number, self.offload.load_to) for kind, number in kinds]
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Penultimate hidden states of both encoders side by side, (B, L, D_1 + D_2); what the second pools, (B, D)."""
         encoded = [
-            self.turn(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
+            self.offload.onload(encoder)(_latent.tokenise(tokenizer, prompts, self.device), output_hidden_states=True)
             for tokenizer, encoder in self.encoders
         ]
         states = torch.cat([output.hidden_states[-2] for output in encoded], dim=-1)
@@ -115,19 +100,13 @@ class StableDiffusionXL:
     def is_cut(self, prompt: str) -> bool:
         return any(_latent.is_cut(tokenizer, prompt) for tokenizer, _ in self.encoders)
 
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
-
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         added = {
             "text_embeds": cond.tensors["text_embeds"].to(self.dtype),
             "time_ids": time_ids(self.resolution, x_t.device).expand(len(x_t), 6),
         }
         embeds = cond.tensors["prompt_embeds"].to(self.dtype)
-        output = self.turn(denoiser)(
+        output = self.offload.onload(denoiser)(
             x_t.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
         ).sample
         return _vp.to_noise(output, self.prediction_type, x_t, self.path.level(t, x_t))

@@ -8,7 +8,6 @@ Source: Z-Image Team 2025, arXiv:2511.22699, and diffusers' `ZImagePipeline`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from attune.backbones import _flow, _latent, _qwen3
+from attune.backbones._backbone import LatentBackbone
 from attune.backbones._diffusers import InDiffusers
-from attune.backbones._memory import Turns, release
 from attune.config.settings import Model
 from attune.diffusion.path import Flow
 from attune.hub import Source, parse
 from attune.interfaces import Conditioning, Guidance
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import PreTrainedModel, Qwen2Tokenizer
 
 DENOISER = "transformer"
@@ -39,12 +37,13 @@ NOMINAL = _latent.Facts(
     adapter=1_044_480,
     activations=2_100_000,
     checkpointed=400_000,
+    multiple=16,
     channels=16,
 )
 """Of Z-Image; what its activations need was counted and measured in four of its 34 blocks, see docs/full_size.md."""
-SAMPLE_SIZE = 128  # latents per side, as the pipeline has them; no configuration says it
 TOKENS, WIDTH = 512, 2560  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
-PATCH, TOKENS_OF_A_BLOCK = 2, 32  # latents per side of a token; the transformer fills prompts up to a multiple of 32
+PATCH = _latent.UNSAID["patch_size"]  # latents per side of a token
+TOKENS_OF_A_BLOCK = 32  # the transformer fills prompts up to a multiple of it
 TOKENS_AT_ONCE = 4096  # of prompts: 8 of 512, whose states of all 36 layers, of which one is used, take 0.8 GB
 TOO_LARGE = "65,504, and values in Z-Image at 344,000"
 TURBO_SHIFT = 3.0  # of Z-Image-Turbo's scheduler; the base's is 6
@@ -54,8 +53,7 @@ def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
     tokens = model.max_sequence_length or TOKENS
     nominal = replace(NOMINAL, prompt=tokens * WIDTH, text=tokens * PATCH**2)
-    found = _latent.facts(model, PARTS, nominal, SAMPLE_SIZE)
-    return replace(found, multiple=PATCH * found.multiple)  # so far of a latent: no file says how large a patch is
+    return _latent.facts(model, PARTS, nominal, _latent.UNSAID)
 
 
 def downloads(model: Model) -> list[tuple[Source, list[str]]]:
@@ -94,49 +92,36 @@ def check_settings(model: Model) -> None:
     check_undistilled(model)
 
 
-class ZImage:
-    """A `Backbone` read from a diffusers folder or Hub repository; everything frozen and in evaluation mode."""
+class ZImage(LatentBackbone):
+    """A `Backbone` read from a diffusers folder or Hub repository."""
 
     lora_targets: Sequence[str] = _latent.LORA_TARGETS
     prediction_type = "flow"
     guidance: Guidance = "cfg"
+    released = ("text_encoder", "vae")
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None):
         from diffusers import ZImageTransformer2DModel
 
         check_settings(model)
-        self.model, self.device = model, device
-        self.dtype = dtype or getattr(torch, model.dtype)  # of the denoiser
+        super().__init__(model, device, dtype)
         self.tokens = model.max_sequence_length or TOKENS
-        self.turn = Turns(device, model.offload)
         self.path = load_path(model)
         self.tokenizer, self.text_encoder = self._load_text()
-        self.vae = self._load_vae()
-        self.denoiser = _latent.load_denoiser(ZImageTransformer2DModel, DENOISER, model, self.dtype, self.turn.start)
-        config = {**self.denoiser.config, "sample_size": SAMPLE_SIZE}
+        self.load_encoders()
+        self.denoiser = self.load_denoiser(ZImageTransformer2DModel, DENOISER)
+        config = {**self.denoiser.config, **_latent.UNSAID}
         self.resolution, self.latent_shape = _latent.image_size(model, self.vae, config, DENOISER)
         place = parse(model.path) / DENOISER / "config.json"
         check_transformer(config, self.text_encoder.config.hidden_size, place)
         check_positions(config["axes_lens"], self.tokens, self.latent_shape[-1], self.resolution)
 
-    # Both are set above, so that files that are no good are an error at once; after `release` they are read again.
-
     @cached_property
     def text_encoder(self) -> PreTrainedModel:
         return self._load_text()[1]
 
-    @cached_property
-    def vae(self) -> AutoencoderKL:
-        return self._load_vae()
-
     def _load_text(self) -> tuple[Qwen2Tokenizer, PreTrainedModel]:
-        return _qwen3.load(self.model, self.turn.start)
-
-    def _load_vae(self) -> AutoencoderKL:
-        return _latent.load_vae(self.model, self.turn.start, may_shift=True)
-
-    def release(self) -> None:
-        release(self, "text_encoder", "vae")
+        return _qwen3.load(self.model, self.offload.load_to)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -148,7 +133,7 @@ class ZImage:
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=self.tokens, truncation=True, return_tensors="pt"
         ).to(self.device)
-        own, encoder = tokens.attention_mask.bool(), self.turn(self.text_encoder)
+        own, encoder = tokens.attention_mask.bool(), self.offload.onload(self.text_encoder)
         parts = (part.split(max(1, TOKENS_AT_ONCE // self.tokens)) for part in (tokens.input_ids, own))
         states = torch.cat(
             [encoder(ids, mask, output_hidden_states=True).hidden_states[-2] for ids, mask in zip(*parts, strict=True)]
@@ -158,18 +143,12 @@ class ZImage:
     def is_cut(self, prompt: str) -> bool:
         return _qwen3.count_tokens(self.tokenizer, prompt, self.tokens) > self.tokens
 
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return _latent.encode(self.turn(self.vae), images, generator)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return _latent.decode(self.turn(self.vae), latents)
-
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         embeds, lengths = cond.tensors["prompt_embeds"].to(self.dtype), cond.tensors["prompt_mask"].sum(1).tolist()
         prompts = [row[:length] for row, length in zip(embeds, lengths, strict=True)]
         images = list(x_t.to(self.dtype).unsqueeze(2))  # (C, 1, h, w) each: one frame
         last = self.path.n_train
-        output = self.turn(denoiser)(images, (last - t) / last, prompts).sample
+        output = self.offload.onload(denoiser)(images, (last - t) / last, prompts).sample
         return -torch.stack(output).squeeze(2).to(x_t.dtype)
 
     def pipeline_parts(self) -> dict[str, Any]:
@@ -211,21 +190,12 @@ def load_path(model: Model) -> Flow:
 def check_undistilled(model: Model, shift: float | None = None) -> None:
     """Raises ValueError if this is Z-Image-Turbo, by its name or by its scheduler's shift; the networks are alike.
 
-    Plain training takes from a distilled model what distillation gave it: images in few steps without guidance.
-    A copy that was trained until that was gone, and says so in its name, is read.
-
     Source: Z-Image's README, which gives Turbo no fine-tunability, and ai-toolkit, which trains it beside an adapter
     that is taken off again.
     """
-    name = _latent.own_name(model)
-    if re.search(r"de[-_ ]?turbo", name):
-        return
-    if "turbo" in name or shift == TURBO_SHIFT:
-        sign = "" if "turbo" in name else f" (its scheduler's shift is {TURBO_SHIFT})"
-        raise ValueError(
-            f"model.path: {model.path}{sign} is Z-Image-Turbo, which is distilled: training would undo that it needs "
-            "few steps and no guidance. Train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
-        )
+    sign = f"its scheduler's shift is {TURBO_SHIFT}, as Z-Image-Turbo's" if shift == TURBO_SHIFT else None
+    remedy = "train Tongyi-MAI/Z-Image; a copy without distillation has De-Turbo in its name"
+    _latent.refuse_distilled(model, "turbo", remedy, sign)
 
 
 # ---------------------------------------------------------------- what the transformer can be given

@@ -95,9 +95,11 @@ def find_adapter(folder: Path) -> Path:
         ValueError: all weights were trained, and MLflow's diffusers flavor is of adapters.
         FileNotFoundError: there is nothing.
     """
+    from attune.diffusion.lora_files import PARTS  # here, as it imports diffusers
+
     if any(folder.glob("*.safetensors")):
         return folder
-    if any((folder / part).is_dir() for part in ("unet", "transformer")):
+    if any((folder / part).is_dir() for part in PARTS):
         raise ValueError(
             f"{folder.name} is a whole denoiser; only adapters (`lora`) can be registered, share {folder} by DVC"
         )

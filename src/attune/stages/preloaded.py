@@ -147,11 +147,11 @@ def serve(address: str, parent: int) -> None:
     So these are not interrupted a second time, which would be at once, by the end of `attune repro` or by a scheduler
     that sends SIGTERM to every process of a job.
     """
-    told: list[int] = []
+    signals: list[int] = []
     selector = selectors.DefaultSelector()
 
     def end_when_idle(signum: int, frame: FrameType | None) -> None:
-        told.append(signum)
+        signals.append(signum)
         if is_idle(selector):
             sys.exit()
 
@@ -165,7 +165,7 @@ def serve(address: str, parent: int) -> None:
     selector.register(listening, selectors.EVENT_READ)
     for name in MODULES:
         importlib.import_module(name)
-    while not (told and is_idle(selector)):
+    while not (signals and is_idle(selector)):
         for key, _ in selector.select():
             if key.fileobj is listening:
                 start_stage(listening.accept()[0], selector)

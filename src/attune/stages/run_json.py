@@ -41,8 +41,8 @@ def _times(plan: RunPlan) -> dict[str, Any]:
 
     Methods that begin with prompts draw none: they train on the times that they sample at.
     """
-    tell = getattr(plugins.load("backbones", plan.model.backbone), "times", None)
-    if plan.method is None or tell is None:
+    describe = getattr(plugins.load("backbones", plan.model.backbone), "times", None)
+    if plan.method is None or describe is None:
         return {}
     draws = plugins.load("methods", plan.method.name).Method.consumes != "prompts"
-    return {"times": tell(plan.model) | ({} if draws else {"density": None})}
+    return {"times": describe(plan.model) | ({} if draws else {"density": None})}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attune.config.settings import TrainingConfig
 from attune.distributed import Part, Shard
-from attune.fsdp import is_sharded, whole
+from attune.fsdp import full_tensor, is_sharded
 from attune.interfaces import Objective, Trainable
 from attune.training.guard import NonFiniteError, nonfinite_input, nonfinite_output, nonfinite_weight
 
@@ -110,7 +110,7 @@ class TrainStep:
                 rows.append({name: weight * value for name, value in means.items()})
         self.scaler.unscale_(self.optimizer)
         limit = self.config.max_grad_norm or math.inf
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
+        grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self.parameters, limit)))
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, grad_norm
 
     def loss(self, objective: Objective, minibatch: Part[Any]) -> tuple[Tensor, dict[str, float | Tensor]]:
