@@ -14,7 +14,7 @@ import torch
 from shapes import BACKBONES, TRANSFORMERS, made, scheduler, transformer, unet, vae
 
 from attune.backbones._flow import sampling_sigmas, size_shift
-from attune.backbones._memory import Turns
+from attune.backbones._memory import ModelOffload
 from attune.backbones._quantise import quantise
 from attune.backbones.flux import Flux
 from attune.backbones.sd import StableDiffusion
@@ -41,7 +41,7 @@ class Random:
         order = torch.channels_last if model.channels_last else torch.preserve_format
         build = transformer if self.base in TRANSFORMERS else unet
         self.model, self.device, self.dtype = model, device, dtype or getattr(torch, model.dtype)
-        self.turn = Turns(device, offload=False)
+        self.offload = ModelOffload(device, offload=False)
         network = made(lambda: build(self.base, small), self.dtype, device).to(memory_format=order)
         self.denoiser: Any = network if model.quantize is None else quantise(network, model.quantize, device)
         of_vae = getattr(torch, model.vae_dtype)

@@ -24,7 +24,7 @@ from shapes import made
 from torch import Tensor
 
 from attune.backbones._flow import sampling_sigmas
-from attune.backbones._memory import Turns
+from attune.backbones._memory import ModelOffload
 from attune.backbones.z_image import ZImage
 from attune.config.settings import Model
 from attune.diffusion.noised import NoisedBatch
@@ -44,7 +44,7 @@ class FewBlocks(ZImage):
 
     def __init__(self, blocks: int, resolution: int):
         self.model = Model(backbone="z_image", path=".", dtype="bfloat16", resolution=resolution)
-        self.device, self.dtype, self.turn = CPU, torch.bfloat16, Turns(CPU, offload=False)
+        self.device, self.dtype, self.offload = CPU, torch.bfloat16, ModelOffload(CPU, offload=False)
         self.path = Flow(partial(sampling_sigmas, {"shift": 6.0}, mu=0.0), logit_normal(6.0))
         shape: dict[str, Any] = {"n_layers": blocks, "n_refiner_layers": 1, "axes_lens": [1536, 512, 512]}
         self.denoiser = made(lambda: ZImageTransformer2DModel(**shape), self.dtype)
