@@ -42,15 +42,17 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     guidance="embedded",
     adapter=1_634_304,
+    checkpointed=139_000,
     multiple=16,
     channels=16,
 )
-"""Of FLUX.1-dev; what its activations need has not been measured."""
+"""Of FLUX.1-dev; what its activations need without checkpointing has not been measured."""
 
 
 def facts(model: Model) -> _latent.Facts:
     """Numbers of weights and resolution, without loading: of the files where they are here, else nominal."""
-    nominal = replace(NOMINAL, prompt=_t5.tokens(model, T5_TOKENS) * T5_WIDTH)
+    tokens = _t5.tokens(model, T5_TOKENS)
+    nominal = replace(NOMINAL, prompt=tokens * T5_WIDTH, text=tokens * SIDE**2)
     return _latent.facts(model, PARTS, nominal, _latent.UNSAID)
 
 

@@ -30,7 +30,7 @@ NOMINAL = _latent.Facts(
     autoencoder=83_653_863,
     resolution=512,
     adapter=199_296,
-    activations=300_000,
+    activations=213_000,
     checkpointed=137_000,
 )
 """Of Stable Diffusion 1.5; 2.x has 866 million and 340 million."""

@@ -36,11 +36,11 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     adapter=1_044_480,
     activations=2_100_000,
-    checkpointed=400_000,
+    checkpointed=156_000,
     multiple=16,
     channels=16,
 )
-"""Of Z-Image; what its activations need was counted and measured in four of its 34 blocks, see docs/full_size.md."""
+"""Of Z-Image; what its activations need with checkpointing was measured, without it counted: docs/full_size.md."""
 TOKENS, WIDTH = 512, 2560  # diffusers' max_sequence_length, unless model.max_sequence_length says otherwise
 PATCH = _latent.UNSAID["patch_size"]  # latents per side of a token
 TOKENS_OF_A_BLOCK = 32  # the transformer fills prompts up to a multiple of it
