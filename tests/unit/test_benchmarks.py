@@ -24,7 +24,17 @@ NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SPEED = {
     f"speed_{name}" for name in ("alignprop", "dpo", "generation", "report", "rows", "scorers", "sides", "spm", "spo")
 }
-SHARED = {"copies", "plans", "shapes", "measuring", "gpu_rows", "gpu_checks", "plain", *SPEED}  # imported; no programs
+SHARED = {
+    "copies",
+    "plans",
+    "shapes",
+    "random_bases",
+    "measuring",
+    "gpu_rows",
+    "gpu_checks",
+    "plain",
+    *SPEED,
+}  # imported; no programs
 
 
 @pytest.fixture
@@ -128,7 +138,7 @@ def test_the_measurement_of_a_gpu_runs_on_small_models(benchmark, tmp_path, monk
     assert {line["method"] for line in report["parity"]} == set(available("methods"))
     assert all(line["loss"] == line["gradient"] == 0 for line in report["parity"])
     assert {line["work"] for line in report["rows"]} == set(benchmark("gpu_rows").WORKS)
-    assert {line["base"] for line in report["rows"]} == {"sd15", "sdxl", "vit-h"}
+    assert {line["base"] for line in report["rows"]} == {"vit-h", *benchmark("shapes").BACKBONES}
     assert all(line["rate"] > 0 and line["flops"] > 0 and line["peak_GiB"] > 0 for line in report["rows"])
     assert [check["passed"] for check in report["checks"]] == [True]
     assert "| sd15 | DPO LoRA |" in (tmp_path / "gpu.md").read_text()
