@@ -42,7 +42,7 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     guidance="embedded",
     adapter=1_634_304,
-    checkpointed=139_000,
+    checkpointed=122_000,
     multiple=16,
     channels=16,
 )

@@ -32,7 +32,7 @@ NOMINAL = _latent.Facts(
     autoencoder=83_653_863,
     resolution=1024,
     adapter=1_451_520,
-    activations=399_000,
+    activations=353_000,
     checkpointed=216_000,
 )
 """Of Stable Diffusion XL 1.0."""

@@ -36,7 +36,7 @@ NOMINAL = _latent.Facts(
     resolution=1024,
     adapter=1_044_480,
     activations=2_100_000,
-    checkpointed=156_000,
+    checkpointed=142_000,
     multiple=16,
     channels=16,
 )
