@@ -44,7 +44,6 @@ class PairLossConfig(GivenImagesConfig):
         validate_default=True,
         description="of loss: poly, how much more right pairs pull; paper: 8 for Pick-a-Pic v2, 0 for clean labels",
     )
-
     eta: Float | None = Field(
         None,
         ge=0,

@@ -177,13 +177,15 @@ def _per_weight(s: Settings) -> float:
 def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Facts) -> float:
     """The denoiser and what trains of it, or all networks as they are read, whichever is more.
 
-    What trains is an adapter, or all weights in float32 beside a frozen copy. Text encoders are let go of after
-    reading; so is the autoencoder, unless the method looks at images.
+    What trains is an adapter, or all weights in float32 beside a frozen copy; and moving averages of it. Text encoders
+    are let go of after reading; so is the autoencoder, unless the method looks at images.
     """
     decoder = weights.autoencoder * BYTES[s.model.vae_dtype] if plugins.load("methods", method).Method.needs else 0
+    averages = 0 if config.ema_decay is None else BYTES["float32"]
     if config.lora is None:
-        return weights.denoiser * (STATE[config.optimizer] + 4) + decoder
-    adapter = weights.adapter * config.lora.rank * STATE[config.optimizer]
+        return weights.denoiser * (STATE[config.optimizer] + 4 + averages) + decoder
+    averages += 0 if getattr(config, "reference", None) is None else BYTES["float32"]
+    adapter = weights.adapter * config.lora.rank * (STATE[config.optimizer] + averages)
     return max(_frozen(s, weights), weights.denoiser * _per_weight(s) + adapter + decoder)
 
 
