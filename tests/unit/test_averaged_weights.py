@@ -1,20 +1,25 @@
 """A moving average of the trained weights as the result of a training: validated, sampled and saved in their place."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
+import params
 import tiny
 from attune.averages import exchange
 from attune.config.plugins import plugin_config
+from attune.config.resolve import load
 from attune.config.schema import ConfigError
+from attune.planning.costs import rows
 from attune.training.checkpoint import Checkpoint
 from attune.training.early_stopping import EarlyStopping
 from attune.training.loop import Callbacks
 from forked import together
 from trainables import Interrupted, Line, equal, flat, interrupted, method, numbers, run_until
 
+ROOT = Path(__file__).parents[2]
 SLOPES = ([1.0], [1.0], [-3.0], [1.0])
 DECAYS = (2 / 11, 3 / 12, 4 / 13, 5 / 14)  # the warm-up, which is below a decay of 0.9
 
@@ -151,6 +156,26 @@ def test_weights_change_places_and_stay_the_tensors_that_they_are():
     exchange(some, others)
     assert (some[0].tolist(), others[0].tolist()) == ([0, 0], [1, 1])
     assert some[0].data_ptr() == before
+
+
+def test_the_plan_counts_4_bytes_of_every_weight_that_has_an_average(tmp_path, monkeypatch):
+    """2,567 million weights of SDXL; an adapter has rank times 1,451,520, and a moving reference a copy of it."""
+    monkeypatch.chdir(ROOT)
+    given, profile = params.shipped("sdxl")
+
+    def memory(name, **changes):
+        settings = load(params.write(tmp_path, given, params.changed(profile, **changes)))
+        return next(row.gpu for row in rows(settings, {}, {}, {}) if row.stage == name)
+
+    full = {"methods__dpo__lora": None, "methods__dpo__optimizer": "adamw"}
+    more = memory("align@dpo", **full, methods__dpo__ema_decay=0.9) - memory("align@dpo", **full)
+    assert more == pytest.approx(4 * 2.567e9, rel=1e-3)
+    adapter = {"methods__dpo__lora": {"rank": 5000}}
+    averages = {"methods__dpo__ema_decay": 0.9, "methods__dpo__reference": {"ema_decay": 0.9}}
+    more = memory("align@dpo", **adapter, **averages) - memory("align@dpo", **adapter)
+    assert more == 2 * 4 * 5000 * 1_451_520
+    more = memory("train_preference", preference__ema_decay=0.9) - memory("train_preference")
+    assert more == pytest.approx(4 * 1.3e9)
 
 
 @pytest.mark.parametrize("wrong", [1.0, -0.1])
