@@ -31,6 +31,15 @@ class MovingAverage:
             get_ema_multi_avg_fn(decay_at(self.decay, step) if self.warmup else self.decay)(ours, theirs, None)
 
 
+def exchange(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Lets weights change places with others of their shapes; one of them at a time is held twice."""
+    with torch.no_grad():
+        for mine, theirs in zip(map(local, some), map(local, others), strict=True):
+            kept = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(kept)
+
+
 def decay_at(decay: float, step: int) -> float:
     """The decay after optimizer step number `step`, counted from 1: less in the beginning, as little is averaged yet.
 

@@ -144,12 +144,13 @@ def test_a_resumed_training_has_the_reference_of_one_that_was_not_stopped(new_po
 
 
 def test_two_processes_have_the_reference_that_one_has(new_policy, data, tmp_path):
-    """Apart by rounding; and between the two by nothing."""
+    """Apart by rounding, with every option that looks at pairs; and between the two by nothing."""
+    options = LINEAR | {"safeguard": 0.5, "sft_weight": 3.0}
 
     def work(shard):
         policy = new_policy()
         policy.shard = shard
-        return tiny.run(dpo_of(policy, 0.5, batch_size=3, **LINEAR), data), reference_weights(policy)
+        return tiny.run(dpo_of(policy, 0.5, batch_size=3, **options), data), reference_weights(policy)
 
     expected, weights = work(new_policy().shard)
     (history, first), (same, second) = together(2, tmp_path, work)

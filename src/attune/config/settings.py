@@ -130,6 +130,13 @@ class TrainingConfig(StrictModel):
         False,
         description="torch.compile: minutes at the start, faster from then on; reduce-overhead: with CUDA graphs too",
     )
+    ema_decay: Float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the trained weights (of a LoRA, of its two factors), which is then "
+        "what is validated and saved; no more than (1 + n) / (10 + n) after optimizer step n; null = no average",
+    )
     tf32: bool = Field(False, description="GPUs multiply float32 matrices in TF32, 10 bits of mantissa, but faster")
 
     @field_validator("optimizer")

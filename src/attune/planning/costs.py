@@ -131,7 +131,7 @@ def _preference(s: Settings, weights: Facts, pairs: int | None) -> Row:
     own = count_parameters(clip, weight_files("model")) if clip.is_dir() else PREFERENCE_WEIGHTS
     frozen = _frozen(s, weights)
     does, sees = _training(config, "pairs"), _epochs(config, pairs, "pairs")
-    gpu, disk = own * STATE[config.optimizer] + frozen, own * BYTES["float32"]
+    gpu, disk = own * _per_trained_weight(config) + frozen, own * BYTES["float32"]
     return Row("train_preference", does, sees, gpu, None, own * 4 + frozen, disk)
 
 
@@ -177,14 +177,20 @@ def _per_weight(s: Settings) -> float:
 def _training_memory(config: MethodConfig, method: str, s: Settings, weights: Facts) -> float:
     """The denoiser and what trains of it, or all networks as they are read, whichever is more.
 
-    What trains is an adapter, or all weights in float32 beside a frozen copy. Text encoders are let go of after
-    reading; so is the autoencoder, unless the method looks at images.
+    What trains is an adapter, which a moving reference has a copy of, or all weights in float32 beside a copy. Text
+    encoders are let go of after reading; so is the autoencoder, unless the method looks at images.
     """
     decoder = weights.autoencoder * BYTES[s.model.vae_dtype] if plugins.load("methods", method).Method.needs else 0
     if config.lora is None:
-        return weights.denoiser * (STATE[config.optimizer] + 4) + decoder
-    adapter = weights.adapter * config.lora.rank * STATE[config.optimizer]
+        return weights.denoiser * (_per_trained_weight(config) + 4) + decoder
+    moving_reference = 0 if getattr(config, "reference", None) is None else 4
+    adapter = weights.adapter * config.lora.rank * (_per_trained_weight(config) + moving_reference)
     return max(_frozen(s, weights), weights.denoiser * _per_weight(s) + adapter + decoder)
+
+
+def _per_trained_weight(config: TrainingConfig) -> int:
+    """Bytes of a weight that trains, its gradient, the optimizer's state, and its moving average if it has one."""
+    return STATE[config.optimizer] + (0 if config.ema_decay is None else 4)
 
 
 def _activations(config: MethodConfig, images: int | None, s: Settings, weights: Facts) -> float | None:

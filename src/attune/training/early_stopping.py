@@ -36,7 +36,7 @@ class EarlyStopping:
         """Adds a score to `progress` if one is due after `progress.batch` batches, and reports it.
 
         Args:
-            parameters: the weights in training, of which a copy is kept if the score is a new best.
+            parameters: the weights that are scored, of which a copy is kept if the score is a new best.
             on_score: called in the main process; what it raises ends all processes.
             end: this is after the last batch.
 

@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attune.averages import exchange
 from attune.diffusion.noise import Draws, keyed_generator
 from attune.distributed import Part, Shard
 from attune.interfaces import Log, Objective
@@ -79,8 +80,8 @@ def train(
         Stopped: SIGTERM or Ctrl-C; a checkpoint has been saved after the batch during which it came.
     """
     config, train_step = objective.config, TrainStep(trainable, objective.config)
-    parameters, shard = train_step.parameters, train_step.shard
-    callbacks = callbacks if shard.is_main_process else callbacks.of_another_process()
+    shard = train_step.shard
+    callbacks, early_stopping = shown_the_result(train_step, callbacks, early_stopping)
     # without a checkpoint there is nothing to save, and a signal ends the process at once
     stopping = nullcontext(lambda: 0) if checkpoint is None else stop_requests()
     with shard.process_group_guard(), stopping as stop_request, ThreadPoolExecutor(1) as reader:
@@ -92,7 +93,7 @@ def train(
         bar = progress_bar(callbacks.desc, progress.batch, config.batches, shard)
         for b in bar:
             if early_stopping is not None:
-                early_stopping.evaluate(progress, parameters, shard, callbacks.on_score)
+                early_stopping.evaluate(progress, train_step.result, shard, callbacks.on_score)
             if early_stopping is not None and early_stopping.should_stop(progress.scores):
                 break
             batch, last = next(ahead), b + 1 == config.batches
@@ -109,12 +110,35 @@ def train(
             if callbacks.sample_images is not None and progress.batch % callbacks.sample_every == 0:
                 callbacks.sample_images(progress.step)
         if early_stopping is not None:
-            early_stopping.evaluate(progress, parameters, shard, callbacks.on_score, end=True)
+            early_stopping.evaluate(progress, train_step.result, shard, callbacks.on_score, end=True)
         if checkpoint is not None:  # a signal may have come during what follows the last batch
             save_or_stop(checkpoint, train_step, progress, agreed(stop_request(), shard), last=False)
-        restore_best(progress, parameters)
-        assert_finite(parameters)
+        leave_the_result(train_step, progress)
     return progress.history, progress.scores
+
+
+def shown_the_result(
+    train_step: TrainStep, callbacks: Callbacks, early_stopping: EarlyStopping | None
+) -> tuple[Callbacks, EarlyStopping | None]:
+    """What this process calls, whose sample images and scores are of the weights that will be the result."""
+    callbacks = callbacks if train_step.shard.is_main_process else callbacks.of_another_process()
+    if callbacks.sample_images is not None:
+        callbacks = replace(callbacks, sample_images=train_step.with_result(callbacks.sample_images))
+    if early_stopping is not None:
+        early_stopping = replace(early_stopping, score=train_step.with_result(early_stopping.score))
+    return callbacks, early_stopping
+
+
+def leave_the_result(train_step: TrainStep, progress: Progress) -> None:
+    """Puts the result into the trained weights: those of the best score if they were kept, else as they are at the end.
+
+    Raises:
+        NonFiniteError: it is not finite.
+    """
+    if train_step.average is not None:
+        exchange(train_step.parameters, train_step.average.weights)
+    restore_best(progress, train_step.parameters)
+    assert_finite(train_step.parameters)
 
 
 def save_or_stop(checkpoint: Checkpoint, train_step: TrainStep, progress: Progress, signum: int, last: bool) -> None:

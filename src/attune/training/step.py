@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +20,15 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from attune.averages import MovingAverage, exchange
 from attune.config.settings import TrainingConfig
 from attune.distributed import Part, Shard
 from attune.fsdp import full_tensor, is_sharded
 from attune.interfaces import Objective, Trainable
 from attune.training.guard import NonFiniteError, nonfinite_input, nonfinite_output, nonfinite_weight
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # How long a process waits for the others, say while the main process saves. It does not delay the news of a process
 # that has died: the launcher reports that.
@@ -51,7 +55,10 @@ class TrainStep:
             compile_in_place(trainable, None if config.compile is True else config.compile)
         self.accelerator = init_distributed(self.shard, cpu=self.parameters[0].device.type == "cpu")
         self.optimizer = build_optimizer(self.parameters, config)
-        self.averages = [] if trainable.moving_reference is None else [trainable.moving_reference]
+        self.average: MovingAverage | None = None  # of the trained weights; if there is one, it is the result
+        if config.ema_decay is not None:
+            self.average = MovingAverage([weight.detach().clone() for weight in self.parameters], config.ema_decay)
+        self.averages = [average for average in (trainable.moving_reference, self.average) if average is not None]
         self.sharded = is_sharded(trainable.module)
         if not self.sharded:
             self._wrap()
@@ -61,6 +68,26 @@ class TrainStep:
     def weights(self) -> list[Tensor]:
         """All weights that a step changes: the trained ones, then what follows them. A checkpoint holds these."""
         return [*self.parameters, *(weight for average in self.averages for weight in average.weights)]
+
+    @property
+    def result(self) -> Sequence[Tensor]:
+        """The weights that are validated and saved: the trained ones, or their average."""
+        return self.parameters if self.average is None else self.average.weights
+
+    def with_result(self, look: Callable[P, R]) -> Callable[P, R]:
+        """What calls `look` while `result` is in the place of the trained weights."""
+        if self.average is None:
+            return look
+        average = self.average.weights
+
+        def looked(*args: P.args, **options: P.kwargs) -> R:
+            exchange(self.parameters, average)
+            try:
+                return look(*args, **options)
+            finally:
+                exchange(self.parameters, average)
+
+        return looked
 
     def _wrap(self) -> None:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch renames broadcast_buffers
