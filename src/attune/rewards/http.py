@@ -47,7 +47,7 @@ class Config(ScorerConfig):
         min_length=1, max_length=100, description="of what scores there: change it when its scores change"
     )
     batch_size: int = Field(16, ge=1, description="images in a request; changes no score")
-    timeout: Float = Field(60.0, gt=0, description="seconds until a request counts as failed")
+    timeout: Float = Field(60.0, gt=0, description="seconds to wait for a connection, or for more of an answer")
     retries: int = Field(5, ge=0, le=20, description="further tries, after 1, 2, 4, ... seconds, at most 60 each")
     token_env: str | None = Field(
         None,
