@@ -73,6 +73,7 @@ ENVIRONMENT = (
     "paths",
     "tracking",
     "search",
+    "rewards.http",
 )  # may read os.environ
 FILE_LINES, FUNCTION_LINES, TEST_LINES = 300, 60, 400
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import score_server
 from attune.rewards import aesthetic, hpsv2, imagereward
 from attune.spm import model as spm
 from attune.world.grammar import all_scenes
@@ -89,10 +91,19 @@ def write_imagereward(folder: Path) -> dict[str, str]:
     return {"path": str(folder / "tiny.pt"), "tokenizer": str(write_bert_tokenizer(folder / "bert"))}
 
 
-def block(name: str, folder: Path) -> dict[str, str]:
+WITHOUT_WEIGHTS = {
+    "jpeg": dict,
+    "python": lambda: {"function": "docs.examples.redness:redness"},
+    "http": lambda: {"url": score_server.started().address, "version": "1", "batch_size": 4},
+}
+
+
+def block(name: str, folder: Path) -> dict[str, Any]:
     """A block of params.yaml for a scorer that no embedded weights were trained for."""
     if name == "imagereward":
         return write_imagereward(folder)
+    if name in WITHOUT_WEIGHTS:
+        return WITHOUT_WEIGHTS[name]()
     # the aesthetic predictor's CLIP was grounded in words as well, and nobody's preference tuned it
     return {"model": "ViT-tiny/4@32", "path": "models/embedded/aesthetic", "hidden_act": "gelu"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator
 from pydantic.fields import FieldInfo
@@ -239,6 +239,9 @@ class ScorerConfig(StrictModel):
     identity.
     """
 
+    UNSCORED: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change no score, such as how long an answer is waited for: no part of the scorer's identity."""
+
     expected_range: list[Float] | None = Field(
         None,
         min_length=2,
@@ -257,7 +260,7 @@ class ScorerConfig(StrictModel):
 
     def settings(self) -> dict[str, Any]:
         """The fields that change scores, whatever the weights are; that `dtype` is float32 goes without saying."""
-        beside = {"expected_range", "license", *self.location_fields()}
+        beside = {"expected_range", "license", *self.location_fields(), *self.UNSCORED}
         found = {name: value for name, value in self if name not in beside and not name.endswith("sha256")}
         return {name: value for name, value in found.items() if (name, value) != ("dtype", "float32")}
 

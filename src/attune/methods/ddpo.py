@@ -204,7 +204,7 @@ class Method:
         reward = weighted_sum(scores, c.rewards)  # (P, G)
         shown_for = [prompt for prompt in prompts for _ in range(c.images_per_prompt)]
         advantage = standardised(reward.flatten(), shown_for, c.advantages, c.min_count).view_as(reward)
-        means = {"reward": reward.mean(), **{f"reward_{name}": score.mean() for name, score in scores.items()}}
+        means: Metrics = {"reward": reward.mean(), **{f"reward_{name}": score.mean() for name, score in scores.items()}}
         times = self.times[: self.noisy_steps].to(states.device)
         return Rollout(states, times, cond, advantage.clamp(-c.advantage_clip, c.advantage_clip), means)
 

@@ -50,7 +50,8 @@ def scorer_part(name: str, asks: str, settings: Settings, digests: Digests) -> s
     """Scores of a scorer; `asks` is the module that calls it."""
     scorer = settings.scorers[name]
     modules = [plugins.module_name("rewards", scorer.plugin), asks]
-    return _part(scorer.config.model_dump(mode="json"), paths_in(scorer.config), modules, digests)
+    scored = scorer.config.model_dump(mode="json", exclude=set(scorer.config.UNSCORED))
+    return _part(scored, paths_in(scorer.config), modules, digests)
 
 
 def _part(settings: object, paths: Iterable[str], modules: Iterable[str], digests: Digests) -> str:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from attune import tracking
 from attune.config.plan import PlanError, Session, StagePlan, read, run_of_stage
+from attune.config.schema import ConfigError
 from attune.costs import Cost, measured
 from attune.files import values_sha, write_atomically
 from attune.paths import CHECKPOINTS, TIMES, TRACKED_RUNS, project_root
@@ -112,7 +113,8 @@ def stage(
 ) -> Iterator[tracking.Run]:
     """Opens a stage: starts its tracking run, and measures what it costs.
 
-    SIGTERM and Ctrl-C end it with a line; a training saves before that. So does a lack of memory, with what to lower.
+    SIGTERM and Ctrl-C end it with a line; a training saves before that. So do a setting that turns out to be wrong, and
+    a lack of memory, with what to lower.
 
     Args:
         name: say `align@spo`.
@@ -136,6 +138,8 @@ def stage(
                 write_atomically(kept.folder / TRACKED_AS, json.dumps({**run.handle, "plan": work}).encode())
             yield run
             log_cost(run, name, spent := cost())
+    except ConfigError as error:  # what only shows in the work: a service that is away, a function that does not run
+        sys.exit(f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
