@@ -74,6 +74,10 @@ class Shard:
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(rows.device)
 
+    def gather_n(self, rows: Tensor, n: int) -> Tensor:
+        """`gather` of a batch's n rows, of which these are this process's; one without rows has computed one more."""
+        return self.gather(rows[: self.count(n)])
+
     def map_rows(self, n: int, size: int, compute: Callable[[list[int]], Tensor]) -> Tensor:
         """What `compute` makes of n rows, each process of its own; gathered, in their order.
 

@@ -11,6 +11,7 @@ from golden.reading import tensors
 from attune.diffusion import process
 from attune.diffusion.path import VP
 from attune.methods import ddpo
+from attune.methods._rewards import standardised
 
 pytestmark = pytest.mark.parity
 CLIPS_17, CLIPS_26 = {"clip0.0001": 1e-4, "clip0.2": 0.2}, {"clip1e-4": 1e-4, "clip0.2": 0.2}
@@ -24,8 +25,8 @@ def tracked(rewards, prompts, earlier_rewards, earlier_prompts):
     Its buffer holds both; but a prompt that has too few images in it is judged by the new rollout alone.
     """
     both = [*earlier_prompts, *prompts]
-    own = ddpo.standardised(torch.cat([earlier_rewards, rewards]), both, "prompt", MIN_COUNT)[len(earlier_prompts) :]
-    alone = ddpo.standardised(rewards, prompts, "batch", MIN_COUNT)
+    own = standardised(torch.cat([earlier_rewards, rewards]), both, "prompt", MIN_COUNT)[len(earlier_prompts) :]
+    alone = standardised(rewards, prompts, "batch", MIN_COUNT)
     is_known = torch.tensor([both.count(prompt) >= MIN_COUNT for prompt in prompts])
     return torch.where(is_known, own, alone)
 
@@ -37,7 +38,7 @@ def test_advantages_by_prompt(table):
     """First rollout: five cats are judged by cats, the others by all; after the second, dogs are four, too."""
     case = tensors("17_ddpo_loss")
     first, second = case["tracker.rewards"]
-    found = ddpo.standardised(first, PROMPTS_17, "prompt", MIN_COUNT)
+    found = standardised(first, PROMPTS_17, "prompt", MIN_COUNT)
     table.close("17", "advantages by prompt", found, case["tracker.advantages_1"])
     found = tracked(second, PROMPTS_17, first, PROMPTS_17)
     table.close("17", "advantages by prompt of two rollouts", found, case["tracker.advantages_2"])
@@ -45,14 +46,14 @@ def test_advantages_by_prompt(table):
 
 def test_advantages_by_rollout(table):
     case = tensors("17_ddpo_loss")
-    found = ddpo.standardised(case["tracker.rewards"][0], PROMPTS_17, "batch", MIN_COUNT)
+    found = standardised(case["tracker.rewards"][0], PROMPTS_17, "batch", MIN_COUNT)
     table.close("17", "advantages by rollout", found, case["global_advantages"])
 
 
 def test_advantages_of_case_26(table):
     case = tensors("26_ddpo_step_sd")
     first, then = ["fox", "lake", "fox", "boat"], ["fox", "fox", "lake", "fox"]
-    found = ddpo.standardised(case["tracker.first_rewards"], first, "prompt", MIN_COUNT)
+    found = standardised(case["tracker.first_rewards"], first, "prompt", MIN_COUNT)
     table.close("26", "advantages by prompt, all too few", found, case["tracker.first_advantages"])
     found = tracked(case["tracker.rewards"], then, case["tracker.first_rewards"], first)
     table.close("26", "advantages by prompt of two rollouts", found, case["tracker.advantages"])
@@ -63,10 +64,10 @@ def test_advantages_of_groups(table, monkeypatch, code):
     """The mean of the prompt's images; the deviation of them, or of all. Both codes add 1e-4 to either."""
     case = tensors("25b_group_advantages")
     prompts = [str(i) for i in (0, 1, 0, 2, 1, 0, 2, 2, 0, 1, 2, 0)]
-    found = ddpo.standardised(case["rewards_f64"], prompts, "prompt_mean", 1)
+    found = standardised(case["rewards_f64"], prompts, "prompt_mean", 1)
     table.close("25b", "advantages, deviation of all", found, case[f"{code}.global_std1_f64"])
     monkeypatch.setitem(ddpo.EPS, "prompt", 1e-4)
-    found = ddpo.standardised(case["rewards_f64"], prompts, "prompt", 1)
+    found = standardised(case["rewards_f64"], prompts, "prompt", 1)
     table.close("25b", "advantages, deviation of the prompt", found, case[f"{code}.global_std0_f64"])
 
 

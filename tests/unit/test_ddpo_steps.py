@@ -14,7 +14,8 @@ from attune.diffusion.ddim import sample
 from attune.diffusion.noise import Draws
 from attune.diffusion.policy import Policy
 from attune.distributed import Shard
-from attune.methods.ddpo import Config, Method, ddpo_loss, gaussian_kl, standardised
+from attune.methods._rewards import standardised
+from attune.methods.ddpo import Config, Method, ddpo_loss, gaussian_kl
 from forked import together
 
 LOOP = {"lora": None, "lr": 1e-2, "batches": 1, "batch_size": 2}

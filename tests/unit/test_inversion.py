@@ -1,10 +1,14 @@
 """The sampler run backwards, where the answer is known: a constant prediction, and Gaussian data."""
 
+import math
+
 import pytest
 import torch
 
+import tiny
 from attune.diffusion.inversion import implied_noise, inversion_times, invert, inverted_noise
 from attune.diffusion.path import VP, Flow, logit_normal
+from attune.methods import dpo
 
 SCHEDULE = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PATHS = {
@@ -83,3 +87,29 @@ def test_what_was_added_is_what_is_found():
     path, x_0, t = PATHS["vp"], latents(), torch.tensor([1, 500, 999])
     noise, at = torch.randn_like(x_0), path.level(t, x_0)
     torch.testing.assert_close(implied_noise(at.alpha * x_0 + at.sigma * noise, x_0, at), noise, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_a_pair_is_shown_with_the_noise_of_its_images(new_policy, data, heun):
+    """Each has its own, which is the sampler's run backwards by the policy as it is; time and prompt are shared."""
+    policy = new_policy(moved=0.2)
+    own = {"lr": 1e-3, "batches": 1, "batch_size": 3, "lora": {"rank": 2}, "caption_dropout": 0}
+    config = dpo.Config(**(tiny.PLAIN | own), noise="inverted", inversion_steps=3, heun=heun)
+    method, batch = dpo.Method(config, policy), data.rows_for("pairs")[1]([0, 4, 9])
+    (m,) = tiny.minibatches(method, batch)
+    (drawn,) = tiny.minibatches(dpo.Method(dpo.Config(**(tiny.PLAIN | own)), policy), batch)
+    assert torch.equal(m.t, drawn.t)
+    assert torch.equal(m.x_0, drawn.x_0)
+    predict = lambda x, t: policy.predict(x, t, m.cond)  # noqa: E731
+    expected = inverted_noise(predict, policy.backbone.path, m.x_0, m.t, 3, heun)
+    torch.testing.assert_close(m.noise, expected, rtol=1e-3, atol=1e-4)  # the adapter was merged
+    assert not m.noise.requires_grad
+    assert (m.noise[:3] - m.noise[3:]).abs().max() > 0.1
+
+
+def test_the_loss_begins_at_ln_2_with_any_noise(new_policy, data):
+    own = {"lr": 1e-3, "batches": 2, "batch_size": 3, "lora": {"rank": 2}}
+    config = dpo.Config(**(tiny.PLAIN | own), noise="inverted", inversion_steps=2)
+    history = tiny.run(dpo.Method(config, new_policy()), data)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[1]["grad_norm"] > 0

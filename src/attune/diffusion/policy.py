@@ -2,8 +2,8 @@
 
 With a fresh LoRA adapter one network serves as both (adapter on = policy, adapter off = reference), so the
 reference costs no memory and is the base bit for bit. In full fine-tuning, and when training continues from an
-adapter, the reference is another network: copies of the trainable weights, around the frozen weights of the policy.
-So it is where the reference moves, as an average of the policy.
+adapter, or the reference follows the policy, it is another network: copies of the trainable weights, around the frozen
+weights of the policy.
 """
 
 from __future__ import annotations
@@ -129,11 +129,7 @@ class Policy:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Inside, predictions are those without the adapter and carry no graph, whatever the reference is.
-
-        Raises:
-            RuntimeError: there is no adapter, or it is merged into the base's weights.
-        """
+        """Inside, predictions are those without the adapter, whatever the reference is, and carry no graph."""
         if self._merged or not self._adapter():
             raise RuntimeError("the base model is only there beside an adapter that is not merged")
         with torch.no_grad(), self._adapter_disabled():
@@ -301,6 +297,8 @@ class Policy:
 
 
 def _in_words(ranks: dict[str, int]) -> str:
-    if not ranks:
-        return "a whole denoiser"
-    return f"a LoRA of rank {', '.join(map(str, sorted(set(ranks.values()))))} on {len(ranks)} modules"
+    return (
+        "a whole denoiser"
+        if not ranks
+        else f"a LoRA of rank {', '.join(map(str, sorted(set(ranks.values()))))} on {len(ranks)} modules"
+    )

@@ -15,9 +15,9 @@ pass, all doubled by guidance; one decoding and one scoring. `kl_coeff` adds K s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -30,15 +30,10 @@ from attune.diffusion import process
 from attune.diffusion.noise import Draws, NoiseFn, to_device
 from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics, Reward
-from attune.methods._rewards import REWARDS, ScorersConfig, weighted_sum
+from attune.methods._rewards import REWARDS, Baseline, ScorersConfig, score_latents, standardised, weighted_sum
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
-
-SCORED_AT_ONCE = 64  # images; a ViT-H/14 takes 1 GB for their activations
-Baseline = Literal["prompt", "prompt_mean", "batch"]
-EPS = {"prompt": 1e-6, "prompt_mean": 1e-4, "batch": 1e-8}
-"""Added to the standard deviation, as in ddpo-pytorch, in Flow-GRPO (yifan123/flow_grpo), and in ddpo-pytorch."""
 
 
 class Config(ScorersConfig):
@@ -82,26 +77,6 @@ class Config(ScorersConfig):
     @property
     def preprocess(self) -> None:
         """Scorers are shown images as their own blocks say: a gradient is not asked for."""
-
-
-def standardised(rewards: Tensor, prompts: Sequence[str], by: Baseline, min_count: int) -> Tensor:
-    """Advantages (n,) of rewards (n,): (r - mean) / (std + eps), means and deviations over the images of a prompt.
-
-    Computed in float64, so that equal rewards have an advantage of exactly 0.
-
-    Args:
-        prompts: of each image.
-        by: whose mean and standard deviation, see `Config.advantages`.
-        min_count: prompts of fewer images have those of all n.
-    """
-    r = rewards.double()
-    mean, std = r.mean().repeat(len(r)), r.std(correction=0).repeat(len(r))
-    for prompt in dict.fromkeys(prompts) if by != "batch" else ():
-        rows = torch.tensor([other == prompt for other in prompts], device=r.device)
-        if rows.sum() >= min_count:
-            mean[rows] = r[rows].mean()
-            std[rows] = r[rows].std(correction=0) if by == "prompt" else std[rows]
-    return ((r - mean) / (std + EPS[by])).float()
 
 
 def ddpo_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -156,7 +131,8 @@ class Method:
     needs = ("rewards",)
 
     def __init__(self, config: Config, policy: Policy, rewards: Mapping[str, Reward]):
-        self.config, self.policy, self.scorers = config, policy, rewards
+        self.config, self.policy = config, policy
+        self.scorers = {name: rewards[name] for name in config.rewards}
         self.path = policy.backbone.path
         self.times = self.path.sampling_times(config.steps)
         # the last step of a flow ends at the image itself, without noise, and has no probability
@@ -180,7 +156,7 @@ class Method:
         for part in shuffled[0].split(c.minibatch_size):
             with torch.no_grad():
                 log_prob, _, _ = self.log_prob(rollout[rows[part[shard.rows(len(part))]]])
-            old[part] = self.gather(log_prob, len(part))
+            old[part] = self.policy.shard.gather_n(log_prob, len(part))
         for part in (part for order in shuffled for part in order.split(c.minibatch_size)):
             own = part[shard.rows(len(part))]
             yield Part(replace(rollout[rows[own]], old_log_prob=old[own]), len(part))
@@ -194,11 +170,13 @@ class Method:
         drawn = [self.images(batch, len(part), draws.noise) for part in copies]
 
         def of_all(parts: Iterable[Tensor]) -> Tensor:
-            return self.gather(torch.cat(list(parts)).transpose(0, 1), draws.n)
+            return self.policy.shard.gather_n(torch.cat(list(parts)).transpose(0, 1), draws.n)
 
         states = of_all(states for states, _ in drawn)
         scores = {name: of_all(found[name] for _, found in drawn) for name in c.rewards}
-        cond = Conditioning({name: self.gather(value, draws.n) for name, value in batch.cond.tensors.items()})
+        cond = Conditioning(
+            {name: self.policy.shard.gather_n(value, draws.n) for name, value in batch.cond.tensors.items()}
+        )
         shard = self.policy.shard
         prompts = [p for own in shard.all_gather_object(list(batch.prompts)[: shard.count(draws.n)]) for p in own]
         reward = weighted_sum(scores, c.rewards)  # (P, G)
@@ -215,27 +193,18 @@ class Method:
         for t in self.times[:-1]:
             mean, std = self.transition(states[-1], t.expand(len(cond)), cond)
             states.append(mean + std * sample_noise(tuple(mean.shape)))
-        prompts = list(batch.prompts) * k
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.config.rewards}
-        for part in torch.arange(len(prompts)).split(SCORED_AT_ONCE):
-            images = self.policy.backbone.decode_latents(states[-1][part]).clamp(0, 1)
-            for name, found in scores.items():
-                found.append(self.scorers[name](images, [prompts[i] for i in part]))
         kept = torch.stack(states[: self.noisy_steps + 1], 1)
-        return kept.unflatten(0, (k, -1)), {name: torch.cat(s).unflatten(0, (k, -1)) for name, s in scores.items()}
+        scores = score_latents(self.policy.backbone, states[-1], list(batch.prompts) * k, self.scorers)
+        return kept.unflatten(0, (k, -1)), {name: found.unflatten(0, (k, -1)) for name, found in scores.items()}
 
     def trained_steps(self, draws: Draws) -> Tensor:
         """Rows (n, 3) of prompt, image and step: of each image so many of its steps as `timestep_fraction` says."""
         images, steps = self.config.images_per_prompt, self.noisy_steps
         kept = max(1, int(steps * self.config.timestep_fraction + 1e-6))
         shuffled = draws.uniform(images * steps * len(draws.rows)).view(images, steps, -1).argsort(1)
-        chosen = self.gather(shuffled[:, :kept].permute(2, 0, 1), draws.n)  # (P, G, kept)
+        chosen = self.policy.shard.gather_n(shuffled[:, :kept].permute(2, 0, 1), draws.n)  # (P, G, kept)
         prompt, image, _ = torch.ones_like(chosen).nonzero().unbind(1)
         return torch.stack([prompt, image, chosen.flatten()], 1)
-
-    def gather(self, own: Tensor, n: int) -> Tensor:
-        """The n rows of all processes, of which these are this process's; one that has none computed one to no end."""
-        return self.policy.shard.gather(own[: self.policy.shard.count(n)])
 
     def transition(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
         """Mean and std of x_prev at eta 1, from times t (n,); the std is above 0 in all `noisy_steps`."""

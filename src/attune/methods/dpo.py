@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from attune.config.schema import Float
 from attune.config.settings import AIFeedback, Lora, MovingReference
 from attune.data.batches import PairBatch
+from attune.diffusion.inversion import inverted_noise
 from attune.diffusion.losses import (
     denoising_error,
     descent_kept,
@@ -107,6 +109,15 @@ class Config(GivenImagesConfig):
     ai_feedback: AIFeedback | None = Field(
         None, description="labels from a scorer beside people's or instead of them; null = people's alone"
     )
+    noise: Literal["random", "inverted"] = Field(
+        "random",
+        description="the noise that images are shown with: random = one for both, as the paper; inverted = the one that "
+        "each was made from, by the sampler run backwards (InPO, SmPO)",
+    )
+    inversion_steps: int = Field(5, ge=1, description="of noise: inverted, steps from the image to its time t")
+    heun: bool = Field(
+        False, description="of noise: inverted, two calls of the denoiser a step, which are nearer (SmPO); else one"
+    )
     reference: MovingReference | None = Field(
         None, description="lets the reference follow the policy, as Linear-DPO does; null = frozen, as the paper has it"
     )
@@ -152,7 +163,19 @@ class Method:
     def minibatches(self, batch: PairBatch, draws: Draws) -> Iterable[Part[NoisedBatch]]:
         t, noise = batch.draw_noise(self.policy.backbone.path, draws)
         cond = self.policy.drop_captions(batch.cond, self.config.caption_dropout, draws)
-        yield Part(NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen), draws.n)
+        pairs = NoisedBatch.pairs(batch.chosen, batch.rejected, t, noise, cond, batch.p_chosen)
+        yield Part(pairs if self.config.noise == "random" else self.with_their_own_noise(pairs), draws.n)
+
+    def with_their_own_noise(self, pairs: NoisedBatch) -> NoisedBatch:
+        """The images with the noise that the policy as it is now would make each of them from."""
+        c, path = self.config, self.policy.backbone.path
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.policy.predict(x_t, t, pairs.cond, c.embedded_guidance)
+
+        with self.policy.merged():
+            noise = inverted_noise(predict, path, pairs.x_0, pairs.t.to(pairs.x_0.device), c.inversion_steps, c.heun)
+        return replace(pairs, noise=noise)
 
     def loss(self, minibatch: NoisedBatch) -> tuple[Tensor, Metrics]:
         error, reference_error, options = self.errors(minibatch)

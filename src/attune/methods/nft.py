@@ -34,8 +34,7 @@ from attune.diffusion.path import Path
 from attune.diffusion.process import Level
 from attune.distributed import Part
 from attune.interfaces import Conditioning, Metrics, Reward
-from attune.methods._rewards import REWARDS, ScorersConfig, weighted_sum
-from attune.methods.ddpo import SCORED_AT_ONCE, standardised
+from attune.methods._rewards import REWARDS, ScorersConfig, score_latents, standardised, weighted_sum
 
 if TYPE_CHECKING:
     from attune.diffusion.policy import Policy
@@ -128,7 +127,8 @@ class Method:
     needs = ("rewards",)
 
     def __init__(self, config: Config, policy: Policy, rewards: Mapping[str, Reward]):
-        self.config, self.policy, self.scorers = config, policy, rewards
+        self.config, self.policy = config, policy
+        self.scorers = {name: rewards[name] for name in config.rewards}
         self.path = policy.backbone.path
         if config.kl_coeff and config.lora is None:
             raise ValueError("kl_coeff: the base model is only there beside an adapter; set it to 0 with lora: null")
@@ -139,7 +139,7 @@ class Method:
         c, shard = self.config, self.policy.shard
         latents, r, means = self.rollout(batch, draws)
         prompt = torch.arange(draws.n, device=r.device).repeat_interleave(c.images_per_prompt)
-        of_prompts = {name: self.gather(value, draws.n) for name, value in batch.cond.tensors.items()}
+        of_prompts = {name: self.policy.shard.gather_n(value, draws.n) for name, value in batch.cond.tensors.items()}
         cond = Conditioning(of_prompts)[prompt]
         for _ in range(c.passes):
             own = len(draws.rows) * c.images_per_prompt
@@ -160,30 +160,19 @@ class Method:
                 for part in copies
             ]
         own = torch.cat(drawn)
-        scores = {name: self.of_all(found, draws.n).view(-1, k) for name, found in self.scores(own, batch).items()}
+        found = score_latents(self.policy.backbone, own, list(batch.prompts) * k, self.scorers)
+        scores = {name: self.of_all(score, draws.n).view(-1, k) for name, score in found.items()}
         reward = weighted_sum(scores, c.rewards)  # (P, k)
         names = [str(row) for row in range(len(reward)) for _ in range(k)]  # two rows of one prompt are two groups
         advantage = standardised(reward.flatten(), names, "prompt_mean", min_count=2)
         means: Metrics = {"reward": reward.mean(), **{f"reward_{name}": score.mean() for name, score in scores.items()}}
         return self.of_all(own, draws.n), standing(advantage, c.advantage_clip), means
 
-    def scores(self, latents: Tensor, batch: PromptBatch) -> dict[str, Tensor]:
-        """Scores (k m,) of images, copy by copy, by scorer."""
-        prompts = list(batch.prompts) * (len(latents) // len(batch.prompts))
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.config.rewards}
-        for part in torch.arange(len(latents)).split(SCORED_AT_ONCE):
-            images = self.policy.backbone.decode_latents(latents[part]).clamp(0, 1)
-            for name, found in scores.items():
-                found.append(self.scorers[name](images, [prompts[i] for i in part]))
-        return {name: torch.cat(found) for name, found in scores.items()}
-
     def of_all(self, own: Tensor, n: int) -> Tensor:
         """Values (k m, ...) of this process's m prompts, copy by copy, as those of all n prompts, prompt by prompt."""
-        return self.gather(own.unflatten(0, (self.config.images_per_prompt, -1)).transpose(0, 1), n).flatten(0, 1)
-
-    def gather(self, own: Tensor, n: int) -> Tensor:
-        """The n rows of all processes, of which these are this process's; one that has none computed one to no end."""
-        return self.policy.shard.gather(own[: self.policy.shard.count(n)])
+        return self.policy.shard.gather_n(
+            own.unflatten(0, (self.config.images_per_prompt, -1)).transpose(0, 1), n
+        ).flatten(0, 1)
 
     def loss(self, minibatch: OwnImages) -> tuple[Tensor, Metrics]:
         c, m = self.config, minibatch
