@@ -10,7 +10,7 @@ from golden.reading import tensors
 
 from attune.diffusion import process
 from attune.diffusion.path import VP
-from attune.methods import ddpo
+from attune.methods import _rewards, ddpo
 from attune.methods._rewards import standardised
 
 pytestmark = pytest.mark.parity
@@ -66,7 +66,7 @@ def test_advantages_of_groups(table, monkeypatch, code):
     prompts = [str(i) for i in (0, 1, 0, 2, 1, 0, 2, 2, 0, 1, 2, 0)]
     found = standardised(case["rewards_f64"], prompts, "prompt_mean", 1)
     table.close("25b", "advantages, deviation of all", found, case[f"{code}.global_std1_f64"])
-    monkeypatch.setitem(ddpo.EPS, "prompt", 1e-4)
+    monkeypatch.setitem(_rewards.EPS, "prompt", 1e-4)
     found = standardised(case["rewards_f64"], prompts, "prompt", 1)
     table.close("25b", "advantages, deviation of the prompt", found, case[f"{code}.global_std0_f64"])
 

@@ -51,7 +51,7 @@ def test_the_average_by_hand():
 
 
 def test_it_follows_faster_in_the_beginning():
-    """2/11, 3/12, ... until that is more than the decay, at n = 8.9 d / (1 - d) and a little."""
+    """2/11, 3/12, ... up to the decay, which is reached at n = (10 d - 1) / (1 - d): 8 for a half."""
     assert [decay_at(0.5, n) for n in (1, 2, 7, 8, 9)] == pytest.approx([2 / 11, 3 / 12, 8 / 17, 0.5, 0.5])
     assert [decay_at(d, 1) for d in (0.0, 0.1, 1.0)] == [0.0, 0.1, 1.0]
     average = MovingAverage([torch.zeros(1)], 0.99)

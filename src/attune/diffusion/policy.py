@@ -94,9 +94,8 @@ class Policy:
             name = self.backbone.model.backbone
             raise ValueError(f"guidance_scale: {guidance_scale:g}, but {name} has no guidance; set it to 1")
         both = Conditioning.cat([self.uncond.expand(len(cond)), cond])
-        predicted = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        unconditional, conditional = predicted.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        without, given = self._predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        return without + guidance_scale * (given - without)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         count_denoised(len(x_t))
@@ -107,7 +106,7 @@ class Policy:
 
     def drop_captions(self, cond: Conditioning, share: float, draws: Draws) -> Conditioning:
         """Empties a random share of the prompts: guidance needs a policy that is also trained without prompts."""
-        if share == 0:
+        if not share:
             return cond
         keep = draws.uniform(len(cond)) >= share
         return cond.where(keep, self.uncond.expand(len(cond)))
@@ -297,8 +296,5 @@ class Policy:
 
 
 def _in_words(ranks: dict[str, int]) -> str:
-    return (
-        "a whole denoiser"
-        if not ranks
-        else f"a LoRA of rank {', '.join(map(str, sorted(set(ranks.values()))))} on {len(ranks)} modules"
-    )
+    lora = f"a LoRA of rank {', '.join(map(str, sorted(set(ranks.values()))))} on {len(ranks)} modules"
+    return lora if ranks else "a whole denoiser"

@@ -111,7 +111,7 @@ class Config(GivenImagesConfig):
     )
     noise: Literal["random", "inverted"] = Field(
         "random",
-        description="the noise that images are shown with: random = one for both, as the paper; inverted = the one that "
+        description="what images are shown with: random = one noise for both, as the paper; inverted = the noise that "
         "each was made from, by the sampler run backwards (InPO, SmPO)",
     )
     inversion_steps: int = Field(5, ge=1, description="of noise: inverted, steps from the image to its time t")
