@@ -19,7 +19,7 @@ from attune.diffusion.policy import Policy
 from attune.distributed import Part, Shard
 from attune.fsdp import full_tensor
 from attune.interfaces import Objective
-from attune.methods import alignprop, dpo, sft, spo
+from attune.methods import alignprop, ddpo, dpo, sft, spo
 from attune.training.checkpoint import Checkpoint
 from attune.training.loop import Batches, train
 from attune.training.step import init_distributed
@@ -31,9 +31,11 @@ OWN = {
     | {"minibatch_size": 2, "guidance_scale": 2.0, "inner_steps": 0},
     "alignprop": {"rewards": {"light": 1.0}, "steps": 3, "guidance_scale": 2.0, "target": None}
     | {"truncation": "fixed", "truncation_range": [0.0], "checkpoint_steps": False},
+    "ddpo": {"rewards": {"light": 1.0}, "images_per_prompt": 2, "clip": 0.1, "steps": 2, "guidance_scale": 2.0}
+    | {"minibatch_size": 4},
 }
 METHODS = {"sft": sft, "dpo": dpo, "spo": spo}
-BUILT = {**METHODS, "alignprop": alignprop}
+BUILT = {**METHODS, "alignprop": alignprop, "ddpo": ddpo}
 
 
 class Light:
@@ -45,7 +47,7 @@ class Light:
         return images.mean((1, 2, 3))
 
 
-NEEDS = {"spo": [tiny.brightness], "alignprop": [{"light": Light()}]}
+NEEDS = {"spo": [tiny.brightness], "alignprop": [{"light": Light()}], "ddpo": [{"light": Light()}]}
 
 
 def method(name: str, policy: Policy, **changes: Any) -> Objective:
