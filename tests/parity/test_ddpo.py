@@ -105,7 +105,7 @@ def test_training_step(table, sd, tmp_path, clip):
     case, name = tensors("26_ddpo_step_sd"), f"26 {clip}"
     policy = adapted(sd, conditioning(case, "negative_"), "26_ddpo_lora", tmp_path)
     config = ddpo.Config(rewards={"none": 1}, clip=CLIPS_26[clip], guidance_scale=5, steps=50)
-    method, expected = ddpo.Method(config, policy, {}), case_of(case, clip)
+    method, expected = ddpo.Method(config, policy, {"none": None}), case_of(case, clip)
     for j in range(3):
         m = ddpo.Steps(
             x_t=case["latents"][:, j],

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 import tiny
+import tiny_flow_models
 from attune.backbones import sd, sd3
 from attune.config.settings import Model
 from attune.data.batches import PromptBatch
@@ -272,7 +273,9 @@ def test_the_divergence_from_the_reference_is_asked_for_only_if_it_counts(new_po
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_last_step_of_a_flow_is_not_trained_on(tmp_path, dtype):
     """It adds no noise. All others have a ratio of 1 at first."""
-    model = Model(backbone="sd3", path=tiny.write_sd3_pipeline(tmp_path), max_sequence_length=4, dtype=dtype)
+    model = Model(
+        backbone="sd3", path=tiny_flow_models.write_sd3_pipeline(tmp_path), max_sequence_length=4, dtype=dtype
+    )
     policy = adapted(sd3.load(model, torch.device("cpu")))
     method = build(policy)
     (m,) = tiny.minibatches(method, batch(policy))

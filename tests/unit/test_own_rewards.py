@@ -111,7 +111,7 @@ def test_numbers_may_come_as_arrays_tensors_and_lists(here, values):
 
 
 WRONG = [None, 3.0, [1, 2, 3], [[1], [2], [3], [4]], ["1", "2", "3", "4"], [1, 2, 3, None], [1, 2, 3, np.nan]]
-WRONG += [[1, 2, 3, 1e39], [True] * 4, {"a": 1}, [[1, 2], [3]], iter([1, 2, 3, 4])]
+WRONG += [[1, 2, 3, 1e39], [True] * 4, {"a": 1}, [[1, 2], [3]], pytest.param(iter([1, 2, 3, 4]), id="an iterator")]
 
 
 @pytest.mark.parametrize("values", WRONG, ids=str)

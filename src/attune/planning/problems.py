@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attune.config import plugins
 from attune.config.profile import BASE, DATA, PREFERENCE
@@ -141,12 +142,11 @@ def _labels(s: Settings) -> Iterator[str]:
     """A scorer can label pairs, or rank images, only if prepare writes its scores beside them."""
     where = f"params/{s.profile}.yaml"
     blocks = {"preference": s.preference} | {f"methods.{name}": config for name, config in s.methods.items()}
-    for key, block in blocks.items():
-        feedback = getattr(block, "ai_feedback", None)
-        asked = {"scorer": getattr(block, "scorer", None), "ai_feedback.scorer": feedback and feedback.scorer}
-        for setting, scorer in asked.items():
-            if scorer is not None and scorer not in s.data.score_with:
-                yield f"{where}:{key}.{setting}: {scorer!r} must be in data.score_with, so add it there"
+    found: dict[str, Any] = {f"{key}.ai_feedback": getattr(block, "ai_feedback", None) for key, block in blocks.items()}
+    found |= {f"methods.{name}": s.methods[name] for name in s.runs if hasattr(s.methods.get(name), "scorer")}
+    for key, block in found.items():
+        if block is not None and block.scorer not in s.data.score_with:
+            yield f"{where}:{key}.scorer: {block.scorer!r} must be in data.score_with, so add it there"
 
 
 def _searches(s: Settings) -> Iterator[str]:
