@@ -8,7 +8,7 @@ from clones import CODE, JUNK, PARAMS, ROOT, RUNS, STAGES, TRACER, Project
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Project:
-    """A clone in which `attune repro` has succeeded once, two stages at a time; all later ones are `dvc repro`."""
+    """A clone in which `attune repro` has succeeded once, two stages at a time; most later ones are `dvc repro`."""
     folder = tmp_path_factory.mktemp("clone")
     made = Project(folder, tmp_path_factory.mktemp("loaded"))
     for name in CODE:

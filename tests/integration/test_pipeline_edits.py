@@ -55,7 +55,7 @@ def test_touching_the_view_runs_nothing(project):
 def test_the_loss_of_dpo_concerns_dpo_alone(project):
     before = project.hashes()
     source = "src/attune/methods/dpo.py"
-    text = project.read(source).replace("p_chosen).mean()", "p_chosen).mean() * 2.0")
+    text = project.read(source).replace("rejected_error).mean()", "rejected_error).mean() * 2.0")
     assert text != project.read(source)
     with project.changed(source, text):
         ran = project.repro()
@@ -100,7 +100,7 @@ def test_a_replaced_local_adapter_is_noticed(project):
     shutil.copy(project.folder / "models/short/dpo" / ADAPTER, file)
     entry = {"from": str(file), "trained_on": ["pickscore"], "after": "data"}
     with project.changed("params.yaml", project.params("runs.mine", entry, "params.yaml")):
-        assert sorted(project.repro()) == sorted(after("mine"))
+        assert sorted(project.side_by_side()) == sorted(after("mine"))
         images = [path.read_bytes() for path in sorted((project.folder / "data/short/generated/mine").glob("*.png"))]
         of_dpo = [path.read_bytes() for path in sorted((project.folder / "data/short/generated/dpo").glob("*.png"))]
         assert images == of_dpo
@@ -134,7 +134,7 @@ def test_a_pair_added_to_a_folder_elsewhere_is_noticed(project):
     YAML().dump(values, text)
     runs = project.params("runs", {"base": {"after": "data"}, "dpo": {"method": "dpo", "after": "data"}}, "params.yaml")
     with project.changed("params/short.yaml", text.getvalue()), project.changed("params.yaml", runs):
-        assert {"prepare", "align@dpo", "report"} <= set(project.repro())
+        assert {"prepare", "align@dpo", "report"} <= set(project.side_by_side())
         assert project.repro() == []
         for side in ("chosen", "rejected"):
             shutil.copy(images[5 if side == "chosen" else 6], own / side / "4.png")
@@ -208,7 +208,7 @@ def test_a_new_base_model_and_a_new_source_are_one_file_and_one_entry_each(proje
     text = io.StringIO()
     YAML().dump(values, text)
     with project.changed("params/short.yaml", text.getvalue()):
-        assert {"prepare", "train_preference", *(f"align@{run}" for run in METHODS)} <= set(project.repro())
+        assert {"prepare", "train_preference", *(f"align@{run}" for run in METHODS)} <= set(project.side_by_side())
         assert project.prepared() == prepared
         changed = {path for path, digest in project.hashes().items() if digest != before[path]} - {
             "data/short/prepared"
@@ -216,7 +216,7 @@ def test_a_new_base_model_and_a_new_source_are_one_file_and_one_entry_each(proje
         assert not [path for path in changed if path.startswith(("data/", "reports/short/scores"))]
     for name in new:
         (project.folder / "src/attune" / name).unlink()
-    project.repro()
+    project.side_by_side()
     assert project.hashes() == before
 
 
