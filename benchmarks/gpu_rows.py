@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from random_bases import random_backbone
-from shapes import BACKBONES, random_clip, random_images, tokenizer, vit_h_config
+from shapes import BACKBONES, RANK, random_clip, random_images, tokenizer, vit_h_config
 
 from attune.config.settings import Model, PreferenceConfig
 from attune.data.batches import PairBatch, PromptBatch
@@ -23,7 +23,6 @@ from attune.spm.model import StepAwareCLIP, StepAwareReward
 from attune.spm.objective import SPMObjective
 from attune.training.step import TrainStep, allow_tf32
 
-RANK = {"sd15": 4, "sdxl": 64, "sd35m": 32, "flux": 32, "z_image": 32}
 GUIDANCE = {"sd15": 5.0, "sdxl": 5.0, "sd35m": 4.5, "flux": 3.5, "z_image": 5.0}
 PROMPT = "a cat on a mat"
 

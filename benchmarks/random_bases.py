@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from shapes import BACKBONES, TRANSFORMERS, made, scheduler, transformer, unet, vae
+from shapes import BACKBONES, TRANSFORMERS, denoiser, made, scheduler, vae
 
 from attune.backbones._flow import sampling_sigmas, size_shift
 from attune.backbones._memory import ModelOffload
@@ -39,10 +39,9 @@ class Random:
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype | None = None, small: bool = False):
         order = torch.channels_last if model.channels_last else torch.preserve_format
-        build = transformer if self.base in TRANSFORMERS else unet
         self.model, self.device, self.dtype = model, device, dtype or getattr(torch, model.dtype)
         self.offload = ModelOffload(device, offload=False)
-        network = made(lambda: build(self.base, small), self.dtype, device).to(memory_format=order)
+        network = made(lambda: denoiser(self.base, small), self.dtype, device).to(memory_format=order)
         self.denoiser: Any = network if model.quantize is None else quantise(network, model.quantize, device)
         of_vae = getattr(torch, model.vae_dtype)
         self.vae = made(lambda: vae(self.base, small), of_vae, device).to(memory_format=order)

@@ -14,8 +14,9 @@ import argparse
 import json
 import sys
 
+import shapes
 import torch
-from shapes import BACKBONES, TRANSFORMERS, UNETS
+from shapes import BACKBONES, RANK, TRANSFORMERS, made
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,20 +25,11 @@ from attune.diffusion.lora import add_lora, target_modules
 
 SIZES = (512, 1024)  # pixels
 TOKENS = {"sd15": 77, "sdxl": 77, "sd35m": 77 + 256}
-RANK = {"sd15": 4, "sdxl": 64, "sd35m": 32}
 
 
 def network(base: str, checkpointing: bool) -> nn.Module:
     """A denoiser with an adapter, to be called within a `FakeTensorMode`."""
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        kind, shape = (UNet2DConditionModel, UNETS) if base in UNETS else (SD3Transformer2DModel, TRANSFORMERS)
-        denoiser = kind(**shape[base])
-    finally:
-        torch.set_default_dtype(torch.float32)
-    denoiser.requires_grad_(False)
+    denoiser = made(lambda: shapes.denoiser(base), torch.bfloat16)
     names = target_modules(denoiser, "attention", lora_targets(base))
     move, nn.Module.to = (
         nn.Module.to,

@@ -73,6 +73,8 @@ TRANSFORMER_CLASSES = {
     "flux": FluxTransformer2DModel,
     "z_image": ZImageTransformer2DModel,
 }
+WRITTEN = ("sd15", "sdxl", "sd35m")  # what `write_pipeline` can write
+RANK = {"sd15": 4, "sdxl": 64, "sd35m": 32, "flux": 32, "z_image": 32}  # of an adapter
 BACKBONES = {"sd15": "sd", "sdxl": "sdxl", "sd35m": "sd3", "flux": "flux", "z_image": "z_image"}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -126,6 +128,11 @@ def made(build: Callable[[], M], dtype: torch.dtype, device: torch.device | str 
 
 def unet(base: str, small: bool = False) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**UNETS[base], **(SMALL[base] if small else {})})
+
+
+def denoiser(base: str, small: bool = False) -> nn.Module:
+    """The denoiser of any base: a transformer of the flow models, a UNet of the others."""
+    return transformer(base, small) if base in TRANSFORMERS else unet(base, small)
 
 
 def transformer(base: str, small: bool = False) -> nn.Module:

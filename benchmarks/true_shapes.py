@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from gpu_rows import StepPairsOnly
-from shapes import BACKBONES, write_pipeline
+from shapes import BACKBONES, RANK, WRITTEN, write_pipeline
 
 from attune.build import load_policy
 from attune.config.settings import Model
@@ -41,7 +41,7 @@ def load_with_lora(base: str, folder: Path, args: argparse.Namespace) -> Policy:
     settings = {"dtype": args.dtype, "vae_dtype": args.vae_dtype, "resolution": args.resolution}
     policy = load_policy(Model(backbone=BACKBONES[base], path=str(folder), **settings))
     policy.backbone.release()  # as a training does
-    policy.add_adapter(rank={"sd15": 4, "sdxl": 64, "sd35m": 32}[base], seed=0)
+    policy.add_adapter(rank=RANK[base], seed=0)
     if args.checkpointing:
         policy.denoiser.enable_gradient_checkpointing()
     return policy
@@ -124,7 +124,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "cases", nargs="+", choices=[f"{base}-{method}" for base in BACKBONES for method in ("dpo", "spo")]
+        "cases", nargs="+", choices=[f"{base}-{method}" for base in WRITTEN for method in ("dpo", "spo")]
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--vae-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
